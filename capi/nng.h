@@ -1,0 +1,149 @@
+/* nng.h: the C ABI of the nnsight-go engine. This header is its manual.
+ *
+ * Results. Every function that can fail returns a code: 0 is success, anything else a failure.
+ * On failure a UTF-8 JSON object describing the fault is put into *err (see below) and every
+ * other out-parameter is left as it was. There is no hidden "last error".
+ *
+ * Buffers. An nng_buf given to the caller is owned by the caller, who frees it with nng_free.
+ * Memory passed in (strings, graphs, arrays) is read during the call only and stays the caller's.
+ *
+ * Handles. Models, runs and tokenizers are generation-checked integers, never pointers; 0 is never
+ * valid. A stale or foreign handle is a failure with code NNG_EHANDLE, never a crash.
+ *
+ * Tensors. A void* tensor is a pointer to an at::Tensor made with new. [new] means the caller now
+ * owns it and frees it with nngpy_tensor_free (Python) or nng_tensor_free; [borrowed] means it is
+ * read during the call and stays the caller's.
+ *
+ * Threads. Any thread may call any function; a run belongs to one call at a time (a second gets
+ * NNG_EBUSY). Work is done on the calling thread, with that thread's torch state. None of the
+ * functions needs or takes Python's global lock, and the engine never calls Python.
+ *
+ * Forks. In a child made by fork every function fails with NNG_EFORK, but the frees, which do
+ * nothing there.
+ *
+ * Fault JSON: {"code": "OpError", "message": "...", "hint": "...", "path": "transformer.h.5",
+ * "op": "aten::mm", "node": 3, "invoke": 0, "step": -1, "file": "x.py", "line": 7, "func": "f",
+ * "other_file": "", "other_line": 0, "cause": "..."}; unknown fields are left out.
+ */
+#ifndef NNG_H
+#define NNG_H
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+  NNG_OK = 0,
+  NNG_EFAULT = 1,  /* the work failed: *err says why */
+  NNG_EHANDLE = 2, /* stale or unknown handle */
+  NNG_EFORK = 3,   /* called in a forked child */
+  NNG_EBUSY = 4,   /* the run is in use by another thread */
+  NNG_EPANIC = 5   /* a bug in the engine; *err holds the stack */
+};
+
+typedef struct {
+  uint8_t* data;
+  int64_t size;
+} nng_buf;
+
+typedef uint64_t nng_model;
+typedef uint64_t nng_run;
+typedef uint64_t nng_tokenizer;
+
+/* Frees a buffer's memory and zeroes it. Null and empty buffers are fine. */
+void nng_free(nng_buf* buf);
+
+/* The version of this ABI (wire form included) and of the library, as JSON:
+ * {"abi": 1, "version": "0.1.0", "torch": "2.15", "go": "go1.26", "architectures": ["GPT2LMHeadModel", ...]}. */
+int nng_version(nng_buf* out, nng_buf* err);
+
+/* Counters for tests, as JSON: {"tensors": n, "handles": n}: tensors the engine holds now
+ * (parameters included) and open handles. */
+int nng_counters(nng_buf* out, nng_buf* err);
+
+/* ---- models ---- */
+
+/* Opens a model directory: reads the config and the headers of its weights, not the weights.
+ * options is JSON: {"dtype": "float32" | "float16" | "bfloat16" | null (as stored),
+ * "device": "cpu" | "cuda:0", "load": bool (map the weights now)}. */
+int nng_model_open(const char* dir, const char* options, nng_model* out, nng_buf* err);
+
+/* Maps the weights, if they are not yet. */
+int nng_model_load(nng_model model, nng_buf* err);
+
+/* Closes the model; runs that still use it fail. Tensors handed out stay valid. */
+int nng_model_close(nng_model model, nng_buf* err);
+
+/* Describes the model, as JSON (see docs/architecture.md, "Model description"). Needs no weights. */
+int nng_model_describe(nng_model model, nng_buf* out, nng_buf* err);
+
+/* The parameter or buffer of that name [new], sharing storage with the model. */
+int nng_model_param(nng_model model, const char* name, void** tensor, nng_buf* err);
+
+/* ---- runs ---- */
+
+/* Starts a run of a recorded graph (the wire form of docs/architecture.md). consts are the tensors
+ * that KindConst nodes number [borrowed: the run takes references of its own]. */
+int nng_run_new(nng_model model, const uint8_t* graph, int64_t size, void* const* consts, int64_t nconsts,
+                nng_run* out, nng_buf* err);
+
+/* Works for about budget_ms milliseconds, then returns so that the caller may look at signals.
+ * *done becomes 1 when the run has ended. A failed run has freed its tensors and can only be freed. */
+int nng_run_step(nng_run run, int64_t budget_ms, int32_t* done, nng_buf* err);
+
+/* The saved values of a run that is done: *out is MessagePack, a list with one entry a Save node in
+ * program order, [node, value], where a value is an argument of the wire form whose references
+ * [0, i] number the tensors; tensors[0..*ntensors) are those tensors, each [new], in an array freed
+ * with nng_tensors_free. The values move out: a second call gives an empty list. */
+int nng_run_results(nng_run run, nng_buf* out, void*** tensors, int64_t* ntensors, nng_buf* err);
+
+/* Ends a run, finished or not, and frees everything it still holds. */
+int nng_run_free(nng_run run, nng_buf* err);
+
+/* Frees the array that nng_run_results gave, and those of its tensors that are not null: a caller
+ * that took a tensor over writes null in its place. */
+void nng_tensors_free(void** tensors, int64_t ntensors);
+
+/* Frees one tensor [new]. */
+void nng_tensor_free(void* tensor);
+
+/* ---- tokenizers ---- */
+
+/* Opens the tokenizer of a model directory: tokenizer.json, with tokenizer_config.json beside it. */
+int nng_tokenizer_open(const char* dir, nng_tokenizer* out, nng_buf* err);
+
+int nng_tokenizer_close(nng_tokenizer tokenizer, nng_buf* err);
+
+/* Describes it, as JSON: vocab_size, len, special tokens with ids, padding_side, model_max_length,
+ * chat_template, add_bos/eos flags. */
+int nng_tokenizer_describe(nng_tokenizer tokenizer, nng_buf* out, nng_buf* err);
+
+/* Encodes text (size bytes of UTF-8, NUL allowed). *out is JSON:
+ * {"ids": [..], "tokens": [..], "offsets": [[start, end], ..] in characters,
+ * "special_tokens_mask": [..], "type_ids": [..]}. */
+int nng_tokenizer_encode(nng_tokenizer tokenizer, const char* text, int64_t size, int32_t add_special_tokens,
+                         nng_buf* out, nng_buf* err);
+
+/* Encodes only to ids: *out holds int64 values in the machine's byte order. */
+int nng_tokenizer_ids(nng_tokenizer tokenizer, const char* text, int64_t size, int32_t add_special_tokens,
+                      nng_buf* out, nng_buf* err);
+
+/* Decodes ids; *out is the text. An id outside the vocabulary is a failure that names it. */
+int nng_tokenizer_decode(nng_tokenizer tokenizer, const int64_t* ids, int64_t n, int32_t skip_special_tokens,
+                         nng_buf* out, nng_buf* err);
+
+/* *out is JSON: a list of tokens (null where the vocabulary has none). */
+int nng_tokenizer_tokens(nng_tokenizer tokenizer, const int64_t* ids, int64_t n, nng_buf* out, nng_buf* err);
+
+/* tokens is a JSON list of strings; *out is a JSON list of ids (null where there is none). */
+int nng_tokenizer_lookup(nng_tokenizer tokenizer, const char* tokens, nng_buf* out, nng_buf* err);
+
+/* The whole vocabulary with added tokens, as a JSON object token -> id. */
+int nng_tokenizer_vocab(nng_tokenizer tokenizer, nng_buf* out, nng_buf* err);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
