@@ -1,0 +1,125 @@
+package plan
+
+import "github.com/nnsight-go/nnsight-go/engine/graph"
+
+// finish drops the instructions nobody can observe and says where each value dies.
+func finish(s *Schedule) {
+	s.Borrowed = make([]bool, s.Slots)
+	for _, src := range s.Sources {
+		s.Borrowed[src.Slot] = src.Kind != graph.KindInput
+	}
+	dropDead(s)
+	markLastUses(s)
+}
+
+// aliases groups slots that may share storage (union-find).
+type aliases []Slot
+
+func newAliases(n int) aliases {
+	a := make(aliases, n)
+	for i := range a {
+		a[i] = Slot(i)
+	}
+	return a
+}
+
+func (a aliases) find(s Slot) Slot {
+	for a[s] != s {
+		a[s] = a[a[s]]
+		s = a[s]
+	}
+	return s
+}
+
+func (a aliases) join(x, y Slot) { a[a.find(x)] = a.find(y) }
+
+// dropDead removes instructions whose result nobody uses and whose changes nobody can see. A
+// change can be seen through anything that may share storage with its target, and always in a
+// tensor that is not the run's own.
+func dropDead(s *Schedule) {
+	alias := newAliases(s.Slots)
+	for i := range s.Instrs {
+		in := &s.Instrs[i]
+		if in.Out != NoSlot && !in.Fresh {
+			in.refs(func(r Slot) { alias.join(in.Out, r) })
+		}
+	}
+	used := make([]bool, s.Slots)
+	seen := make([]bool, s.Slots) // by group
+	use := func(r Slot) {
+		used[r] = true
+		seen[alias.find(r)] = true
+	}
+	for i := range s.Saved {
+		s.Saved[i].Value.Refs(use)
+	}
+	for _, src := range s.Sources {
+		if s.Borrowed[src.Slot] {
+			seen[alias.find(src.Slot)] = true
+		}
+	}
+	kept := len(s.Instrs)
+	for i := len(s.Instrs) - 1; i >= 0; i-- {
+		in := &s.Instrs[i]
+		live := in.Out != NoSlot && used[in.Out] || in.Op == OpCall && isRandom(in.Name) && in.Node != graph.NoID
+		if in.Mutate || in.Op == OpGuard {
+			in.target(func(r Slot) { live = live || seen[alias.find(r)] })
+		}
+		if live {
+			in.refs(use)
+			kept--
+			s.Instrs[kept] = *in
+		}
+	}
+	s.Instrs = append(s.Instrs[:0], s.Instrs[kept:]...)
+}
+
+// target calls f for each slot the instruction changes in place (or guards).
+func (in *Instr) target(f func(Slot)) {
+	for i := range in.Kwargs {
+		if in.Kwargs[i].Name == "out" {
+			in.Kwargs[i].Arg.Refs(f)
+			return
+		}
+	}
+	in.Args[0].Refs(f)
+}
+
+func (in *Instr) refs(f func(Slot)) {
+	for i := range in.Args {
+		in.Args[i].Refs(f)
+	}
+	for i := range in.Kwargs {
+		in.Kwargs[i].Arg.Refs(f)
+	}
+}
+
+// markLastUses notes after which instruction each slot is dead. Saved slots live until the
+// results are taken; borrowed ones are not the run's to free.
+func markLastUses(s *Schedule) {
+	last := make([]int, s.Slots)
+	for i := range last {
+		last[i] = -1
+	}
+	for i := range s.Instrs {
+		in := &s.Instrs[i]
+		if in.Out != NoSlot {
+			last[in.Out] = i
+		}
+		in.refs(func(r Slot) { last[r] = i })
+	}
+	keep := make([]bool, s.Slots)
+	for i := range s.Saved {
+		s.Saved[i].Value.Refs(func(r Slot) { keep[r] = true })
+	}
+	for slot, i := range last {
+		if i >= 0 && !keep[slot] && !s.Borrowed[slot] {
+			s.Instrs[i].Frees = append(s.Instrs[i].Frees, Slot(slot))
+		}
+	}
+	for _, src := range s.Sources {
+		if last[src.Slot] < 0 && !keep[src.Slot] && !s.Borrowed[src.Slot] {
+			s.Unused = append(s.Unused, src.Slot)
+		}
+	}
+}

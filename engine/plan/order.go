@@ -1,0 +1,164 @@
+package plan
+
+import (
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+)
+
+// accessPoint finds the access point a Read, Write or Module node names.
+func accessPoint(m *graph.Model, n *graph.Node) (int, error) {
+	if p, ok := m.Point(n.Path, n.Port); ok {
+		return p, nil
+	}
+	if !m.HasModule(n.Path) {
+		return 0, fault.New(fault.ModulePath, "the model has no module %q", n.Path)
+	}
+	return 0, fault.New(fault.ModulePath, "module %q never runs in a forward pass", n.Path)
+}
+
+// orderInvokes decides how many forward passes the trace needs: forwardOf[i] is the pass of
+// invoke i. Invokes share a pass unless an invoke would have to write at a layer the pass has
+// left behind by the time a value of an earlier invoke is there.
+//
+// depth[n] is how far its pass has gone, in access points, when node n can run.
+func orderInvokes(g *graph.Graph, m *graph.Model) (forwardOf []int, err error) {
+	forwardOf = make([]int, max(len(g.Invokes), 1))
+	depth := make([]int, len(g.Nodes))
+	origins := make([][]int, len(g.Nodes)) // access points whose value a node's result may alias
+	at := make([]int, len(forwardOf))      // how far each invoke's pass has gone
+	place := func(invoke int32) error {
+		at[invoke] = -1
+		for n := range g.Nodes {
+			node := &g.Nodes[n]
+			if node.Invoke != invoke {
+				continue
+			}
+			node.Refs(func(id graph.ID) {
+				from := &g.Nodes[id]
+				if from.Invoke != invoke && forwardOf[from.Invoke] == forwardOf[invoke] {
+					at[invoke] = max(at[invoke], depth[id])
+				}
+			})
+			var written []int
+			switch node.Kind {
+			case graph.KindRead:
+				p, err := accessPoint(m, node)
+				if err != nil {
+					return locate(err, g, n)
+				}
+				at[invoke] = max(at[invoke], p)
+				origins[n] = []int{p}
+			case graph.KindWrite:
+				p, err := accessPoint(m, node)
+				if err != nil {
+					return locate(err, g, n)
+				}
+				written = []int{p}
+			case graph.KindSetIndex, graph.KindCall, graph.KindIndex, graph.KindItem:
+				if arg := mutated(node); arg != nil {
+					arg.Refs(func(id graph.ID) {
+						if g.Nodes[id].Invoke == invoke {
+							written = union(written, origins[id])
+						}
+					})
+				}
+				if node.Kind != graph.KindCall || !isFresh(node.Op) {
+					node.Refs(func(id graph.ID) { origins[n] = union(origins[n], origins[id]) })
+				}
+			}
+			for _, p := range written {
+				if p < at[invoke] && crossed(g, m, depth, forwardOf, n, p) {
+					return errNextForward
+				}
+				at[invoke] = max(at[invoke], p)
+			}
+			depth[n] = at[invoke]
+		}
+		return nil
+	}
+	for i := range forwardOf {
+		for n := range g.Nodes {
+			node := &g.Nodes[n]
+			if node.Invoke != int32(i) {
+				continue
+			}
+			node.Refs(func(id graph.ID) { forwardOf[i] = max(forwardOf[i], forwardOf[g.Nodes[id].Invoke]) })
+		}
+		err := place(int32(i))
+		if err == errNextForward {
+			forwardOf[i]++
+			err = place(int32(i))
+		}
+		if err == errNextForward { // its own order, which Splice reports with both lines
+			err = nil
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	for i := range g.Invokes {
+		if g.Invokes[i].WholeBatch() {
+			for j := range g.Invokes {
+				if forwardOf[j] != 0 {
+					e := fault.New(fault.Input, "invoke %d has no input and so sees the whole batch, "+
+						"but invoke %d needs a forward pass of its own", i, j).
+						WithHint("It writes at a layer that lies before the value it takes from another invoke; "+
+							"give invoke %d a prompt, or use a second trace.", i)
+					e.Invoke = i
+					return nil, e
+				}
+			}
+		}
+	}
+	return forwardOf, nil
+}
+
+var errNextForward = fault.New(fault.Internal, "needs the next forward pass")
+
+// crossed reports whether the invoke of node n stands past access point p because it waited for a
+// value of another invoke, rather than by its own reads.
+func crossed(g *graph.Graph, m *graph.Model, depth, forwardOf []int, n, p int) bool {
+	invoke := g.Nodes[n].Invoke
+	for k := 0; k <= n; k++ {
+		node := &g.Nodes[k]
+		if node.Invoke != invoke {
+			continue
+		}
+		past := false
+		node.Refs(func(id graph.ID) {
+			from := g.Nodes[id].Invoke
+			past = past || from != invoke && forwardOf[from] == forwardOf[invoke] && depth[id] > p
+		})
+		if past {
+			return true
+		}
+	}
+	return false
+}
+
+// locate adds a node's place to an error.
+func locate(err error, g *graph.Graph, n int) error {
+	e := fault.As(err)
+	node := &g.Nodes[n]
+	e.Node, e.Invoke, e.Step = n, int(node.Invoke), int(node.Step)
+	if e.Path == "" {
+		e.Path = node.Path
+	}
+	if e.Pos.IsZero() {
+		e.Pos = g.PosOf(node)
+	}
+	return e
+}
+
+func union(a, b []int) []int {
+next:
+	for _, x := range b {
+		for _, y := range a {
+			if x == y {
+				continue next
+			}
+		}
+		a = append(a, x)
+	}
+	return a
+}
