@@ -72,14 +72,6 @@ func (m *Machine[V]) Feed(result V, dead []V) []V {
 	return dead
 }
 
-// Start appends the values of sources that no instruction reads to dead.
-func (m *Machine[V]) Start(dead []V) []V {
-	for _, slot := range m.schedule.Unused {
-		dead = m.drop(slot, dead)
-	}
-	return dead
-}
-
 func (m *Machine[V]) drop(slot plan.Slot, dead []V) []V {
 	if m.held[slot] {
 		var none V

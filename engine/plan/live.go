@@ -1,6 +1,10 @@
 package plan
 
-import "github.com/nnsight-go/nnsight-go/engine/graph"
+import (
+	"slices"
+
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+)
 
 // finish drops the instructions nobody can observe and says where each value dies.
 func finish(s *Schedule) {
@@ -8,6 +12,7 @@ func finish(s *Schedule) {
 	for _, src := range s.Sources {
 		s.Borrowed[src.Slot] = src.Kind != graph.KindInput
 	}
+	slices.SortFunc(s.Saved, func(a, b Saved) int { return int(a.Node - b.Node) }) // program order
 	dropDead(s)
 	markLastUses(s)
 }
@@ -65,6 +70,9 @@ func dropDead(s *Schedule) {
 		if in.Mutate || in.Op == OpGuard {
 			in.target(func(r Slot) { live = live || seen[alias.find(r)] })
 		}
+		if in.Op == OpExpect {
+			in.refs(func(r Slot) { live = live || used[r] })
+		}
 		if live {
 			in.refs(use)
 			kept--
@@ -117,9 +125,5 @@ func markLastUses(s *Schedule) {
 			s.Instrs[i].Frees = append(s.Instrs[i].Frees, Slot(slot))
 		}
 	}
-	for _, src := range s.Sources {
-		if last[src.Slot] < 0 && !keep[src.Slot] && !s.Borrowed[src.Slot] {
-			s.Unused = append(s.Unused, src.Slot)
-		}
-	}
+	s.Sources = slices.DeleteFunc(s.Sources, func(src Source) bool { return last[src.Slot] < 0 && !keep[src.Slot] })
 }

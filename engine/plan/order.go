@@ -21,11 +21,17 @@ func accessPoint(m *graph.Model, n *graph.Node) (int, error) {
 // left behind by the time a value of an earlier invoke is there.
 //
 // depth[n] is how far its pass has gone, in access points, when node n can run.
-func orderInvokes(g *graph.Graph, m *graph.Model) (forwardOf []int, err error) {
+func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID) (forwardOf []int, err error) {
 	forwardOf = make([]int, max(len(g.Invokes), 1))
 	depth := make([]int, len(g.Nodes))
 	origins := make([][]int, len(g.Nodes)) // access points whose value a node's result may alias
 	at := make([]int, len(forwardOf))      // how far each invoke's pass has gone
+	uses := func(n int, f func(graph.ID)) {
+		g.Nodes[n].Refs(f)
+		for _, id := range waits[n] {
+			f(id)
+		}
+	}
 	place := func(invoke int32) error {
 		at[invoke] = -1
 		for n := range g.Nodes {
@@ -33,7 +39,7 @@ func orderInvokes(g *graph.Graph, m *graph.Model) (forwardOf []int, err error) {
 			if node.Invoke != invoke {
 				continue
 			}
-			node.Refs(func(id graph.ID) {
+			uses(n, func(id graph.ID) {
 				from := &g.Nodes[id]
 				if from.Invoke != invoke && forwardOf[from.Invoke] == forwardOf[invoke] {
 					at[invoke] = max(at[invoke], depth[id])
@@ -67,7 +73,7 @@ func orderInvokes(g *graph.Graph, m *graph.Model) (forwardOf []int, err error) {
 				}
 			}
 			for _, p := range written {
-				if p < at[invoke] && crossed(g, m, depth, forwardOf, n, p) {
+				if p < at[invoke] && crossed(g, uses, depth, forwardOf, n, p) {
 					return errNextForward
 				}
 				at[invoke] = max(at[invoke], p)
@@ -82,7 +88,7 @@ func orderInvokes(g *graph.Graph, m *graph.Model) (forwardOf []int, err error) {
 			if node.Invoke != int32(i) {
 				continue
 			}
-			node.Refs(func(id graph.ID) { forwardOf[i] = max(forwardOf[i], forwardOf[g.Nodes[id].Invoke]) })
+			uses(n, func(id graph.ID) { forwardOf[i] = max(forwardOf[i], forwardOf[g.Nodes[id].Invoke]) })
 		}
 		err := place(int32(i))
 		if err == errNextForward {
@@ -117,7 +123,7 @@ var errNextForward = fault.New(fault.Internal, "needs the next forward pass")
 
 // crossed reports whether the invoke of node n stands past access point p because it waited for a
 // value of another invoke, rather than by its own reads.
-func crossed(g *graph.Graph, m *graph.Model, depth, forwardOf []int, n, p int) bool {
+func crossed(g *graph.Graph, uses func(int, func(graph.ID)), depth, forwardOf []int, n, p int) bool {
 	invoke := g.Nodes[n].Invoke
 	for k := 0; k <= n; k++ {
 		node := &g.Nodes[k]
@@ -125,7 +131,7 @@ func crossed(g *graph.Graph, m *graph.Model, depth, forwardOf []int, n, p int) b
 			continue
 		}
 		past := false
-		node.Refs(func(id graph.ID) {
+		uses(k, func(id graph.ID) {
 			from := g.Nodes[id].Invoke
 			past = past || from != invoke && forwardOf[from] == forwardOf[invoke] && depth[id] > p
 		})

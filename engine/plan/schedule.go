@@ -34,10 +34,11 @@ const (
 	OpPut                // writes Args[1] into the Window of Args[0]
 	OpSpread             // a copy of Args[0], which all rows shared, with Window.Batch rows of its own
 	OpClone              // a copy of Args[0]
+	OpExpect             // notes whether Args[0] has the sizes Want, for the message of a later failure
 	OpGuard              // fails if Args[0] shares storage with one of Args[1:], whose time has passed
 )
 
-var opNames = [...]string{"call", "index", "setindex", "item", "rows", "put", "spread", "clone", "guard"}
+var opNames = [...]string{"call", "index", "setindex", "item", "rows", "put", "spread", "clone", "expect", "guard"}
 
 func (o Op) String() string { return opNames[o] }
 
@@ -61,6 +62,7 @@ type Instr struct {
 	Mode   graph.Mode // autograd state it runs under
 	Window Window
 	Node   graph.ID   // the user's node this comes from, or NoID
+	Want   []int64    // Expect: the sizes the model computed there
 	Others []graph.ID // Guard: the user's nodes that made the model move on, for the message
 	Path   string     // innermost module it belongs to
 	Mutate bool       // changes its first argument in place
@@ -90,7 +92,6 @@ type Schedule struct {
 	Saved    []Saved
 	Forwards []Forward
 	Borrowed []bool // by slot: parameters and constants, which a run never frees
-	Unused   []Slot // sources nothing reads: dead before the first instruction
 }
 
 // String prints the schedule, one instruction a line.

@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"slices"
 	"strconv"
 	"strings"
 
@@ -28,7 +29,8 @@ func (m Models) of(f *Forward) *graph.Model {
 // Several invokes in one pass each see a copy of their own rows. What an invoke changed is written
 // back before the pass moves on.
 func Splice(g *graph.Graph, models Models) (*Schedule, error) {
-	forwardOf, err := orderInvokes(g, models.Causal)
+	waits := hazards(g, models.Causal)
+	forwardOf, err := orderInvokes(g, models.Causal, waits)
 	if err != nil {
 		return nil, err
 	}
@@ -38,6 +40,7 @@ func Splice(g *graph.Graph, models Models) (*Schedule, error) {
 	}
 	s := &splicer{
 		g:       g,
+		waits:   waits,
 		extents: extents,
 		out:     &Schedule{Forwards: forwards},
 		passes:  make([]pass, len(forwards)),
@@ -96,6 +99,7 @@ func liveNodes(g *graph.Graph) []bool {
 
 type splicer struct {
 	g       *graph.Graph
+	waits   [][]graph.ID // by user node: nodes of other invokes that must come first
 	out     *Schedule
 	extents []extent
 	passes  []pass
@@ -122,8 +126,9 @@ type pass struct {
 	inputs   map[string]Slot
 	copies   map[copyKey]*rowCopy
 	order    []*rowCopy // copies in the order they were made
+	links    []link
 	dirty    bool
-	spread   map[Slot]bool // values that were shared by all rows and now have one each
+	spread   map[Slot]bool // values computed from one that all rows shared and that now has a row each
 }
 
 type copyKey struct {
@@ -138,6 +143,16 @@ type rowCopy struct {
 	slot   Slot // the copy
 	shape  graph.Shape
 	dirty  bool
+	views  []*rowCopy // copies of other activations that it may share storage with
+}
+
+func (c *rowCopy) soil() {
+	c.dirty = true
+	for _, v := range c.views {
+		if !v.dirty {
+			v.soil()
+		}
+	}
 }
 
 // origin is an activation that a user's value may be a view of.
@@ -201,6 +216,9 @@ func (s *splicer) run(p *pass) error {
 func (s *splicer) ready(n int) bool {
 	ok := true
 	s.g.Nodes[n].Refs(func(id graph.ID) { ok = ok && s.done[id] })
+	for _, id := range s.waits[n] {
+		ok = ok && s.done[id]
+	}
 	return ok
 }
 
@@ -342,6 +360,11 @@ func (s *splicer) compute(p *pass, id graph.ID, env []Slot) error {
 		return fault.New(fault.Internal, "model node %d has kind %d, which computes nothing", id, n.Kind)
 	}
 	env[id] = in.Out
+	in.refs(func(r Slot) {
+		if p.spread[r] {
+			p.spread[in.Out] = true
+		}
+	})
 	s.emit(in)
 	return failed
 }
@@ -430,20 +453,14 @@ func (s *splicer) leaf(p *pass, node *graph.Node) (graph.ID, error) {
 		return graph.NoID, fault.New(fault.OutOfOrder, "%s runs once in a forward pass; call %d was asked for",
 			describe(node.Path, node.Port), node.Step)
 	}
-	point, err := accessPoint(p.model, node)
-	if err != nil {
+	if _, err := accessPoint(p.model, node); err != nil {
 		return graph.NoID, err
 	}
-	found := graph.NoID
-	p.model.Points[point].Tree.Refs(func(id graph.ID) {
-		if p.model.Nodes[id].Leaf == node.Leaf {
-			found = id
-		}
-	})
-	if found == graph.NoID {
-		return found, fault.New(fault.ModulePath, "%s has no tensor %q", describe(node.Path, node.Port), node.Leaf)
+	mark := markOf(p.model, node)
+	if mark == graph.NoID {
+		return mark, fault.New(fault.ModulePath, "%s has no tensor %q", describe(node.Path, node.Port), node.Leaf)
 	}
-	return found, nil
+	return mark, nil
 }
 
 // view is the value of a model node as an invoke sees it: the tensor itself where the invoke is
@@ -453,7 +470,7 @@ func (s *splicer) view(p *pass, invoke int32, id graph.ID) (Slot, *rowCopy, erro
 	if err != nil {
 		return NoSlot, nil, err
 	}
-	if c := p.copies[copyKey{invoke, slot}]; c != nil {
+	if c := p.copyOf(invoke, slot); c != nil {
 		return c.slot, c, nil
 	}
 	s.flush(p) // so that edits of others on the same rows show
@@ -466,13 +483,49 @@ func (s *splicer) view(p *pass, invoke int32, id graph.ID) (Slot, *rowCopy, erro
 	shape := p.model.Nodes[id].Shape
 	c := &rowCopy{invoke: invoke, base: slot, shape: shape}
 	w := e.window(f, shape)
-	if p.spread[slot] { // its rows are equal but for edits of other invokes
+	if p.ownRows(slot, shape) { // its rows are equal but for edits of other invokes
 		w.BatchAxis, w.Rows = 0, 1
 	}
 	c.slot = s.emit(Instr{Op: OpRows, Args: []graph.Arg{graph.Ref(slot)}, Window: w, Out: s.slot(), Mode: s.mode, Fresh: true})
 	p.copies[copyKey{invoke, slot}] = c
 	p.order = append(p.order, c)
 	return c.slot, c, nil
+}
+
+// link is two activations that were one tensor until an invoke replaced its rows of one of them:
+// for every other invoke they still are.
+type link struct {
+	a, b   Slot
+	except int32
+}
+
+// sameFor gives the activations that are one tensor for an invoke, slot among them.
+func (p *pass) sameFor(invoke int32, slot Slot) []Slot {
+	out := []Slot{slot}
+	for i := 0; i < len(out); i++ {
+		for _, l := range p.links {
+			if l.except == invoke {
+				continue
+			}
+			if l.a == out[i] && !slices.Contains(out, l.b) {
+				out = append(out, l.b)
+			}
+			if l.b == out[i] && !slices.Contains(out, l.a) {
+				out = append(out, l.a)
+			}
+		}
+	}
+	return out
+}
+
+// copyOf is the copy an invoke already has of an activation, or nil.
+func (p *pass) copyOf(invoke int32, slot Slot) *rowCopy {
+	for _, same := range p.sameFor(invoke, slot) {
+		if c := p.copies[copyKey{invoke, same}]; c != nil {
+			return c
+		}
+	}
+	return nil
 }
 
 // flush writes changed copies back into the batch.
@@ -490,18 +543,25 @@ func (s *splicer) flush(p *pass) {
 		if c.shape.Find(graph.DimBatch) < 0 && !p.spread[c.base] {
 			s.rebase(p, c.base, s.spreadRows(p, c.base))
 		}
-		w := s.extents[c.invoke].window(f, c.shape)
-		if p.spread[c.base] {
-			w.BatchAxis = 0
-		}
-		s.emit(Instr{Op: OpPut, Args: []graph.Arg{graph.Ref(c.base), graph.Ref(c.slot)}, Window: w, Out: NoSlot, Mode: s.mode, Mutate: true})
-		// an overlapping invoke that copied the old rows takes new ones when it looks again
-		for key, other := range p.copies {
-			if other != c && key.slot == c.base && s.overlap(c.invoke, key.invoke) {
-				delete(p.copies, key)
+		for _, base := range p.sameFor(c.invoke, c.base) {
+			w := s.extents[c.invoke].window(f, c.shape)
+			if p.ownRows(base, c.shape) {
+				w.BatchAxis = 0
+			}
+			s.emit(Instr{Op: OpPut, Args: []graph.Arg{graph.Ref(base), graph.Ref(c.slot)}, Window: w, Out: NoSlot, Mode: s.mode, Mutate: true})
+			// an overlapping invoke that copied the old rows takes new ones when it looks again
+			for key, other := range p.copies {
+				if other != c && key.slot == base && s.overlap(c.invoke, key.invoke) {
+					delete(p.copies, key)
+				}
 			}
 		}
 	}
+}
+
+// ownRows reports whether a value that all rows would share has a row for each by now.
+func (p *pass) ownRows(slot Slot, shape graph.Shape) bool {
+	return p.spread[slot] && shape.Find(graph.DimBatch) < 0
 }
 
 func (s *splicer) overlap(a, b int32) bool {
@@ -522,6 +582,14 @@ func (s *splicer) rebase(p *pass, from, to Slot) {
 	for k := range p.env {
 		if p.env[k] == from {
 			p.env[k] = to
+		}
+	}
+	for i := range p.links {
+		if p.links[i].a == from {
+			p.links[i].a = to
+		}
+		if p.links[i].b == from {
+			p.links[i].b = to
 		}
 	}
 	for _, c := range p.order {
@@ -556,10 +624,14 @@ func (s *splicer) write(p *pass, n int) error {
 	f := &s.out.Forwards[p.forward]
 	e := s.extents[node.Invoke]
 	if e.covers(f) {
+		if p.env[mark] != value.Ref {
+			want := p.model.Nodes[mark].Shape.Concrete(f.Batch(), f.Seq)
+			s.emit(Instr{Op: OpExpect, Args: []graph.Arg{value}, Want: want, Out: NoSlot, Mode: s.mode, Path: node.Path})
+		}
 		p.env[mark] = value.Ref
 		return nil
 	}
-	if c := p.copies[copyKey{node.Invoke, old}]; c != nil && c.slot == value.Ref {
+	if c := p.copyOf(node.Invoke, old); c != nil && c.slot == value.Ref {
 		return nil // assigning back what was read
 	}
 	s.flush(p)
@@ -572,17 +644,20 @@ func (s *splicer) write(p *pass, n int) error {
 		fresh = s.emit(Instr{Op: OpClone, Args: []graph.Arg{graph.Ref(old)}, Out: s.slot(), Mode: s.mode, Fresh: true})
 		p.spread[fresh] = p.spread[old]
 	}
-	for _, c := range p.order {
-		if c.base == old && c.invoke != node.Invoke {
-			p.copies[copyKey{c.invoke, fresh}] = c
-		}
-	}
+	p.links = append(p.links, link{old, fresh, node.Invoke})
 	w := e.window(f, shape)
-	if p.spread[fresh] {
+	if p.ownRows(fresh, shape) {
 		w.BatchAxis = 0
 	}
 	s.emit(Instr{Op: OpPut, Args: []graph.Arg{graph.Ref(fresh), value}, Window: w, Out: NoSlot, Mode: s.mode, Mutate: true})
 	c := &rowCopy{invoke: node.Invoke, base: fresh, slot: value.Ref, shape: shape}
+	node.Refs(func(id graph.ID) {
+		for _, o := range s.origins[id] {
+			if o.copy != nil && o.copy.invoke == node.Invoke {
+				c.views = append(c.views, o.copy)
+			}
+		}
+	})
 	p.copies[copyKey{node.Invoke, fresh}] = c
 	p.order = append(p.order, c)
 	p.env[mark] = fresh
@@ -630,7 +705,8 @@ func (s *splicer) soil(id graph.ID) {
 			continue // guarded
 		}
 		if o.copy != nil {
-			o.copy.dirty, o.pass.dirty = true, true
+			o.copy.soil()
+			o.pass.dirty = true
 			continue
 		}
 		for key := range o.pass.copies { // changed for the whole batch: copies of its rows are stale

@@ -1,0 +1,246 @@
+// Package main is the C library libnnsight_go: nng.h, the manual, says what each function does and
+// who owns what. shim.c holds the exported names; this file and its neighbours do the work.
+package main
+
+/*
+#cgo LDFLAGS: -lpthread
+#include <stdlib.h>
+#include "nng.h"
+*/
+import "C"
+
+import (
+	"encoding/json"
+	"runtime"
+	"sync"
+	"time"
+	"unsafe"
+
+	"github.com/nnsight-go/nnsight-go/engine"
+	"github.com/nnsight-go/nnsight-go/engine/aten"
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/host"
+)
+
+// abi numbers the functions of nng.h and the wire form together.
+const abi = 1
+
+func main() {}
+
+// run is a host.Run that one thread at a time may work on.
+type run struct {
+	mu   sync.Mutex
+	host *host.Run
+}
+
+var (
+	models = newTable[*engine.Model]("model")
+	runs   = newTable[*run]("run")
+)
+
+//export nngo_version
+func nngo_version(out, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		return setJSON(out, map[string]any{
+			"abi": abi, "version": engine.Version, "torch": aten.TorchVersion(), "go": runtime.Version(),
+			"architectures": engine.Architectures(), "cuda": aten.CUDAAvailable(),
+		})
+	})
+}
+
+//export nngo_counters
+func nngo_counters(out, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		handles := 0
+		for _, t := range tables {
+			handles += t.count()
+		}
+		return setJSON(out, map[string]any{"tensors": aten.Live(), "handles": handles})
+	})
+}
+
+//export nngo_model_open
+func nngo_model_open(dir, options *C.char, out *C.nng_model, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		var o struct {
+			DType  string `json:"dtype"`
+			Device string `json:"device"`
+			Load   bool   `json:"load"`
+		}
+		if options != nil {
+			if e := json.Unmarshal([]byte(C.GoString(options)), &o); e != nil {
+				return fault.New(fault.Input, "the options are not JSON: %v", e)
+			}
+		}
+		m, e := engine.Open(C.GoString(dir), engine.Options{DType: o.DType, Device: o.Device, Load: o.Load})
+		if e != nil {
+			return e
+		}
+		*out = C.nng_model(models.add(m))
+		return nil
+	})
+}
+
+//export nngo_model_load
+func nngo_model_load(model C.nng_model, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		m, e := models.get(uint64(model))
+		if e != nil {
+			return e
+		}
+		return m.Load()
+	})
+}
+
+//export nngo_model_close
+func nngo_model_close(model C.nng_model, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		m, e := models.take(uint64(model))
+		if e != nil {
+			return e
+		}
+		return m.Close()
+	})
+}
+
+//export nngo_model_describe
+func nngo_model_describe(model C.nng_model, out, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		m, e := models.get(uint64(model))
+		if e != nil {
+			return e
+		}
+		return setJSON(out, m.Describe())
+	})
+}
+
+//export nngo_model_param
+func nngo_model_param(model C.nng_model, name *C.char, tensor *unsafe.Pointer, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		m, e := models.get(uint64(model))
+		if e != nil {
+			return e
+		}
+		t, e := m.Parameter(C.GoString(name))
+		if e != nil {
+			return e
+		}
+		*tensor = t.Release()
+		return nil
+	})
+}
+
+//export nngo_run_new
+func nngo_run_new(model C.nng_model, wire *C.uint8_t, size C.int64_t, consts *unsafe.Pointer, nconsts C.int64_t,
+	out *C.nng_run, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		m, e := models.get(uint64(model))
+		if e != nil {
+			return e
+		}
+		g, e := graph.Decode(unsafe.Slice((*byte)(wire), int(size)))
+		if e != nil {
+			return e
+		}
+		given := make([]aten.Tensor, 0, int(nconsts))
+		for _, p := range unsafe.Slice(consts, int(nconsts)) {
+			t, e := aten.Borrow(p)
+			if e != nil {
+				for _, t := range given {
+					t.Free()
+				}
+				return e
+			}
+			given = append(given, t)
+		}
+		r, e := m.Start(g, given)
+		if e != nil {
+			return e
+		}
+		*out = C.nng_run(runs.add(&run{host: r}))
+		return nil
+	})
+}
+
+//export nngo_run_step
+func nngo_run_step(handle C.nng_run, budget C.int64_t, done *C.int32_t, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		return withRun(handle, func(r *host.Run) error {
+			ended, e := r.Step(time.Duration(budget) * time.Millisecond)
+			if e != nil {
+				return e
+			}
+			*done = 0
+			if ended {
+				*done = 1
+			}
+			return nil
+		})
+	})
+}
+
+// withRun lends a run to one thread.
+func withRun(handle C.nng_run, f func(*host.Run) error) error {
+	r, err := runs.get(uint64(handle))
+	if err != nil {
+		return err
+	}
+	if !r.mu.TryLock() {
+		return busy("run")
+	}
+	defer r.mu.Unlock()
+	return f(r.host)
+}
+
+//export nngo_run_results
+func nngo_run_results(handle C.nng_run, out *C.nng_buf, tensors **unsafe.Pointer, ntensors *C.int64_t, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		return withRun(handle, func(r *host.Run) error {
+			results, given, e := r.Results()
+			if e != nil {
+				return e
+			}
+			array := (*unsafe.Pointer)(C.malloc(C.size_t(len(given)+1) * C.size_t(unsafe.Sizeof(uintptr(0)))))
+			for i, t := range given {
+				unsafe.Slice(array, len(given))[i] = t.Release()
+			}
+			*tensors, *ntensors = array, C.int64_t(len(given))
+			setBuf(out, graph.EncodeResults(results))
+			return nil
+		})
+	})
+}
+
+//export nngo_run_free
+func nngo_run_free(handle C.nng_run, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		r, e := runs.take(uint64(handle))
+		if e != nil {
+			return e
+		}
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.host.Free()
+		return nil
+	})
+}
+
+//export nngo_tensors_free
+func nngo_tensors_free(tensors *unsafe.Pointer, ntensors C.int64_t) {
+	if tensors == nil {
+		return
+	}
+	for _, p := range unsafe.Slice(tensors, int(ntensors)) {
+		nngo_tensor_free(p)
+	}
+	C.free(unsafe.Pointer(tensors))
+}
+
+//export nngo_tensor_free
+func nngo_tensor_free(tensor unsafe.Pointer) {
+	if tensor != nil {
+		t := aten.Adopt(tensor)
+		t.Free()
+	}
+}

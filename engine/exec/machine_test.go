@@ -1,0 +1,349 @@
+package exec_test
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"github.com/nnsight-go/nnsight-go/engine/exec"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/plan"
+	"github.com/nnsight-go/nnsight-go/engine/plan/plantest"
+	"github.com/stretchr/testify/require"
+)
+
+// matrix is a tensor in miniature: rows that may share storage with another's.
+type matrix [][]float64
+
+func zip(a, b matrix, f func(x, y float64) float64) matrix {
+	out := make(matrix, max(len(a), len(b)))
+	for i := range out {
+		x, y := a[i%len(a)], b[i%len(b)]
+		out[i] = make([]float64, max(len(x), len(y)))
+		for j := range out[i] {
+			out[i][j] = f(x[j%len(x)], y[j%len(y)])
+		}
+	}
+	return out
+}
+
+// apply is the arithmetic of the miniature: what a schedule's calls and the oracle both use.
+func apply(op string, a, b matrix) matrix {
+	f := func(x, y float64) float64 { return x * y }
+	if strings.HasPrefix(op, "aten::add") {
+		f = func(x, y float64) float64 { return x + y }
+	}
+	out := zip(a, b, f)
+	if strings.HasSuffix(op, "_") {
+		for i := range a {
+			copy(a[i], out[i])
+		}
+		return a
+	}
+	return out
+}
+
+func clone(a matrix) matrix {
+	return zip(a, matrix{{1}}, func(x, y float64) float64 { return x * y })
+}
+
+const headWeight = 3
+
+// drive runs a schedule over matrices, checking on the way that nothing is freed twice and that
+// nothing is left at the end but what was saved.
+func drive(t *testing.T, s *plan.Schedule) []matrix {
+	defer func() {
+		if t.Failed() {
+			t.Log(s)
+		}
+	}()
+	m := exec.New[matrix](s)
+	for _, src := range s.Sources {
+		m.Bind(src.Slot, source(s, src))
+	}
+	value := func(a graph.Arg) matrix {
+		if a.Kind == graph.ArgFloat {
+			return matrix{{a.F}}
+		}
+		v, err := m.Value(a.Ref)
+		require.NoError(t, err)
+		return v
+	}
+	window := func(v matrix, w plan.Window) matrix {
+		if w.BatchAxis >= 0 {
+			v = v[w.Row : w.Row+w.Rows]
+		}
+		out := make(matrix, len(v))
+		for i := range v {
+			out[i] = v[i]
+			if len(w.SeqAxes) > 0 {
+				out[i] = v[i][w.Tok : w.Tok+w.Toks]
+			}
+		}
+		return out
+	}
+	var dead []matrix
+	for in := m.Next(); in != nil; in = m.Next() {
+		var out matrix
+		switch in.Op {
+		case plan.OpCall:
+			out = apply(in.Name, value(in.Args[0]), value(in.Args[1]))
+		case plan.OpSetIndex:
+			row := value(in.Args[0])[0]
+			for j := range row {
+				row[j] = in.Args[2].F
+			}
+		case plan.OpRows:
+			out = clone(window(value(in.Args[0]), in.Window))
+		case plan.OpClone:
+			out = clone(value(in.Args[0]))
+		case plan.OpSpread:
+			for range in.Window.Batch {
+				out = append(out, clone(value(in.Args[0]))[0])
+			}
+		case plan.OpPut:
+			into, from := window(value(in.Args[0]), in.Window), value(in.Args[1])
+			for i := range into {
+				copy(into[i], from[i%len(from)])
+			}
+		case plan.OpExpect, plan.OpGuard:
+		default:
+			t.Fatalf("no rule for %s", in)
+		}
+		dead = m.Feed(out, dead)
+	}
+	var saved []matrix
+	for _, r := range m.Results() {
+		v, err := m.Value(r.Value.Ref)
+		require.NoError(t, err)
+		saved = append(saved, v)
+	}
+	alive := map[graph.ID]bool{}
+	for _, r := range m.Results() {
+		if !s.Borrowed[r.Value.Ref] {
+			alive[r.Value.Ref] = true
+		}
+	}
+	require.Len(t, m.Abort(nil), len(alive), "values left at the end")
+	return saved
+}
+
+func source(s *plan.Schedule, src plan.Source) matrix {
+	if src.Kind == graph.KindParam {
+		return matrix{{headWeight}}
+	}
+	f := s.Forwards[src.Forward]
+	if src.Name == "position_ids" {
+		out := matrix{make([]float64, f.Seq)}
+		for j := range out[0] {
+			out[0][j] = float64(j)
+		}
+		return out
+	}
+	out := make(matrix, len(f.Rows))
+	for i, row := range f.Rows {
+		out[i] = make([]float64, f.Seq)
+		for j, id := range row {
+			out[i][j] = float64(id)
+		}
+	}
+	return out
+}
+
+// oracle runs each invoke alone, the way the contract words it: the invoke's lines interleaved
+// with a plain forward pass.
+func oracle(t *testing.T, g *graph.Graph, layers int) []matrix {
+	values := make([]matrix, len(g.Nodes))
+	var saved []matrix
+	for invoke := range g.Invokes {
+		var queue []int
+		for n := range g.Nodes {
+			if int(g.Nodes[n].Invoke) == invoke {
+				queue = append(queue, n)
+			}
+		}
+		seen := map[string]matrix{}
+		operand := func(a graph.Arg) matrix {
+			if a.Kind == graph.ArgFloat {
+				return matrix{{a.F}}
+			}
+			return values[a.Ref]
+		}
+		hook := func(point string, v matrix) matrix {
+			seen[point] = v
+			for len(queue) > 0 {
+				n := &g.Nodes[queue[0]]
+				key := n.Path + [...]string{".input", ".output"}[n.Port&1]
+				switch n.Kind {
+				case graph.KindRead:
+					if _, ok := seen[key]; !ok {
+						return seen[point]
+					}
+					values[queue[0]] = seen[key]
+				case graph.KindWrite:
+					if _, ok := seen[key]; !ok {
+						return seen[point]
+					}
+					require.Equal(t, point, key, "the generator writes too late")
+					seen[key] = values[n.Args[0].Ref]
+				case graph.KindCall:
+					values[queue[0]] = apply(n.Op, operand(n.Args[0]), operand(n.Args[1]))
+				case graph.KindSetIndex:
+					row := values[n.Args[0].Ref][0]
+					for j := range row {
+						row[j] = n.Args[2].F
+					}
+				case graph.KindModule:
+					v := values[n.Args[0].Ref]
+					if n.Path == "head" {
+						v = apply("aten::mul", v, matrix{{headWeight}})
+					} else {
+						var i int
+						_, err := fmt.Sscanf(n.Path, "l.%d", &i)
+						require.NoError(t, err)
+						v = apply("aten::add", v, apply("aten::mul", v, matrix{{float64(i + 2)}}))
+					}
+					values[queue[0]] = v
+				case graph.KindItem:
+					values[queue[0]] = values[n.Args[0].Ref]
+				case graph.KindSave:
+					saved = append(saved, values[n.Args[0].Ref])
+				}
+				queue = queue[1:]
+			}
+			return seen[point]
+		}
+		rows := matrix{}
+		for _, r := range g.Invokes[invoke].Rows {
+			row := make([]float64, len(r))
+			for j, id := range r {
+				row[j] = float64(id)
+			}
+			rows = append(rows, row)
+		}
+		positions := matrix{make([]float64, len(rows[0]))}
+		for j := range positions[0] {
+			positions[0][j] = float64(j)
+		}
+		mul := func(v matrix, f float64) matrix { return apply("aten::mul", v, matrix{{f}}) }
+		x := hook("emb.output", mul(hook("emb.input", rows), 1))
+		p := hook("pos.output", mul(hook("pos.input", positions), 0.5))
+		x = apply("aten::add", x, p)
+		for i := range layers {
+			path := fmt.Sprintf("l.%d", i)
+			x = hook(path+".input", x)
+			a := hook(path+".act.output", mul(hook(path+".act.input", x), float64(i+2)))
+			x = hook(path+".output", apply("aten::add", x, a))
+		}
+		hook("head.output", mul(hook("head.input", x), headWeight))
+		require.Empty(t, queue)
+	}
+	return saved
+}
+
+// randomTrace writes a legal trace of several invokes: reads in any order, writes and changes in
+// place where the pass stands, values of earlier invokes, modules called on values.
+func randomTrace(r *rand.Rand, layers int) string {
+	points := []string{"emb.input", "emb.output", "pos.input", "pos.output"}
+	for i := range layers {
+		points = append(points, fmt.Sprintf("l.%d.input", i), fmt.Sprintf("l.%d.act.input", i),
+			fmt.Sprintf("l.%d.act.output", i), fmt.Sprintf("l.%d.output.0", i))
+	}
+	points = append(points, "head.input", "head.output")
+	name := func(p string) string {
+		if strings.HasSuffix(p, ".input") {
+			return p + ".args.0"
+		}
+		return p
+	}
+	var b strings.Builder
+	toks := 1 + r.IntN(4)
+	sameLength := r.IntN(2) == 0
+	count := 0
+	var shared []string // values later invokes may use, all of [1, toks]
+	for range 1 + r.IntN(4) {
+		if !sameLength {
+			toks, shared = 1+r.IntN(4), nil
+		}
+		fmt.Fprintf(&b, "invoke %d\n", toks)
+		at := 0
+		var own []string
+		for range 1 + r.IntN(8) {
+			at = min(at+r.IntN(5), len(points)-1)
+			v := fmt.Sprintf("v%d", count)
+			count++
+			fmt.Fprintf(&b, "%s = %s\n", v, name(points[at]))
+			switch r.IntN(7) {
+			case 0:
+				fmt.Fprintf(&b, "%s[0, :] = %d\n", v, r.IntN(5))
+			case 1:
+				fmt.Fprintf(&b, "mul_ %s %d\n", v, 2+r.IntN(3))
+			case 2:
+				if from := append(append([]string{}, own...), shared...); len(from) > 0 {
+					fmt.Fprintf(&b, "%s = %s\n", name(points[at]), from[r.IntN(len(from))])
+				}
+			case 3:
+				fmt.Fprintf(&b, "w%d = add %s 1\nadd_ w%d 2\n", count, v, count)
+				own = append(own, fmt.Sprintf("w%d", count))
+			case 4:
+				fmt.Fprintf(&b, "w%d = call %s %s\n", count, []string{"head", "l.0", "l.1"}[r.IntN(3)], v)
+				own = append(own, fmt.Sprintf("w%d", count))
+			case 5:
+				fmt.Fprintf(&b, "w%d = %s\n", count, name(points[r.IntN(at+1)]))
+				own = append(own, fmt.Sprintf("w%d", count))
+			}
+			fmt.Fprintf(&b, "k%d = mul %s 1\n", count, v)
+			own = append(own, fmt.Sprintf("k%d", count))
+			if r.IntN(2) == 0 {
+				fmt.Fprintf(&b, "save %s\n", v)
+			}
+		}
+		fmt.Fprintf(&b, "save %s\n", own[r.IntN(len(own))])
+		shared = append(shared, own...)
+	}
+	return b.String()
+}
+
+// TestRandomTraces holds batches of invokes against each invoke run alone.
+func TestRandomTraces(t *testing.T) {
+	const layers = 3
+	m := plantest.Model(layers)
+	ran, passes := 0, 0
+	for seed := range uint64(20000) {
+		text := randomTrace(rand.New(rand.NewPCG(seed, 1)), layers)
+		g := plantest.Parse(t, text)
+		s, err := plan.Splice(g, plan.Models{Causal: m, Masked: m})
+		require.NoError(t, err, "seed %d:\n%s", seed, text)
+		want := oracle(t, plantest.Parse(t, text), layers)
+		require.Equal(t, want, drive(t, s), "seed %d:\n%s\n%s", seed, text, s)
+		ran++
+		if len(s.Forwards) > 1 {
+			passes++
+		}
+	}
+	require.Positive(t, passes, "no trace needed a second pass: the generator is too tame")
+	t.Logf("%d traces, %d of them in several passes", ran, passes)
+}
+
+func TestMachineEnds(t *testing.T) {
+	m := plantest.Model(2)
+	s, err := plan.Splice(plantest.Parse(t, "invoke 2\nh = l.1.output.0\nsave h"), plan.Models{Causal: m, Masked: m})
+	require.NoError(t, err)
+	machine := exec.New[int](s)
+	for i, src := range s.Sources {
+		machine.Bind(src.Slot, 100+i)
+	}
+	for range 3 {
+		require.NotNil(t, machine.Next())
+		machine.Feed(1, nil)
+	}
+	require.False(t, machine.Done())
+	require.Nil(t, machine.Results())
+	held := machine.Abort(nil)
+	require.NotEmpty(t, held)
+	require.Empty(t, machine.Abort(nil), "nothing comes back twice")
+	require.Nil(t, machine.Next())
+	_, err = machine.Value(0)
+	require.Error(t, err)
+}

@@ -1,0 +1,276 @@
+package host
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/nnsight-go/nnsight-go/engine/aten"
+	"github.com/nnsight-go/nnsight-go/engine/exec"
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/plan"
+)
+
+// Run is one trace on its way through a model. It belongs to one goroutine at a time, and each
+// Step runs on the calling OS thread with that thread's torch state, which it puts back.
+type Run struct {
+	model    *Native
+	graph    *graph.Graph
+	schedule *plan.Schedule
+	machine  *exec.Machine[value]
+	consts   []aten.Tensor
+	frame    aten.Frame
+	dead     []value
+	odd      []oddWrite // replacements whose sizes differ from what the model computed
+	freed    bool
+}
+
+// value is what a slot holds: nearly always a tensor.
+type value struct {
+	tensor aten.Tensor
+	other  *aten.Value
+}
+
+func (v value) free() {
+	if v.other != nil {
+		v.other.Free()
+		return
+	}
+	v.tensor.Free()
+}
+
+// oddWrite is a replacement of other sizes: legal, but the first suspect when an op fails later.
+type oddWrite struct {
+	node      graph.ID
+	path      string
+	want, got []int64
+}
+
+// newRun binds a schedule's sources. It takes over consts, also where it fails.
+func newRun(m *Native, g *graph.Graph, s *plan.Schedule, consts []aten.Tensor) (*Run, error) {
+	r := &Run{model: m, graph: g, schedule: s, machine: exec.New[value](s), consts: consts}
+	for _, src := range s.Sources {
+		var t aten.Tensor
+		var err error
+		switch src.Kind {
+		case graph.KindParam:
+			t, err = m.param(src.Name)
+		case graph.KindConst:
+			if int(src.Index) >= len(consts) {
+				err = fault.New(fault.Graph, "constant %d is not among the %d given", src.Index, len(consts))
+				break
+			}
+			t = consts[src.Index]
+		case graph.KindInput:
+			t, err = m.input(&s.Forwards[src.Forward], src.Name)
+		}
+		if err != nil {
+			r.Free()
+			return nil, err
+		}
+		r.machine.Bind(src.Slot, value{tensor: t})
+	}
+	return r, nil
+}
+
+// Step works for about budget and reports whether the run is done. A run that failed has freed
+// what it held.
+func (r *Run) Step(budget time.Duration) (done bool, err error) {
+	if r.freed {
+		return false, fault.New(fault.Handle, "this run has ended")
+	}
+	mode := aten.CurrentMode()
+	state := modeGuard{outer: mode, now: mode}
+	defer state.restore()
+	deadline := time.Now().Add(budget)
+	for in := r.machine.Next(); in != nil; in = r.machine.Next() {
+		state.set(in.Mode)
+		out, err := r.perform(in)
+		if err != nil {
+			err = r.explain(in, err)
+			r.Free()
+			return false, err
+		}
+		r.dead = r.machine.Feed(out, r.dead[:0])
+		r.release(r.dead)
+		if budget > 0 && time.Now().After(deadline) {
+			return r.machine.Done(), nil
+		}
+	}
+	return true, nil
+}
+
+func (r *Run) release(dead []value) {
+	for _, v := range dead {
+		v.free()
+	}
+}
+
+// Result is one saved value: a tree whose references number Tensors.
+type Result struct {
+	Node  graph.ID
+	Value graph.Arg
+}
+
+// Results hands over the saved values: a tree for each Save node and the tensors the trees number,
+// which are now the caller's. A tensor saved twice is there once. A second call gives nothing.
+func (r *Run) Results() ([]Result, []aten.Tensor, error) {
+	if r.freed || !r.machine.Done() {
+		return nil, nil, nil
+	}
+	var tensors []aten.Tensor
+	numbers := map[graph.ID]graph.Arg{}
+	var failed error
+	hand := func(slot graph.ID) graph.Arg {
+		if a, ok := numbers[slot]; ok {
+			return a
+		}
+		v, err := r.machine.Value(slot)
+		if err != nil {
+			failed = err
+			return graph.Null()
+		}
+		if v.other != nil {
+			numbers[slot] = r.handTree(v.other, &tensors, &failed)
+			return numbers[slot]
+		}
+		t, err := v.tensor.Share()
+		if err != nil {
+			failed = err
+			return graph.Null()
+		}
+		tensors = append(tensors, t)
+		numbers[slot] = graph.Ref(graph.ID(len(tensors) - 1))
+		return numbers[slot]
+	}
+	var out []Result
+	for _, saved := range r.machine.Results() {
+		out = append(out, Result{Node: saved.Node, Value: replace(saved.Value, hand)})
+	}
+	r.Free()
+	if failed != nil {
+		for _, t := range tensors {
+			t.Free()
+		}
+		return nil, nil, failed
+	}
+	return out, tensors, nil
+}
+
+func (r *Run) handTree(v *aten.Value, tensors *[]aten.Tensor, failed *error) graph.Arg {
+	if v.Kind == graph.ArgRef {
+		t, err := v.T.Share()
+		if err != nil {
+			*failed = err
+			return graph.Null()
+		}
+		*tensors = append(*tensors, t)
+		return graph.Ref(graph.ID(len(*tensors) - 1))
+	}
+	a := graph.Arg{Kind: v.Kind, I: v.I, F: v.F, G: v.G, S: v.S, Keys: v.Keys}
+	for i := range v.L {
+		a.L = append(a.L, r.handTree(&v.L[i], tensors, failed))
+	}
+	return a
+}
+
+func replace(a graph.Arg, f func(graph.ID) graph.Arg) graph.Arg {
+	if a.Kind == graph.ArgRef {
+		return f(a.Ref)
+	}
+	if len(a.L) > 0 {
+		l := make([]graph.Arg, len(a.L))
+		for i := range a.L {
+			l[i] = replace(a.L[i], f)
+		}
+		a.L = l
+	}
+	return a
+}
+
+// Free ends the run, finished or not, and frees everything it holds. It may be called twice.
+func (r *Run) Free() {
+	if r.freed {
+		return
+	}
+	r.freed = true
+	r.release(r.machine.Abort(nil))
+	for _, t := range r.consts {
+		t.Free()
+	}
+	r.consts = nil
+}
+
+// explain adds to a failure where it happened and in whose line.
+func (r *Run) explain(in *plan.Instr, err error) error {
+	e := fault.As(err)
+	if e.Path == "" {
+		e.Path = in.Path
+	}
+	node := in.Node
+	if node == graph.NoID && len(r.odd) > 0 {
+		last := r.odd[len(r.odd)-1]
+		node = last.node
+		e.Message += fmt.Sprintf("\nBefore that, this line replaced a value of %s, which had sizes %v, by one of sizes %v",
+			last.path, last.want, last.got)
+	}
+	if node != graph.NoID {
+		n := &r.graph.Nodes[node]
+		e.Node, e.Invoke, e.Step = int(node), int(n.Invoke), int(n.Step)
+		e.Pos = r.graph.PosOf(n)
+	}
+	if e.Code == fault.Op && e.Hint == "" {
+		if args := r.describeArgs(in); args != "" {
+			e.Hint = "Given: " + args + "."
+		}
+	}
+	return e
+}
+
+// describeArgs tells dtype and sizes of an instruction's tensors.
+func (r *Run) describeArgs(in *plan.Instr) string {
+	var parts []string
+	tell := func(slot graph.ID) {
+		if v, err := r.machine.Value(slot); err == nil && v.other == nil {
+			parts = append(parts, fmt.Sprintf("%s %v", v.tensor.DType(), v.tensor.Shape()))
+		}
+	}
+	for i := range in.Args {
+		in.Args[i].Refs(tell)
+	}
+	for i := range in.Kwargs {
+		in.Kwargs[i].Arg.Refs(tell)
+	}
+	return strings.Join(parts, ", ")
+}
+
+// modeGuard switches the thread's autograd state as instructions ask and puts it back.
+type modeGuard struct {
+	outer, now graph.Mode
+	leave      func()
+}
+
+func (g *modeGuard) set(m graph.Mode) {
+	if m == g.now {
+		return
+	}
+	if (m^g.now)&graph.ModeInference != 0 {
+		if g.leave != nil {
+			g.leave()
+			g.leave = nil
+		}
+		if (m^g.outer)&graph.ModeInference != 0 {
+			g.leave = aten.InferenceMode(m&graph.ModeInference != 0)
+		}
+	}
+	aten.SetGradEnabled(m&graph.ModeGrad != 0)
+	g.now = m
+}
+
+func (g *modeGuard) restore() {
+	if g.leave != nil {
+		g.leave()
+	}
+	aten.SetGradEnabled(g.outer&graph.ModeGrad != 0)
+}

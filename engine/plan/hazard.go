@@ -1,0 +1,127 @@
+package plan
+
+import (
+	"slices"
+
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+)
+
+// hazards says which nodes of other invokes a node must wait for beside those whose values it
+// uses. Invokes share a forward pass, so their nodes are not run in the order they were written;
+// where they use one tensor and one of them changes it in place, that order must hold all the same.
+func hazards(g *graph.Graph, m *graph.Model) [][]graph.ID {
+	waits := make([][]graph.ID, len(g.Nodes))
+	crosses, mutates := false, false
+	for n := range g.Nodes {
+		g.Nodes[n].Refs(func(id graph.ID) { crosses = crosses || g.Nodes[id].Invoke != g.Nodes[n].Invoke })
+		mutates = mutates || mutated(&g.Nodes[n]) != nil
+	}
+	if !crosses || !mutates {
+		return waits
+	}
+	alias := sharing(g, m)
+	shared := map[graph.ID]bool{} // groups that several invokes use
+	changed := map[graph.ID]bool{}
+	for n := range g.Nodes {
+		node := &g.Nodes[n]
+		node.Refs(func(id graph.ID) {
+			if g.Nodes[id].Invoke != node.Invoke {
+				shared[alias.find(id)] = true
+			}
+		})
+		if arg := mutated(node); arg != nil {
+			arg.Refs(func(id graph.ID) { changed[alias.find(id)] = true })
+		}
+	}
+	type touch struct {
+		node    graph.ID
+		mutates bool
+	}
+	touched := map[graph.ID][]touch{}
+	for n := range g.Nodes {
+		node := &g.Nodes[n]
+		var written []graph.ID
+		if arg := mutated(node); arg != nil {
+			arg.Refs(func(id graph.ID) { written = append(written, alias.find(id)) })
+		}
+		var groups []graph.ID
+		node.Refs(func(id graph.ID) {
+			if r := alias.find(id); shared[r] && changed[r] && !slices.Contains(groups, r) {
+				groups = append(groups, r)
+			}
+		})
+		for _, r := range groups {
+			now := touch{graph.ID(n), slices.Contains(written, r)}
+			for _, before := range touched[r] {
+				if (before.mutates || now.mutates) && g.Nodes[before.node].Invoke != node.Invoke {
+					waits[n] = append(waits[n], before.node)
+				}
+			}
+			touched[r] = append(touched[r], now)
+		}
+	}
+	return waits
+}
+
+// sharing groups the user's values that may share storage.
+func sharing(g *graph.Graph, m *graph.Model) aliases {
+	alias := newAliases(len(g.Nodes))
+	type bound struct {
+		invoke int32
+		mark   graph.ID
+		value  graph.ID
+	}
+	var bounds []bound // what access points of an invoke hold: values read or written there
+	for n := range g.Nodes {
+		node := &g.Nodes[n]
+		switch node.Kind {
+		case graph.KindCall, graph.KindIndex, graph.KindItem, graph.KindModule:
+			if node.Kind != graph.KindCall || !isFresh(node.Op) {
+				node.Refs(func(id graph.ID) { alias.join(graph.ID(n), id) })
+			}
+		case graph.KindRead, graph.KindWrite:
+			mark := markOf(m, node)
+			if mark == graph.NoID {
+				continue
+			}
+			if node.Kind == graph.KindWrite {
+				node.Refs(func(id graph.ID) { bounds = append(bounds, bound{node.Invoke, mark, id}) })
+				continue
+			}
+			for _, b := range bounds {
+				if b.invoke == node.Invoke && (holds(m, mark, b.mark) || holds(m, b.mark, mark)) {
+					alias.join(graph.ID(n), b.value)
+				}
+			}
+			bounds = append(bounds, bound{node.Invoke, mark, graph.ID(n)})
+		}
+	}
+	return alias
+}
+
+// markOf finds the mark a Read or Write names, or NoID.
+func markOf(m *graph.Model, node *graph.Node) graph.ID {
+	found := graph.NoID
+	if point, ok := m.Point(node.Path, node.Port); ok {
+		m.Points[point].Tree.Refs(func(id graph.ID) {
+			if m.Nodes[id].Leaf == node.Leaf {
+				found = id
+			}
+		})
+	}
+	return found
+}
+
+// holds reports whether a model node's value may be the tensor of an earlier mark, or a view of it.
+func holds(m *graph.Model, id, mark graph.ID) bool {
+	if id == mark {
+		return true
+	}
+	n := &m.Nodes[id]
+	if id < mark || n.Kind == graph.KindCall && isFresh(n.Op) {
+		return false
+	}
+	found := false
+	n.Refs(func(ref graph.ID) { found = found || holds(m, ref, mark) })
+	return found
+}
