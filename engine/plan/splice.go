@@ -109,6 +109,7 @@ type splicer struct {
 	origins [][]origin  // by user node: the activations its value may be a view of
 	reach   []int       // by invoke: the furthest access point it has named
 	reacher []int       // by invoke: the node that named it
+	alias   aliases     // of slots: may share storage
 	params  map[string]Slot
 	consts  map[int32]Slot
 	mode    graph.Mode
@@ -143,24 +144,14 @@ type rowCopy struct {
 	slot   Slot // the copy
 	shape  graph.Shape
 	dirty  bool
-	views  []*rowCopy // copies of other activations that it may share storage with
-}
-
-func (c *rowCopy) soil() {
-	c.dirty = true
-	for _, v := range c.views {
-		if !v.dirty {
-			v.soil()
-		}
-	}
+	stale  bool // another invoke changed the same rows since
 }
 
 // origin is an activation that a user's value may be a view of.
 type origin struct {
 	pass  *pass
-	slot  Slot     // what the user was handed
-	ready int      // model nodes from here on run after it
-	copy  *rowCopy // the copy it was handed out as, or nil
+	slot  Slot // what the user was handed
+	ready int  // model nodes from here on run after it
 }
 
 // run places everything of one forward pass.
@@ -411,7 +402,7 @@ func (s *splicer) place(p *pass, n int) error {
 		if arg := mutated(node); arg != nil {
 			in.Mutate = true
 			arg.Refs(func(id graph.ID) { s.guard(id) })
-			defer arg.Refs(func(id graph.ID) { s.soil(id) })
+			defer arg.Refs(func(id graph.ID) { s.soil(p, node.Invoke, id) })
 		}
 		in.Out = NoSlot
 		if node.Kind != graph.KindSetIndex {
@@ -437,13 +428,13 @@ func (s *splicer) read(p *pass, n int) error {
 	if err != nil {
 		return err
 	}
-	seen, made, err := s.view(p, node.Invoke, mark)
+	seen, err := s.view(p, node.Invoke, mark)
 	if err != nil {
 		return err
 	}
 	s.val[n] = graph.Ref(seen)
 	point, _ := accessPoint(p.model, node)
-	s.origins[n] = []origin{{pass: p, slot: seen, ready: pointReady(&p.model.Points[point]), copy: made}}
+	s.origins[n] = []origin{{pass: p, slot: seen, ready: pointReady(&p.model.Points[point])}}
 	return nil
 }
 
@@ -465,20 +456,20 @@ func (s *splicer) leaf(p *pass, node *graph.Node) (graph.ID, error) {
 
 // view is the value of a model node as an invoke sees it: the tensor itself where the invoke is
 // the whole batch, else a copy of its part, one a value.
-func (s *splicer) view(p *pass, invoke int32, id graph.ID) (Slot, *rowCopy, error) {
+func (s *splicer) view(p *pass, invoke int32, id graph.ID) (Slot, error) {
 	slot, err := s.resolve(p, id)
 	if err != nil {
-		return NoSlot, nil, err
+		return NoSlot, err
 	}
 	if c := p.copyOf(invoke, slot); c != nil {
-		return c.slot, c, nil
+		return c.slot, nil
 	}
 	s.flush(p) // so that edits of others on the same rows show
 	slot = p.env[id]
 	f := &s.out.Forwards[p.forward]
 	e := s.extents[invoke]
 	if e.covers(f) {
-		return slot, nil, nil
+		return slot, nil
 	}
 	shape := p.model.Nodes[id].Shape
 	c := &rowCopy{invoke: invoke, base: slot, shape: shape}
@@ -489,7 +480,7 @@ func (s *splicer) view(p *pass, invoke int32, id graph.ID) (Slot, *rowCopy, erro
 	c.slot = s.emit(Instr{Op: OpRows, Args: []graph.Arg{graph.Ref(slot)}, Window: w, Out: s.slot(), Mode: s.mode, Fresh: true})
 	p.copies[copyKey{invoke, slot}] = c
 	p.order = append(p.order, c)
-	return c.slot, c, nil
+	return c.slot, nil
 }
 
 // link is two activations that were one tensor until an invoke replaced its rows of one of them:
@@ -536,7 +527,7 @@ func (s *splicer) flush(p *pass) {
 	p.dirty = false
 	f := &s.out.Forwards[p.forward]
 	for _, c := range p.order {
-		if !c.dirty {
+		if !c.dirty || c.stale {
 			continue
 		}
 		c.dirty = false
@@ -551,8 +542,8 @@ func (s *splicer) flush(p *pass) {
 			s.emit(Instr{Op: OpPut, Args: []graph.Arg{graph.Ref(base), graph.Ref(c.slot)}, Window: w, Out: NoSlot, Mode: s.mode, Mutate: true})
 			// an overlapping invoke that copied the old rows takes new ones when it looks again
 			for key, other := range p.copies {
-				if other != c && key.slot == base && s.overlap(c.invoke, key.invoke) {
-					delete(p.copies, key)
+				if other != c && key.slot == base && s.overlap(c.invoke, key.invoke) && key.invoke != c.invoke {
+					p.forget(key)
 				}
 			}
 		}
@@ -651,13 +642,6 @@ func (s *splicer) write(p *pass, n int) error {
 	}
 	s.emit(Instr{Op: OpPut, Args: []graph.Arg{graph.Ref(fresh), value}, Window: w, Out: NoSlot, Mode: s.mode, Mutate: true})
 	c := &rowCopy{invoke: node.Invoke, base: fresh, slot: value.Ref, shape: shape}
-	node.Refs(func(id graph.ID) {
-		for _, o := range s.origins[id] {
-			if o.copy != nil && o.copy.invoke == node.Invoke {
-				c.views = append(c.views, o.copy)
-			}
-		}
-	})
 	p.copies[copyKey{node.Invoke, fresh}] = c
 	p.order = append(p.order, c)
 	p.env[mark] = fresh
@@ -698,23 +682,28 @@ func (s *splicer) guard(id graph.ID) {
 	})
 }
 
-// soil notes that the copies a value may be a view of have changed.
-func (s *splicer) soil(id graph.ID) {
-	for _, o := range s.origins[id] {
-		if o.pass.lastCall >= o.ready {
-			continue // guarded
-		}
-		if o.copy != nil {
-			o.copy.soil()
-			o.pass.dirty = true
-			continue
-		}
-		for key := range o.pass.copies { // changed for the whole batch: copies of its rows are stale
-			if key.slot == o.slot {
-				delete(o.pass.copies, key)
+// soil notes that everything a value changed by an invoke may share storage with has changed. Other
+// invokes' rows do not feel it: to them the change comes before or after their whole pass.
+func (s *splicer) soil(p *pass, invoke int32, id graph.ID) {
+	s.val[id].Refs(func(changed Slot) {
+		group := s.alias.find(changed)
+		for _, c := range p.order {
+			if c.invoke == invoke && s.alias.find(c.slot) == group {
+				c.dirty, p.dirty = true, true
 			}
 		}
-	}
+		for key := range p.copies { // changed for the whole batch: copies of its rows are stale
+			if s.alias.find(key.slot) == group {
+				p.forget(key)
+			}
+		}
+	})
+}
+
+// forget drops a copy whose rows have changed under it.
+func (p *pass) forget(key copyKey) {
+	p.copies[key].stale = true
+	delete(p.copies, key)
 }
 
 // module calls a module of the model on the user's values: the part of the forward pass between
@@ -837,17 +826,20 @@ func (s *splicer) inner(p *pass, invoke int32, id graph.ID, env []Slot, start in
 	if n.Kind == graph.KindParam || n.Shape == nil {
 		return s.resolve(p, id)
 	}
-	seen, _, err := s.view(p, invoke, id)
-	return seen, err
+	return s.view(p, invoke, id)
 }
 
 func (s *splicer) emit(in Instr) Slot {
 	in.Node = s.node
+	if in.Out != NoSlot && !in.Fresh {
+		in.refs(func(r Slot) { s.alias.join(in.Out, r) })
+	}
 	s.out.Instrs = append(s.out.Instrs, in)
 	return in.Out
 }
 
 func (s *splicer) slot() Slot {
+	s.alias = append(s.alias, Slot(s.out.Slots))
 	s.out.Slots++
 	return Slot(s.out.Slots - 1)
 }
