@@ -1,0 +1,116 @@
+"""`make bench`: ours against transformers, in one process and one run.
+
+Prints a table and writes it as Markdown and JSON under --out. The model is of GPT-2-small's size
+with random weights; --small takes a tiny one, to try the harness itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import tempfile
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from nnsight_go import LanguageModel
+
+from .harness import Timing, interleave, ratio
+from .memory import of_job
+
+
+def save_model(directory: str, small: bool) -> GPT2LMHeadModel:
+    """Makes a GPT-2 with random weights and saves it as a model directory."""
+    size = {"n_layer": 4, "n_head": 4, "n_embd": 64, "vocab_size": 1000} if small else {}
+    torch.manual_seed(0)
+    reference = GPT2LMHeadModel(GPT2Config(**size)).eval()
+    reference.save_pretrained(directory)
+    return reference
+
+
+def one_save(model: LanguageModel, ids: torch.Tensor, layer: int | None) -> torch.Tensor:
+    """A whole trace with one save: a block's hidden states, or the logits where layer is None."""
+    with model.trace(ids):
+        saved = (model.lm_head.output if layer is None else model.transformer.h[layer].output[0]).save()
+    return saved
+
+
+def forward_cases(reference: GPT2LMHeadModel, directory: str, rounds: int) -> list[dict]:
+    """Whole traces at 10 and 64 tokens against the bare forward pass."""
+    model = LanguageModel(directory, tokenizer=False, dispatch=True)
+    middle = len(model.transformer.h) // 2 - 1
+    rows = []
+    for tokens in (10, 64):
+        ids = torch.randint(0, reference.config.vocab_size, (1, tokens))
+
+        def bare(ids: torch.Tensor = ids) -> torch.Tensor:
+            with torch.no_grad():
+                return reference(ids, use_cache=False).logits
+
+        error = (one_save(model, ids, None) - bare()).abs().max().item()
+        contenders = {
+            "bare": bare,
+            "logits": lambda ids=ids: one_save(model, ids, None),
+            "middle": lambda ids=ids: one_save(model, ids, middle),
+        }
+        timed = interleave(contenders, rounds)
+        for name, what in (("logits", "one save: all logits"), ("middle", f"one save: layer {middle}")):
+            rows.append(row(f"{what}, {tokens} tokens", timed[name], timed["bare"], f"max error {error:.1e}"))
+    return rows
+
+
+def opening_cases(directory: str, rounds: int) -> list[dict]:
+    """From nothing to a model, and to its first logits, each in a fresh process."""
+    runs: dict[str, list[dict]] = {"ours": [], "theirs": []}
+    for _ in range(rounds):
+        for who in runs:
+            runs[who].append(of_job("tests.bench.job", who, directory, "10"))
+    rows = []
+    for key, what in (("open", "opening the model"), ("first", "opening and first forward")):
+        sides = {who: sorted(r[key] for r in results) for who, results in runs.items()}
+        timed = {who: Timing(s[len(s) // 2], s[0], s[-1], len(s)) for who, s in sides.items()}
+        rows.append(row(what, timed["ours"], timed["theirs"], "fresh processes, warm page cache"))
+    for key, what in (("Anonymous", "peak memory, anonymous"), ("Rss", "peak memory, resident")):
+        ours, theirs = (sorted(r[key] for r in runs[who])[rounds // 2] / 2**20 for who in ("ours", "theirs"))
+        rows.append(
+            {"case": what, "ours": f"{ours:.0f} MiB", "theirs": f"{theirs:.0f} MiB", "ratio": f"{ours / theirs:.2f}x"}
+            | {"note": "grown over a process that has imported the library"}
+        )
+    return rows
+
+
+def row(case: str, ours: Timing, theirs: Timing, note: str = "") -> dict:
+    return {"case": case, "ours": str(ours), "theirs": str(theirs), "ratio": ratio(ours, theirs), "note": note}
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| case | nnsight_go | transformers | ratio | |", "|---|---|---|---|---|"]
+    lines += ["| {case} | {ours} | {theirs} | **{ratio}** | {note} |".format(**r) for r in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/bench"))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--small", action="store_true")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory:
+        reference = save_model(directory, args.small)
+        rows = forward_cases(reference, directory, args.rounds)
+        rows += opening_cases(directory, min(args.rounds, 5))
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    text = f"{table(rows)}\n\n{machine}\n"
+    print(text)
+    (args.out / "bench.md").write_text(text)
+    (args.out / "bench.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
