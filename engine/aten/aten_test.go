@@ -1,0 +1,247 @@
+package aten
+
+import (
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"unsafe"
+
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/stretchr/testify/require"
+	torch "github.com/wangkuiyi/gotorch"
+)
+
+// TestMain pins the tests to one thread, whose grad mode they change, and holds the count of
+// handles to zero at the end.
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if n := Live(); n != 0 && code == 0 {
+		println("tensors left at the end:", n)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func floats(t testing.TB, data []float32, shape ...int64) Tensor {
+	x, err := FromFloat32s(data, shape...)
+	require.NoError(t, err)
+	t.Cleanup(x.Free)
+	return x
+}
+
+func call(t testing.TB, name string, args ...Value) Tensor {
+	x, err := run(name, args...)
+	require.NoError(t, err, name)
+	t.Cleanup(x.Free)
+	return x
+}
+
+func wantFloats(t testing.TB, want []float32, x Tensor) {
+	t.Helper()
+	got, err := x.Float32s()
+	require.NoError(t, err)
+	require.InDeltaSlice(t, want, got, 1e-5)
+}
+
+func TestOverloads(t *testing.T) {
+	x := floats(t, []float32{1, 2, 3, 4}, 2, 2)
+	half := call(t, "aten::to", TensorValue(x), Value{Kind: graph.ArgDType, S: "bfloat16"})
+	require.Equal(t, "bfloat16", half.DType())
+	require.Equal(t, "bfloat16", call(t, "aten::maximum", TensorValue(half), FloatValue(2)).DType(), "a number is wrapped")
+	wantFloats(t, []float32{3, 4, 5, 6}, call(t, "aten::add", TensorValue(x), IntValue(2)))
+	wantFloats(t, []float32{2, 4, 6, 8}, call(t, "aten::add", TensorValue(x), TensorValue(x)))
+	wantFloats(t, []float32{1, 4, 9, 16}, call(t, "aten::pow", TensorValue(x), IntValue(2)))
+	wantFloats(t, []float32{2, 4, 8, 16}, call(t, "aten::pow", IntValue(2), TensorValue(x)))
+	wantFloats(t, []float32{10}, call(t, "aten::sum", TensorValue(x)))
+	wantFloats(t, []float32{3, 7}, call(t, "aten::sum", TensorValue(x), IntValue(-1)))
+	wantFloats(t, []float32{4, 6}, call(t, "aten::sum", TensorValue(x), IntsValue(0)))
+	wantFloats(t, []float32{1, 2, 3, 4}, call(t, "aten::view", TensorValue(x), IntValue(-1)))
+	require.Equal(t, []int64{1, 2, 2}, call(t, "aten::view", TensorValue(x), IntValue(1), IntValue(2), IntValue(2)).Shape())
+	require.Equal(t, []int64{4, 1}, call(t, "aten::reshape", TensorValue(x), IntsValue(4, 1)).Shape())
+	wantFloats(t, []float32{2, 4}, call(t, "aten::amax", TensorValue(x), IntsValue(1)))
+	wantFloats(t, []float32{1, 0, 0, 4}, call(t, "aten::mul", TensorValue(x), TensorValue(call(t, "aten::eye", IntValue(2)))))
+	wantFloats(t, []float32{2, 2, 3, 4}, call(t, "aten::clamp", TensorValue(x), IntValue(2)))
+
+	op, err := Find("aten::max")
+	require.NoError(t, err)
+	v, err := op.Call([]Value{TensorValue(x), IntValue(1)})
+	require.NoError(t, err)
+	require.Equal(t, graph.ArgTuple, v.Kind)
+	wantFloats(t, []float32{2, 4}, v.L[0].T)
+	indices, err := v.L[1].T.Int64s()
+	require.NoError(t, err)
+	require.Equal(t, []int64{1, 1}, indices)
+	v.Free()
+
+	op, err = Find("aten::add")
+	require.NoError(t, err)
+	out := call(t, "aten::zeros_like", TensorValue(x))
+	v, err = op.Call([]Value{TensorValue(x), TensorValue(x)}, Named{"alpha", IntValue(3)}, Named{"out", TensorValue(out)})
+	require.NoError(t, err)
+	v.Free()
+	wantFloats(t, []float32{4, 8, 12, 16}, out)
+}
+
+func TestErrors(t *testing.T) {
+	x := floats(t, []float32{1, 2, 3, 4}, 2, 2)
+	y := floats(t, []float32{1, 2, 3}, 3)
+	for name, c := range map[string]struct {
+		op   string
+		args []Value
+		says string
+	}{
+		"no such op":       {"aten::no_such_op", nil, "no operator aten::no_such_op"},
+		"no such overload": {"aten::add.Nope", nil, "no operator aten::add.Nope"},
+		"not a name":       {"add", nil, "not the name of an operator"},
+		"shapes":           {"aten::add", []Value{TensorValue(x), TensorValue(y)}, "must match the size of tensor b"},
+		"nothing fits":     {"aten::add", []Value{TensorValue(x), {Kind: graph.ArgString, S: "s"}}, "does not take (Tensor, str)"},
+		"bool is no dtype": {"aten::view", []Value{TensorValue(x), BoolValue(true)}, "does not take"},
+		"too many":         {"aten::relu", []Value{TensorValue(x), IntValue(1)}, "does not take"},
+		"no dtype":         {"aten::to", []Value{TensorValue(x), {Kind: graph.ArgDType, S: "float31"}}, `no dtype "float31"`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := run(c.op, c.args...)
+			require.ErrorContains(t, err, c.says)
+			require.NotContains(t, err.Error(), "frame #", "no C++ backtrace")
+		})
+	}
+}
+
+func TestIndexing(t *testing.T) {
+	x := floats(t, []float32{0, 1, 2, 3, 4, 5}, 2, 3)
+	none := Value{}
+	span := func(a, b, c Value) Value { return Value{Kind: graph.ArgSlice, L: []Value{a, b, c}} }
+	tuple := func(v ...Value) Value { return Value{Kind: graph.ArgTuple, L: v} }
+	list := func(v ...Value) Value { return Value{Kind: graph.ArgList, L: v} }
+	get := func(index Value) Tensor {
+		out, err := IndexGet(x, index)
+		require.NoError(t, err)
+		t.Cleanup(out.Free)
+		return out
+	}
+	wantFloats(t, []float32{3, 4, 5}, get(IntValue(-1)))
+	wantFloats(t, []float32{2, 5}, get(tuple(span(none, none, none), IntValue(-1))))
+	wantFloats(t, []float32{0, 2, 3, 5}, get(tuple(Value{Kind: graph.ArgEllipsis}, span(none, none, IntValue(2)))))
+	wantFloats(t, []float32{5, 4}, get(tuple(IntValue(1), IntsValue(2, 1))))
+	wantFloats(t, []float32{3, 4, 5, 3, 4, 5}, get(IntsValue(1, 1)))
+	wantFloats(t, []float32{0, 1, 2}, get(list(BoolValue(true), BoolValue(false))))
+	require.Equal(t, []int64{2, 1, 3}, get(tuple(span(none, none, none), none)).Shape())
+	big := call(t, "aten::gt", TensorValue(x), IntValue(3))
+	wantFloats(t, []float32{4, 5}, get(TensorValue(big)))
+
+	y := call(t, "aten::clone", TensorValue(x))
+	require.NoError(t, IndexSet(y, tuple(span(none, none, none), IntValue(0)), FloatValue(9)))
+	require.NoError(t, IndexSet(y, TensorValue(big), IntValue(7)))
+	require.NoError(t, IndexSet(y, tuple(IntValue(0), span(IntValue(1), none, none)), TensorValue(get(tuple(IntValue(0), span(none, IntValue(2), none))))))
+	wantFloats(t, []float32{9, 0, 1, 9, 7, 7}, y)
+	_, err := IndexGet(x, IntValue(2))
+	require.ErrorContains(t, err, "out of bounds")
+	_, err = IndexGet(x, span(none, none, IntValue(-1)))
+	require.ErrorContains(t, err, "step must be greater than zero")
+	require.Error(t, IndexSet(x, IntValue(0), Value{Kind: graph.ArgString, S: "a"}))
+}
+
+func TestModes(t *testing.T) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	outer := GradEnabled()
+	defer SetGradEnabled(outer)
+	SetGradEnabled(true)
+	require.True(t, GradEnabled())
+	SetGradEnabled(false)
+	require.Zero(t, CurrentMode()&graph.ModeGrad)
+	leave := InferenceMode(true)
+	require.NotZero(t, CurrentMode()&graph.ModeInference)
+	leave()
+	require.Zero(t, CurrentMode()&graph.ModeInference)
+}
+
+func TestOwnership(t *testing.T) {
+	before := Live()
+	data := []float32{1, 2, 3, 4}
+	released := 0
+	var pin runtime.Pinner
+	pin.Pin(&data[0])
+	defer pin.Unpin()
+	x, err := FromBlob(pointer(data), []int64{4}, "float32", func() { released++ })
+	require.NoError(t, err)
+	view, err := Narrow(x, 0, 1, 2)
+	require.NoError(t, err)
+	require.Equal(t, x.StorageID(), view.StorageID())
+	x.Free()
+	require.Zero(t, released, "a view still uses the memory")
+	wantFloats(t, []float32{2, 3}, view)
+	view.Free()
+	require.Equal(t, 1, released)
+	_, err = FromBlob(pointer(data), []int64{4}, "float31", nil)
+	require.Error(t, err)
+	require.Equal(t, before, Live())
+}
+
+func TestGotorch(t *testing.T) {
+	g := torch.RandN([]int64{2, 3}, false)
+	x, err := FromGotorch(g)
+	require.NoError(t, err)
+	require.Equal(t, []int64{2, 3}, x.Shape())
+	sum := call(t, "aten::sum", TensorValue(x))
+	back := x.Gotorch()
+	require.Equal(t, g.Shape(), back.Shape())
+	require.InDelta(t, sumOf(t, sum), float64(torch.Sum(back).Item().(float32)), 1e-5)
+	_, err = FromGotorch(torch.Tensor{})
+	require.Error(t, err)
+}
+
+func sumOf(t *testing.T, x Tensor) float64 {
+	v, err := x.Float32s()
+	require.NoError(t, err)
+	return float64(v[0])
+}
+
+func TestFindConcurrently(t *testing.T) {
+	var wait sync.WaitGroup
+	for range 8 {
+		wait.Go(func() {
+			for _, name := range []string{"aten::add", "aten::mul.Tensor", "aten::softmax", "aten::linear"} {
+				op, err := Find(name)
+				if err != nil || op.Name() != name {
+					t.Error(name, err)
+				}
+			}
+		})
+	}
+	wait.Wait()
+}
+
+func TestSchemas(t *testing.T) {
+	lines, err := Schemas("aten::add")
+	require.NoError(t, err)
+	require.Contains(t, strings.Join(lines, "\n"), "aten::add.Tensor(Tensor self, Tensor other")
+}
+
+func BenchmarkAdd(b *testing.B) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	x := floats(b, make([]float32, 8), 1, 8)
+	for _, name := range []string{"aten::add.Tensor", "aten::add"} {
+		op, err := Find(name)
+		require.NoError(b, err)
+		b.Run(name, func(b *testing.B) {
+			var f Frame
+			b.ReportAllocs()
+			for b.Loop() {
+				f.Reset()
+				f.Tensor(x)
+				f.Tensor(x)
+				v, err := op.CallFrame(&f, 2, nil)
+				if err != nil {
+					b.Fatal(err)
+				}
+				v.T.Free()
+			}
+		})
+	}
+}
+
+func pointer(data []float32) unsafe.Pointer { return unsafe.Pointer(&data[0]) }

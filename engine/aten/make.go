@@ -1,0 +1,132 @@
+package aten
+
+import (
+	"unsafe"
+
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+	torch "github.com/wangkuiyi/gotorch"
+)
+
+// run calls an operator that returns one tensor.
+func run(name string, args ...Value) (Tensor, error) {
+	op, err := Find(name)
+	if err != nil {
+		return Tensor{}, err
+	}
+	v, err := op.Call(args)
+	if err != nil {
+		return Tensor{}, err
+	}
+	if v.Kind != graph.ArgRef {
+		v.Free()
+		return Tensor{}, fault.New(fault.Op, "%s did not return one tensor", name)
+	}
+	return v.T, nil
+}
+
+// Narrow is the view of length elements from start on along an axis.
+func Narrow(t Tensor, axis int, start, length int64) (Tensor, error) {
+	return run("aten::narrow.default", TensorValue(t), IntValue(int64(axis)), IntValue(start), IntValue(length))
+}
+
+// Expand is the view with axes of size one repeated to the sizes given.
+func Expand(t Tensor, sizes []int64) (Tensor, error) {
+	return run("aten::expand.default", TensorValue(t), IntsValue(sizes...))
+}
+
+// Clone copies a tensor, keeping the order of its axes in memory.
+func Clone(t Tensor) (Tensor, error) { return run("aten::clone.default", TensorValue(t)) }
+
+// CloneContiguous copies a tensor into memory of its own, every element once.
+func CloneContiguous(t Tensor) (Tensor, error) {
+	op, err := Find("aten::clone.default")
+	if err != nil {
+		return Tensor{}, err
+	}
+	v, err := op.Call([]Value{TensorValue(t)},
+		Named{"memory_format", Value{Kind: graph.ArgMemoryFormat, S: "contiguous_format"}})
+	return v.T, err
+}
+
+// CopyInto writes from into t, which it must broadcast to.
+func CopyInto(t, from Tensor) error {
+	out, err := run("aten::copy_.default", TensorValue(t), TensorValue(from))
+	out.Free()
+	return err
+}
+
+// To converts to a device and a dtype; it shares the tensor where nothing changes.
+func To(t Tensor, device, dtype string) (Tensor, error) {
+	return run("aten::to.device", TensorValue(t), Value{Kind: graph.ArgDevice, S: device}, Value{Kind: graph.ArgDType, S: dtype})
+}
+
+// FromInt64s copies integers into an int64 tensor on the CPU.
+func FromInt64s(data []int64, shape ...int64) (Tensor, error) {
+	return fromSlice(unsafe.Pointer(unsafe.SliceData(data)), len(data), "int64", shape)
+}
+
+// FromFloat32s copies numbers into a float32 tensor on the CPU.
+func FromFloat32s(data []float32, shape ...int64) (Tensor, error) {
+	return fromSlice(unsafe.Pointer(unsafe.SliceData(data)), len(data), "float32", shape)
+}
+
+// FromBools copies booleans into a bool tensor on the CPU.
+func FromBools(data []bool, shape ...int64) (Tensor, error) {
+	return fromSlice(unsafe.Pointer(unsafe.SliceData(data)), len(data), "bool", shape)
+}
+
+func fromSlice(data unsafe.Pointer, n int, dtype string, shape []int64) (Tensor, error) {
+	want := int64(1)
+	for _, s := range shape {
+		want *= s
+	}
+	if want != int64(n) {
+		return Tensor{}, fault.New(fault.Op, "%d elements do not fill a tensor of sizes %v", n, shape)
+	}
+	lent, err := FromBlob(data, shape, dtype, nil) // lent for as long as the copy takes
+	if err != nil {
+		return Tensor{}, err
+	}
+	defer lent.Free()
+	return Clone(lent)
+}
+
+// Int64s copies the elements out, converted and in row-major order.
+func (t Tensor) Int64s() ([]int64, error) { return toSlice[int64](t, "int64") }
+
+// Float32s copies the elements out, converted and in row-major order.
+func (t Tensor) Float32s() ([]float32, error) { return toSlice[float32](t, "float32") }
+
+func toSlice[T int64 | float32](t Tensor, dtype string) ([]T, error) {
+	there, err := To(t, "cpu", dtype)
+	if err != nil {
+		return nil, err
+	}
+	defer there.Free()
+	flat, err := run("aten::contiguous.default", TensorValue(there))
+	if err != nil {
+		return nil, err
+	}
+	defer flat.Free()
+	out := make([]T, flat.Numel())
+	copy(out, unsafe.Slice((*T)(flat.DataPointer()), len(out)))
+	return out, nil
+}
+
+// Gotorch hands the tensor over to gotorch, which frees it when Go's collector finds it unused.
+// Do not use t afterwards.
+func (t Tensor) Gotorch() torch.Tensor {
+	p := new(unsafe.Pointer)
+	*p = t.Release()
+	torch.SetTensorFinalizer(p)
+	return torch.Tensor{T: p}
+}
+
+// FromGotorch makes a handle of our own on a gotorch tensor.
+func FromGotorch(g torch.Tensor) (Tensor, error) {
+	if g.T == nil {
+		return Tensor{}, fault.New(fault.Op, "the gotorch tensor is empty")
+	}
+	return Borrow(*g.T)
+}

@@ -1,0 +1,218 @@
+// Package aten is the engine's only door to libtorch.
+//
+// Any operator of PyTorch can be called by its schema name ([Find], [Op.Call]); the overload is
+// chosen by the arguments, as Python would. Errors are *fault.Error with PyTorch's own message.
+//
+// Ownership: a [Tensor] owns one at::Tensor handle and must be freed once ([Tensor.Free]); functions
+// that take tensors only borrow them, and tensors they return are new. No finalizer helps: [Live]
+// counts the handles, and tests hold it to zero.
+//
+// Threads: calls act on the calling OS thread, whose grad mode and thread pool torch keeps for
+// itself; a caller that changes them locks its thread first.
+package aten
+
+/*
+#cgo CFLAGS: -I${SRCDIR}/../../pybind
+#cgo LDFLAGS: -lnng_aten
+#include <stdlib.h>
+#include "aten.h"
+
+extern void nngoRelease(void*);
+static int nnga_from_blob_go(void* data, const int64_t* sizes, int64_t ndim, int64_t type, uintptr_t ctx, void** out, char** err) {
+	return nnga_from_blob(data, sizes, ndim, type, ctx ? nngoRelease : NULL, (void*)ctx, out, err);
+}
+*/
+import "C"
+
+import (
+	"fmt"
+	"runtime/cgo"
+	"unsafe"
+
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+)
+
+// Tensor owns one handle on an at::Tensor. The zero value is no tensor.
+type Tensor struct{ p unsafe.Pointer }
+
+// Adopt takes over an at::Tensor* made with new.
+func Adopt(p unsafe.Pointer) Tensor {
+	if p != nil {
+		C.nnga_count(1)
+	}
+	return Tensor{p}
+}
+
+// Release gives the handle up: its new owner deletes the at::Tensor.
+func (t Tensor) Release() unsafe.Pointer {
+	if t.p != nil {
+		C.nnga_count(-1)
+	}
+	return t.p
+}
+
+// Borrow makes a handle of our own on a tensor that somebody else owns.
+func Borrow(p unsafe.Pointer) (Tensor, error) {
+	if p == nil {
+		return Tensor{}, fault.New(fault.Op, "a tensor is needed, not nothing")
+	}
+	return Tensor{p}.Share()
+}
+
+// Pointer lends the at::Tensor*.
+func (t Tensor) Pointer() unsafe.Pointer { return t.p }
+
+// IsZero reports whether this is no tensor.
+func (t Tensor) IsZero() bool { return t.p == nil }
+
+// Share makes another handle on the same tensor.
+func (t Tensor) Share() (Tensor, error) {
+	var out Tensor
+	var msg *C.char
+	if C.nnga_tensor_clone_handle(t.p, &out.p, &msg) != 0 {
+		return Tensor{}, opError("", msg)
+	}
+	return out, nil
+}
+
+// Free gives the handle back to libtorch. Freeing no tensor is fine; freeing twice is not.
+func (t Tensor) Free() { C.nnga_tensor_free(t.p) }
+
+// Live is the number of handles now held.
+func Live() int64 { return int64(C.nnga_live()) }
+
+const maxDims = 16
+
+type facts struct {
+	value          [C.NNGA_FACTS]C.int64_t
+	sizes, strides [maxDims]C.int64_t
+	ndim           C.int64_t
+}
+
+func (t Tensor) facts() (f facts) {
+	if t.p == nil {
+		return f
+	}
+	f.ndim = maxDims
+	var msg *C.char
+	if C.nnga_tensor_facts(t.p, &f.value[0], &f.sizes[0], &f.strides[0], &f.ndim, &msg) != 0 {
+		C.nnga_free(unsafe.Pointer(msg))
+	}
+	if f.ndim > maxDims {
+		f.ndim = maxDims
+	}
+	return f
+}
+
+func ints(from []C.int64_t) []int64 {
+	out := make([]int64, len(from))
+	for i, v := range from {
+		out[i] = int64(v)
+	}
+	return out
+}
+
+// Shape is the sizes of the axes.
+func (t Tensor) Shape() []int64 { f := t.facts(); return ints(f.sizes[:f.ndim]) }
+
+// Strides is the step of each axis in elements.
+func (t Tensor) Strides() []int64 { f := t.facts(); return ints(f.strides[:f.ndim]) }
+
+// DType is torch's name of the element type: "float32".
+func (t Tensor) DType() string { f := t.facts(); return DTypeName(int64(f.value[0])) }
+
+// Device is torch's name of the device: "cpu", "cuda:0".
+func (t Tensor) Device() string {
+	f := t.facts()
+	switch f.value[1] {
+	case 0:
+		return "cpu"
+	case 1:
+		return fmt.Sprintf("cuda:%d", f.value[2])
+	case 14:
+		return "meta"
+	}
+	return fmt.Sprintf("device type %d", f.value[1])
+}
+
+// RequiresGrad reports whether autograd follows the tensor.
+func (t Tensor) RequiresGrad() bool { f := t.facts(); return f.value[5] != 0 }
+
+// Numel is the number of elements.
+func (t Tensor) Numel() int64 { f := t.facts(); return int64(f.value[6]) }
+
+// Version counts the changes in place that autograd knows of.
+func (t Tensor) Version() int64 { f := t.facts(); return int64(f.value[7]) }
+
+// StorageID is the same for tensors that share storage, while one of them lives.
+func (t Tensor) StorageID() uintptr { f := t.facts(); return uintptr(f.value[8]) }
+
+// DataPointer is the address of the first element, on the tensor's device.
+func (t Tensor) DataPointer() unsafe.Pointer {
+	f := t.facts()
+	return *(*unsafe.Pointer)(unsafe.Pointer(&f.value[9]))
+}
+
+// DTypeName is torch's name of a c10::ScalarType number, or "".
+func DTypeName(scalarType int64) string {
+	name := C.nnga_dtype_name(C.int64_t(scalarType))
+	if name == nil {
+		return ""
+	}
+	return C.GoString(name)
+}
+
+// dtypeNumber is the c10::ScalarType number of a name, -1 where there is none.
+func dtypeNumber(name string) int64 {
+	c := intern(name)
+	return int64(C.nnga_dtype(c))
+}
+
+// FromBlob makes a tensor over memory that is not torch's, without copying. release, if not nil,
+// is called once, when the last tensor that shares the storage dies, on whatever thread that is.
+func FromBlob(data unsafe.Pointer, shape []int64, dtype string, release func()) (Tensor, error) {
+	number := dtypeNumber(dtype)
+	if number < 0 {
+		return Tensor{}, fault.New(fault.Op, "there is no dtype %q", dtype)
+	}
+	var handle C.uintptr_t
+	if release != nil {
+		handle = C.uintptr_t(cgo.NewHandle(release))
+	}
+	sizes := make([]C.int64_t, len(shape)+1)
+	for i, s := range shape {
+		sizes[i] = C.int64_t(s)
+	}
+	var out Tensor
+	var msg *C.char
+	if C.nnga_from_blob_go(data, &sizes[0], C.int64_t(len(shape)), C.int64_t(number), handle, &out.p, &msg) != 0 {
+		if handle != 0 {
+			cgo.Handle(handle).Delete()
+		}
+		return Tensor{}, opError("", msg)
+	}
+	return out, nil
+}
+
+//export nngoRelease
+func nngoRelease(ctx unsafe.Pointer) {
+	h := cgo.Handle(uintptr(ctx))
+	release := h.Value().(func())
+	h.Delete()
+	release()
+}
+
+// opError takes over a message of the C side.
+func opError(op string, msg *C.char) error {
+	text := C.GoString(msg)
+	C.nnga_free(unsafe.Pointer(msg))
+	e := fault.New(fault.Op, "%s", text)
+	e.Op = op
+	return e
+}
+
+// CUDAAvailable reports whether torch sees a CUDA device.
+func CUDAAvailable() bool { return C.nnga_cuda_available() != 0 }
+
+// TorchVersion is libtorch's own version.
+func TorchVersion() string { return C.GoString(C.nnga_torch_version()) }
