@@ -107,15 +107,9 @@ func (r *Run) release(dead []value) {
 	}
 }
 
-// Result is one saved value: a tree whose references number Tensors.
-type Result struct {
-	Node  graph.ID
-	Value graph.Arg
-}
-
 // Results hands over the saved values: a tree for each Save node and the tensors the trees number,
 // which are now the caller's. A tensor saved twice is there once. A second call gives nothing.
-func (r *Run) Results() ([]Result, []aten.Tensor, error) {
+func (r *Run) Results() ([]graph.Result, []aten.Tensor, error) {
 	if r.freed || !r.machine.Done() {
 		return nil, nil, nil
 	}
@@ -144,9 +138,9 @@ func (r *Run) Results() ([]Result, []aten.Tensor, error) {
 		numbers[slot] = graph.Ref(graph.ID(len(tensors) - 1))
 		return numbers[slot]
 	}
-	var out []Result
+	var out []graph.Result
 	for _, saved := range r.machine.Results() {
-		out = append(out, Result{Node: saved.Node, Value: replace(saved.Value, hand)})
+		out = append(out, graph.Result{Node: saved.Node, Value: replace(saved.Value, hand)})
 	}
 	r.Free()
 	if failed != nil {
