@@ -202,6 +202,7 @@ type Module struct {
 	b     *Builder
 	path  string
 	index int
+	ran   [2]bool // by port: it has its access point
 }
 
 // Model registers the model itself, whose path is "".
@@ -331,10 +332,10 @@ func (m *Module) leave(tree graph.Arg, at int) {
 }
 
 func (m *Module) point(port graph.Port, tree graph.Arg, at int) {
-	for i := range m.b.model.Points {
-		if p := &m.b.model.Points[i]; p.Path == m.path && p.Port == port {
-			m.b.fail("module %q runs twice", m.path)
-		}
+	if ran := &m.ran[port]; *ran {
+		m.b.fail("module %q runs twice", m.path)
+	} else {
+		*ran = true
 	}
 	m.b.model.Points = append(m.b.model.Points, graph.Point{Path: m.path, Port: port, Tree: tree, At: graph.ID(at)})
 }

@@ -61,8 +61,10 @@ func Open(config []byte) (arch.Architecture, error) {
 		arch.Activation("hidden_act", c.Activation)); err != nil {
 		return nil, err
 	}
-	c.rope, err = c.Rope(*c.HeadDim, c.Positions)
-	return c, err
+	if c.rope, err = c.Rope(*c.HeadDim, c.Positions); err != nil {
+		return nil, err
+	}
+	return c, nil
 }
 
 // Context is the number of positions the model was trained for.
