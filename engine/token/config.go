@@ -68,7 +68,8 @@ type config struct {
 	TruncationSide string
 	ModelMaxLength int
 	Templates      map[string]string
-	AddBOS, AddEOS *bool // nil where nothing is said
+	AddBOS, AddEOS bool
+	Built          bool // there is no tokenizer.json; it was made of other files
 	AddPrefixSpace bool
 	CleanUp        bool
 	InputNames     []string
@@ -82,10 +83,10 @@ type rawConfig struct {
 	TruncationSide string                `json:"truncation_side"`
 	ModelMaxLength *float64              `json:"model_max_length"` // often 1e30, for "no limit"
 	Template       json.RawMessage       `json:"chat_template"`
-	AddBOS         *bool                 `json:"add_bos_token"`
-	AddEOS         *bool                 `json:"add_eos_token"`
-	AddPrefixSpace *bool                 `json:"add_prefix_space"`
-	CleanUp        *bool                 `json:"clean_up_tokenization_spaces"`
+	AddBOS         bool                  `json:"add_bos_token"`
+	AddEOS         bool                  `json:"add_eos_token"`
+	AddPrefixSpace bool                  `json:"add_prefix_space"`
+	CleanUp        bool                  `json:"clean_up_tokenization_spaces"`
 	InputNames     []string              `json:"model_input_names"`
 }
 
@@ -101,8 +102,7 @@ func readConfig(dir string) (config, error) {
 		return c, err
 	}
 	c.Class, c.AddBOS, c.AddEOS, c.InputNames = raw.Class, raw.AddBOS, raw.AddEOS, raw.InputNames
-	c.AddPrefixSpace = raw.AddPrefixSpace != nil && *raw.AddPrefixSpace
-	c.CleanUp = raw.CleanUp != nil && *raw.CleanUp
+	c.AddPrefixSpace, c.CleanUp = raw.AddPrefixSpace, raw.CleanUp
 	if raw.ModelMaxLength != nil && *raw.ModelMaxLength > 0 && *raw.ModelMaxLength < 1<<53 {
 		c.ModelMaxLength = int(*raw.ModelMaxLength)
 	}

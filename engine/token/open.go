@@ -35,9 +35,10 @@ const maxFile = 512 << 20
 //
 // It reads tokenizer.json or, where there is none, GPT-2's vocab.json and merges.txt; and, where
 // they exist, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and
-// additional_chat_templates/. Special tokens that only the configuration names are added to the
-// vocabulary, and its add_bos_token and add_eos_token are obeyed, as transformers does. Truncation
-// and padding stored in tokenizer.json are ignored.
+// additional_chat_templates/. As in transformers, special tokens that only the configuration names
+// are added to the vocabulary, and its add_bos_token and add_eos_token count only where there is no
+// tokenizer.json, which says itself what is put around a text. Truncation and padding stored in
+// tokenizer.json are ignored.
 //
 // A file that is missing, truncated or wrong is an error that names it.
 func Open(dir string) (*Tokenizer, error) {
@@ -93,12 +94,24 @@ func (t *Tokenizer) finish() (err error) {
 	if t.spec, err = t.special(); err != nil {
 		return err
 	}
-	if t.conf.AddBOS != nil || t.conf.AddEOS != nil {
+	if t.conf.Built {
 		if err := rustPostProcessor(t.raw, t.template()); err != nil {
 			return err
 		}
 	}
-	t.info, err = rustDescribe(t.raw)
+	if t.info, err = rustDescribe(t.raw); err != nil {
+		return err
+	}
+	return t.probe()
+}
+
+// probe finds out whether texts get a bos and an eos token, whatever post-processor does it.
+func (t *Tokenizer) probe() error {
+	e, err := t.Encode("a", true)
+	if n := len(e.IDs); err == nil && n > 0 {
+		t.addBOS = t.spec.BOS != nil && e.SpecialMask[0] == 1 && e.IDs[0] == t.spec.BOS.ID
+		t.addEOS = t.spec.EOS != nil && e.SpecialMask[n-1] == 1 && e.IDs[n-1] == t.spec.EOS.ID
+	}
 	return err
 }
 
@@ -106,8 +119,8 @@ func (t *Tokenizer) finish() (err error) {
 func (t *Tokenizer) template() any {
 	type m = map[string]any
 	special := m{}
-	side := func(wanted *bool, token *SpecialToken, kind int) []any {
-		if wanted == nil || !*wanted || token == nil {
+	side := func(wanted bool, token *SpecialToken, kind int) []any {
+		if !wanted || token == nil {
 			return nil
 		}
 		special[token.Content] = m{"id": token.Content, "ids": []int64{token.ID}, "tokens": []string{token.Content}}
@@ -141,6 +154,7 @@ func readTokenizer(dir string, conf *config) ([]byte, string, error) {
 			return nil, "", fault.New(fault.Tokenizer, "%s has no %s, and its %s cannot be built from %s and %s",
 				dir, fileTokenizer, conf.Class, fileVocab, fileMerges).WithHint(convert, fileTokenizer)
 		}
+		conf.Built = true
 		data, err := buildGPT2(dir, conf)
 		return data, fileVocab, err
 	}

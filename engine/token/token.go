@@ -29,6 +29,8 @@ type Tokenizer struct {
 	info  described
 	conf  config
 	spec  Special
+	// addBOS and addEOS say what Encode puts around a text.
+	addBOS, addEOS bool
 }
 
 // Encoding is an encoded text. All slices have one entry a token.
@@ -230,6 +232,12 @@ func (t *Tokenizer) Special() Special {
 	return s
 }
 
+// AddsBOS reports whether the post-processor puts a bos token before a text.
+func (t *Tokenizer) AddsBOS() bool { return t.addBOS }
+
+// AddsEOS reports whether the post-processor puts an eos token after a text.
+func (t *Tokenizer) AddsEOS() bool { return t.addEOS }
+
 // Dir is the directory the tokenizer was opened from.
 func (t *Tokenizer) Dir() string { return t.dir }
 
@@ -270,7 +278,7 @@ func (t *Tokenizer) MarshalJSON() ([]byte, error) {
 		"special_tokens": t.spec, "added_tokens": t.info.Added, "adds": t.info.Adds,
 		"padding_side": t.conf.PaddingSide, "truncation_side": t.conf.TruncationSide, "model_max_length": limit,
 		"chat_template": template, "chat_templates": t.conf.Templates,
-		"add_bos_token": t.conf.AddBOS, "add_eos_token": t.conf.AddEOS,
+		"add_bos_token": t.addBOS, "add_eos_token": t.addEOS,
 		"clean_up_tokenization_spaces": t.conf.CleanUp, "model_input_names": t.conf.InputNames,
 	})
 }

@@ -186,7 +186,7 @@ func TestTruncationAndPaddingAreIgnored(t *testing.T) {
 func TestConfig(t *testing.T) {
 	dir := wordDir(t, "")
 	write(t, dir, fileConfig, `{"bos_token": {"content": "<s>", "lstrip": false, "normalized": false}, "eos_token": "</s>",
-		"pad_token": null, "unk_token": "<unk>", "add_bos_token": true, "add_eos_token": true, "padding_side": "left",
+		"pad_token": null, "unk_token": "<unk>", "add_bos_token": true, "padding_side": "left",
 		"model_max_length": 1000000000000000019884624838656, "chat_template": [{"name": "default", "template": "D"},
 		{"name": "tools", "template": "T"}], "additional_special_tokens": ["<x>"],
 		"clean_up_tokenization_spaces": true, "unused": {"a": 1}}`)
@@ -206,11 +206,8 @@ func TestConfig(t *testing.T) {
 
 	e, err := tok.Encode("a <x> B", true)
 	require.NoError(t, err)
-	require.Equal(t, []int64{3, 1, 5, 2, 4}, e.IDs)
-	require.Equal(t, []int{1, 0, 0, 0, 1}, e.SpecialMask)
-	ids, err := tok.EncodeIDs("a <x> B", false)
-	require.NoError(t, err)
-	require.Equal(t, []int64{1, 5, 2}, ids)
+	require.Equal(t, []int64{1, 5, 2}, e.IDs) // tokenizer.json has no post-processor, so no <s>
+	require.False(t, tok.AddsBOS())
 	text, err := tok.Decode(e.IDs, true)
 	require.NoError(t, err)
 	require.Equal(t, "a b", text)
@@ -225,6 +222,24 @@ func TestConfig(t *testing.T) {
 	require.Equal(t, "WordLevel", described["model"])
 	require.Nil(t, described["model_max_length"])
 	require.Equal(t, map[string]any{"token": "</s>", "id": 4.0}, described["special_tokens"].(map[string]any)["eos_token"])
+}
+
+func TestAddBOSOfGPT2Files(t *testing.T) {
+	dir := gpt2Dir(t)
+	write(t, dir, fileConfig, `{"add_bos_token": true, "add_eos_token": true, "eos_token": "</s>"}`)
+	tok := open(t, dir)
+	e, err := tok.Encode("hello", true)
+	require.NoError(t, err)
+	require.Equal(t, []int64{261, 259, 262}, e.IDs)
+	require.Equal(t, []int{1, 0, 1}, e.SpecialMask)
+	require.True(t, tok.AddsBOS() && tok.AddsEOS())
+	ids, err := tok.EncodeIDs("hello", false)
+	require.NoError(t, err)
+	require.Equal(t, []int64{259}, ids)
+	e, err = tok.EncodePair("hello", "hello", true)
+	require.NoError(t, err)
+	require.Equal(t, []int64{261, 259, 262, 261, 259, 262}, e.IDs)
+	require.Equal(t, []int{0, 0, 0, 1, 1, 1}, e.TypeIDs)
 }
 
 func TestSpecialTokensMapWins(t *testing.T) {

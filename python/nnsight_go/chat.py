@@ -13,7 +13,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -30,7 +30,7 @@ _MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 class _Generation(jinja2.ext.Extension):
     """``{% generation %} ... {% endgeneration %}``, which marks what the model itself says: the body."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno

@@ -174,6 +174,9 @@ class Tokenizer:
         self.truncation_side = about["truncation_side"]
         self.model_max_length: int = about["model_max_length"] or NO_LIMIT
         self.clean_up_tokenization_spaces: bool = about["clean_up_tokenization_spaces"]
+        # Whether a text gets a bos token before it, and an eos token after it.
+        self.add_bos_token: bool = about["add_bos_token"]
+        self.add_eos_token: bool = about["add_eos_token"]
         self.model_input_names: list[str] = about["model_input_names"] or ["input_ids", "attention_mask"]
         templates: dict[str, str] = about["chat_templates"] or {}
         self.chat_template: str | dict[str, str] | None = (
@@ -384,7 +387,8 @@ class Tokenizer:
         if return_tensors is not None:
             return batch.convert_to_tensors(return_tensors)
         if single:
-            return BatchEncoding({key: value[0] for key, value in batch.items()})
+            # As in transformers, the batch goes from the lists alone: "length" stays a list of one.
+            return BatchEncoding({key: value if key == "length" else value[0] for key, value in batch.items()})
         return batch
 
     def _encode(self, text: str, special: bool, limit: int | None, details: bool) -> dict[str, list[Any]]:
@@ -408,7 +412,9 @@ class Tokenizer:
         tail = next((i for i, put in enumerate(reversed(mask[head:])) if not put), 0)
         keep = limit - head - tail
         if keep < 0:
-            raise TokenizerError(f"max_length is {limit}, and the tokenizer adds {head + tail} special tokens to a text")
+            raise TokenizerError(
+                f"max_length is {limit}, and the tokenizer adds {head + tail} special tokens to a text"
+            )
         end = len(mask) - tail
         middle = slice(head, head + keep) if self.truncation_side == "right" else slice(end - keep, end)
         return {key: column[:head] + column[middle] + column[end:] for key, column in columns.items()}
@@ -459,7 +465,9 @@ class Tokenizer:
         if ids and isinstance(ids[0], list):
             return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
         text = self._native.decode(ids, skip_special_tokens)
-        clean = self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        clean = (
+            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        )
         # The rules are WordPiece's; in BPE texts they would take spaces that were written.
         if clean and self._native.description["model"] != "BPE":
             for old, new in _CLEAN:
