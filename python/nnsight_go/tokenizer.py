@@ -145,6 +145,38 @@ def _json(tokens: Sequence[str]) -> bytes:
     return json.dumps(list(tokens), ensure_ascii=False).encode()
 
 
+class _Token:
+    """A special token by its part: ``bos_token`` and kin. None where there is none; settable to any token of the
+    vocabulary."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._role = name
+
+    def __get__(self, tokenizer: Tokenizer | None, owner: type) -> str | None:
+        entry = tokenizer._special.get(self._role) if tokenizer is not None else None
+        return entry[0] if entry else None
+
+    def __set__(self, tokenizer: Tokenizer, token: str | None) -> None:
+        tokenizer._set_token(self._role, token)
+
+
+class _TokenId:
+    """The id of a special token: ``bos_token_id`` and kin. None where there is none; settable like the token."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._role = name.removesuffix("_id")
+
+    def __get__(self, tokenizer: Tokenizer | None, owner: type) -> int | None:
+        entry = tokenizer._special.get(self._role) if tokenizer is not None else None
+        return entry[1] if entry else None
+
+    def __set__(self, tokenizer: Tokenizer, id: int | None) -> None:
+        token = None if id is None else tokenizer._native.tokens([id])[0]
+        if id is not None and token is None:
+            raise TokenizerError(f"{self._role}_id cannot be {id}: the vocabulary has {len(tokenizer)} tokens")
+        tokenizer._set_token(self._role, token)
+
+
 class Tokenizer:
     """The tokenizer of a model directory.
 
@@ -158,6 +190,21 @@ class Tokenizer:
     """
 
     is_fast = True
+
+    bos_token = _Token()
+    eos_token = _Token()
+    unk_token = _Token()
+    sep_token = _Token()
+    pad_token = _Token()
+    cls_token = _Token()
+    mask_token = _Token()
+    bos_token_id = _TokenId()
+    eos_token_id = _TokenId()
+    unk_token_id = _TokenId()
+    sep_token_id = _TokenId()
+    pad_token_id = _TokenId()
+    cls_token_id = _TokenId()
+    mask_token_id = _TokenId()
 
     def __init__(
         self,
@@ -267,14 +314,6 @@ class Tokenizer:
 
     # ---- special tokens ----
 
-    def _token(self, role: str) -> str | None:
-        entry = self._special.get(role)
-        return entry[0] if entry else None
-
-    def _token_id(self, role: str) -> int | None:
-        entry = self._special.get(role)
-        return entry[1] if entry else None
-
     def _set_token(self, role: str, token: str | None) -> None:
         if token is None:
             self._special.pop(role, None)
@@ -285,12 +324,6 @@ class Tokenizer:
                 f"{role} cannot be {token!r}: it is not in the vocabulary, and a model has no embedding for a new token"
             )
         self._special[role] = (str(token), id)
-
-    def _set_id(self, role: str, id: int | None) -> None:
-        token = None if id is None else self._native.tokens([id])[0]
-        if id is not None and token is None:
-            raise TokenizerError(f"{role}_id cannot be {id}: the vocabulary has {len(self)} tokens")
-        self._set_token(role, token)
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
@@ -660,46 +693,6 @@ class Tokenizer:
             f"special_tokens={self.special_tokens_map})"
         )
 
-    # Written out below: one property each for bos_token, eos_token, ... and bos_token_id, eos_token_id, ...
-    bos_token: str | None
-    eos_token: str | None
-    unk_token: str | None
-    sep_token: str | None
-    pad_token: str | None
-    cls_token: str | None
-    mask_token: str | None
-    bos_token_id: int | None
-    eos_token_id: int | None
-    unk_token_id: int | None
-    sep_token_id: int | None
-    pad_token_id: int | None
-    cls_token_id: int | None
-    mask_token_id: int | None
-
-
-def _add_properties() -> None:
-    for role in _ROLES:
-        setattr(
-            Tokenizer,
-            role,
-            property(
-                lambda self, role=role: self._token(role),
-                lambda self, token, role=role: self._set_token(role, token),
-                doc=f"The {role.replace('_', ' ')}, or None. Settable to any token of the vocabulary.",
-            ),
-        )
-        setattr(
-            Tokenizer,
-            role + "_id",
-            property(
-                lambda self, role=role: self._token_id(role),
-                lambda self, id, role=role: self._set_id(role, id),
-                doc=f"The id of the {role.replace('_', ' ')}, or None.",
-            ),
-        )
-
-
-_add_properties()
 
 _CLEAN = (
     (" .", "."),
