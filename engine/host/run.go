@@ -24,6 +24,7 @@ type Run struct {
 	dead     []value
 	odd      []oddWrite // replacements whose sizes differ from what the model computed
 	freed    bool
+	counted  bool // among the model's runs
 }
 
 // value is what a slot holds: nearly always a tensor.
@@ -194,6 +195,10 @@ func (r *Run) Free() {
 		t.Free()
 	}
 	r.consts = nil
+	if r.counted {
+		r.counted = false
+		r.model.done()
+	}
 }
 
 // explain adds to a failure where it happened and in whose line.

@@ -1,0 +1,92 @@
+// Package engine opens language models and runs traces of them: what a Go program, the C library
+// and the server see.
+//
+// Phases: [Open] a model by name or directory, record a trace (package proxy), run it
+// ([Model.Start]). Errors are *fault.Error. A [Model] is safe for concurrent use; each run belongs
+// to one goroutine at a time.
+package engine
+
+import (
+	"path/filepath"
+	"sync"
+
+	"github.com/nnsight-go/nnsight-go/engine/arch"
+	"github.com/nnsight-go/nnsight-go/engine/host"
+	"github.com/nnsight-go/nnsight-go/engine/token"
+)
+
+// Version is the version of the library.
+const Version = "0.1.0"
+
+// Options say how a model is opened.
+type Options = host.Options
+
+// Model is an opened model with its tokenizer.
+type Model struct {
+	*host.Native
+	mu        sync.Mutex
+	tokenizer *token.Tokenizer
+}
+
+// Open opens a model: a directory, the name of the built-in model, or a repository id that is in
+// the local Hugging Face cache. The weights are mapped at the first run, or at once with
+// Options.Load.
+func Open(name string, o Options) (*Model, error) {
+	dir, err := resolve(name)
+	if err != nil {
+		return nil, err
+	}
+	m, err := host.Open(dir, o)
+	if err != nil {
+		return nil, err
+	}
+	return &Model{Native: m}, nil
+}
+
+// Architectures lists the architectures that run natively.
+func Architectures() []string { return arch.Names() }
+
+// Tokenizer is the model's own tokenizer, opened when it is first asked for.
+func (m *Model) Tokenizer() (*token.Tokenizer, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.tokenizer == nil {
+		t, err := token.Open(filepath.Clean(m.Directory()))
+		if err != nil {
+			return nil, err
+		}
+		m.tokenizer = t
+	}
+	return m.tokenizer, nil
+}
+
+// Encode turns text into token ids, with the special tokens the tokenizer adds.
+func (m *Model) Encode(text string) ([]int64, error) {
+	t, err := m.Tokenizer()
+	if err != nil {
+		return nil, err
+	}
+	return t.IDs(text)
+}
+
+// Decode turns token ids into text.
+func (m *Model) Decode(ids []int64) (string, error) {
+	t, err := m.Tokenizer()
+	if err != nil {
+		return "", err
+	}
+	return t.Decode(ids, false)
+}
+
+// Close frees the model and its tokenizer. Runs under way end first.
+func (m *Model) Close() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.tokenizer != nil {
+		if err := m.tokenizer.Close(); err != nil {
+			return err
+		}
+		m.tokenizer = nil
+	}
+	return m.Native.Close()
+}

@@ -1,0 +1,411 @@
+// Package host binds the machine to a model.
+//
+// A [Native] model is an architecture's graph with its weights. Phases: [Open] reads the config and
+// the headers of the weights and builds the graph; [Native.Load] maps the weights; [Native.Start]
+// turns a trace into a [Run], whose Step does the work on the calling thread.
+//
+// Ownership: the model owns its parameters, runs borrow them. Closing a model that has runs under
+// way keeps the weights until the last of them ends.
+package host
+
+import (
+	"fmt"
+	"sync"
+
+	"github.com/nnsight-go/nnsight-go/engine/arch"
+	_ "github.com/nnsight-go/nnsight-go/engine/arch/all" // every architecture registers itself
+	"github.com/nnsight-go/nnsight-go/engine/aten"
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/nn"
+	"github.com/nnsight-go/nnsight-go/engine/plan"
+	"github.com/nnsight-go/nnsight-go/engine/weights"
+)
+
+// Options say how a model is opened.
+type Options struct {
+	DType  string // torch's name; "" keeps what the checkpoint holds
+	Device string // "cpu", "cuda:0"; "" is the CPU
+	Load   bool   // map the weights at once, rather than before the first run
+}
+
+// Native is a model whose forward pass the engine computes itself. It is safe for concurrent use.
+type Native struct {
+	dir        string
+	config     *weights.Config
+	arch       arch.Architecture
+	graphs     *arch.Graphs
+	checkpoint *weights.Checkpoint
+	names      map[string]string // parameter -> its name in the checkpoint
+	dtype      string
+	device     string
+
+	mu     sync.Mutex
+	params map[string]aten.Tensor // by name; tied names share a handle's tensor
+	loaded bool
+	closed bool
+	runs   int
+}
+
+// Open opens a model directory. The weights are not read.
+func Open(dir string, o Options) (*Native, error) {
+	config, err := weights.ReadConfig(dir)
+	if err != nil {
+		return nil, err
+	}
+	a, err := arch.Open(config.JSON)
+	if err != nil {
+		return nil, inDir(err, dir)
+	}
+	graphs, err := arch.Build(a)
+	if err != nil {
+		return nil, inDir(err, dir)
+	}
+	m := &Native{dir: dir, config: config, arch: a, graphs: graphs, dtype: o.DType, device: o.Device}
+	if m.device == "" {
+		m.device = "cpu"
+	}
+	if m.checkpoint, err = weights.Open(dir); err != nil {
+		return nil, err
+	}
+	if err := m.match(); err != nil {
+		m.checkpoint.Close()
+		return nil, err
+	}
+	if o.Load {
+		if err := m.Load(); err != nil {
+			m.checkpoint.Close()
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+func inDir(err error, dir string) error {
+	e := fault.As(err)
+	e.Message = fmt.Sprintf("%s: %s", dir, e.Message)
+	return e
+}
+
+// match finds every parameter in the checkpoint and settles the dtype.
+func (m *Native) match() error {
+	var specs []weights.Spec
+	for _, p := range m.graphs.Params {
+		if p.Compute == nil {
+			specs = append(specs, weights.Spec{Name: p.Name, Shape: p.Shape, Tied: p.Tied, Optional: !p.Persistent})
+		}
+	}
+	var o weights.MatchOptions
+	if c, ok := m.arch.(arch.Checkpoint); ok {
+		o.BasePrefix, o.Ignore = c.BasePrefix(), c.IgnoreSurplus()
+	}
+	names, err := m.checkpoint.Match(specs, o)
+	if err != nil {
+		return inDir(err, m.dir)
+	}
+	m.names = names
+	if m.dtype == "" {
+		for _, p := range m.graphs.Params {
+			if name, ok := names[p.Name]; ok {
+				info, _ := m.checkpoint.Info(name)
+				m.dtype = info.DType
+				break
+			}
+		}
+	}
+	return nil
+}
+
+// Load maps the weights and makes the computed buffers. Calling it again does nothing.
+func (m *Native) Load() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.load()
+}
+
+func (m *Native) load() error {
+	if m.closed {
+		return fault.New(fault.Handle, "this model has been closed").WithHint("Open it again.")
+	}
+	if m.loaded {
+		return nil
+	}
+	params := map[string]aten.Tensor{}
+	for _, p := range m.graphs.Params {
+		t, err := m.loadOne(&p, params)
+		if err != nil {
+			for _, t := range params {
+				t.Free()
+			}
+			return err
+		}
+		params[p.Name] = t
+	}
+	m.params, m.loaded = params, true
+	return nil
+}
+
+func (m *Native) loadOne(p *nn.ParamSpec, have map[string]aten.Tensor) (aten.Tensor, error) {
+	if p.Compute != nil {
+		t, err := aten.FromFloat32s(p.Compute(), p.Shape...)
+		if err != nil {
+			return t, err
+		}
+		return m.place(t, "float32")
+	}
+	if p.Tied != "" {
+		if t, ok := have[p.Tied]; ok {
+			return t.Share()
+		}
+	}
+	t, err := m.checkpoint.Tensor(m.names[p.Name])
+	if err != nil {
+		return t, err
+	}
+	dtype := p.DType
+	if dtype == "" {
+		dtype = m.dtype
+	}
+	return m.place(t, dtype)
+}
+
+// place moves a tensor to the model's device and a dtype, taking it over.
+func (m *Native) place(t aten.Tensor, dtype string) (aten.Tensor, error) {
+	if t.DType() == dtype && m.device == "cpu" {
+		return t, nil
+	}
+	defer t.Free()
+	return aten.To(t, m.device, dtype)
+}
+
+// Close gives the weights back once no run uses them. Tensors handed out stay valid.
+func (m *Native) Close() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.closed = true
+	m.release()
+	return nil
+}
+
+// release frees the parameters of a closed model that no run uses any more.
+func (m *Native) release() {
+	if !m.closed || m.runs > 0 {
+		return
+	}
+	for _, t := range m.params {
+		t.Free()
+	}
+	m.params = nil
+	if m.checkpoint != nil {
+		m.checkpoint.Close()
+		m.checkpoint = nil
+	}
+}
+
+// Directory is where the model was opened from.
+func (m *Native) Directory() string { return m.dir }
+
+// Context is the largest number of tokens of a row.
+func (m *Native) Context() int { return m.arch.Context() }
+
+// Models gives the graphs of the forward pass.
+func (m *Native) Models() plan.Models {
+	return plan.Models{Causal: m.graphs.Causal, Masked: m.graphs.Masked}
+}
+
+// Parameter gives a new handle on a parameter or buffer, loading the weights if need be.
+func (m *Native) Parameter(name string) (aten.Tensor, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.load(); err != nil {
+		return aten.Tensor{}, err
+	}
+	t, ok := m.params[name]
+	if !ok {
+		names := make([]string, 0, len(m.params))
+		for n := range m.params {
+			names = append(names, n)
+		}
+		return aten.Tensor{}, fault.New(fault.ModulePath, "the model has no parameter %q", name).
+			WithHint("Nearest: %v.", graph.Nearest(name, names, 3))
+	}
+	return t.Share()
+}
+
+// param lends a parameter to a run.
+func (m *Native) param(name string) (aten.Tensor, error) {
+	if t, ok := m.params[name]; ok {
+		return t, nil
+	}
+	return aten.Tensor{}, fault.New(fault.Internal, "the graph names parameter %q, which was never loaded", name)
+}
+
+// op finds an operator.
+func (m *Native) op(name string) (*aten.Op, error) { return aten.Find(name) }
+
+// Describe tells all there is to know about the model without its weights.
+func (m *Native) Describe() *Description {
+	m.mu.Lock()
+	loaded := m.loaded
+	m.mu.Unlock()
+	d := &Description{
+		Architecture: m.config.Architectures[0], Directory: m.dir, Config: m.config.JSON,
+		Context: m.arch.Context(), Vocab: m.arch.Vocab(), DType: m.dtype, Device: m.device, Loaded: loaded,
+		Points: points(m.graphs.Masked, m.dtype), Modules: []ModuleInfo{}, Params: []ParamInfo{},
+	}
+	for _, x := range m.graphs.Causal.Modules {
+		d.Modules = append(d.Modules, ModuleInfo{Path: x.Path, Class: x.Class, Extra: x.Extra, Params: append([]string{}, x.Params...)})
+	}
+	for _, p := range m.graphs.Params {
+		dtype := p.DType
+		if dtype == "" {
+			dtype = m.dtype
+		}
+		d.Params = append(d.Params, ParamInfo{Name: p.Name, Shape: p.Shape, DType: dtype, Buffer: p.Compute != nil, Tied: p.Tied})
+	}
+	return d
+}
+
+// Start checks a trace and makes a run of it, loading the weights if need be. It takes over
+// consts, also where it fails.
+func (m *Native) Start(g *graph.Graph, consts []aten.Tensor) (*Run, error) {
+	r, err := m.start(g, consts)
+	if err != nil {
+		for _, t := range consts {
+			t.Free()
+		}
+	}
+	return r, err
+}
+
+func (m *Native) start(g *graph.Graph, consts []aten.Tensor) (*Run, error) {
+	if err := graph.Verify(g, m.graphs.Causal, len(consts)); err != nil {
+		return nil, err
+	}
+	if err := m.checkInputs(g); err != nil {
+		return nil, err
+	}
+	schedule, err := plan.Splice(g, m.Models())
+	if err != nil {
+		return nil, err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.load(); err != nil {
+		return nil, err
+	}
+	r, err := newRun(m, g, schedule, consts)
+	if err != nil {
+		return nil, err
+	}
+	m.runs++
+	r.counted = true
+	return r, nil
+}
+
+// done notes that a run has ended.
+func (m *Native) done() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.runs--
+	m.release()
+}
+
+// checkInputs refuses tokens the model cannot take, before any work.
+func (m *Native) checkInputs(g *graph.Graph) error {
+	context, vocab := m.arch.Context(), int64(m.arch.Vocab())
+	for i := range g.Invokes {
+		for r, row := range g.Invokes[i].Rows {
+			var err *fault.Error
+			if len(row) > context {
+				err = fault.New(fault.Input, "row %d of invoke %d has %d tokens; the model's context holds %d", r, i, len(row), context).
+					WithHint("Shorten the prompt.")
+			}
+			for k, id := range row {
+				if id < 0 || id >= vocab {
+					err = fault.New(fault.Input, "token %d of row %d of invoke %d is id %d; the vocabulary has ids 0 to %d", k, r, i, id, vocab-1).
+						WithHint("Tokenize with the model's own tokenizer.")
+					break
+				}
+			}
+			if err != nil {
+				err.Invoke = i
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// input builds one of a forward pass's inputs.
+func (m *Native) input(f *plan.Forward, name string) (aten.Tensor, error) {
+	batch, seq := f.Batch(), f.Seq
+	var t aten.Tensor
+	var err error
+	switch name {
+	case "input_ids":
+		ids := make([]int64, batch*seq) // padding is id 0: any id will do, nobody sees it
+		for r, row := range f.Rows {
+			copy(ids[int64(r)*seq+pad(f, row):], row)
+		}
+		t, err = aten.FromInt64s(ids, batch, seq)
+	case "position_ids":
+		if !f.Masked {
+			ids := make([]int64, seq)
+			for i := range ids {
+				ids[i] = int64(i)
+			}
+			t, err = aten.FromInt64s(ids, 1, seq)
+			break
+		}
+		ids := make([]int64, batch*seq)
+		for r := range f.Rows {
+			next := int64(0)
+			for i, real := range realTokens(f, r) {
+				ids[int64(r)*seq+int64(i)] = max(next-1, 0)
+				if real {
+					ids[int64(r)*seq+int64(i)] = next
+					next++
+				}
+			}
+		}
+		t, err = aten.FromInt64s(ids, batch, seq)
+	case "attention_mask":
+		// a query sees the real tokens up to itself, and itself, so that padding stays finite
+		mask := make([]bool, batch*seq*seq)
+		for r := range f.Rows {
+			real := realTokens(f, r)
+			for q := range seq {
+				at := (int64(r)*seq + q) * seq
+				for k := range q + 1 {
+					mask[at+k] = real[k] || k == q
+				}
+			}
+		}
+		t, err = aten.FromBools(mask, batch, 1, seq, seq)
+	default:
+		return t, fault.New(fault.Internal, "the model asks for an input %q", name)
+	}
+	if err != nil {
+		return t, err
+	}
+	return m.place(t, t.DType())
+}
+
+// pad is how many tokens of padding stand before a row.
+func pad(f *plan.Forward, row []int64) int64 {
+	if f.Masked {
+		return f.Seq - int64(len(row))
+	}
+	return 0
+}
+
+// realTokens says which tokens of a padded row count.
+func realTokens(f *plan.Forward, r int) []bool {
+	out := make([]bool, f.Seq)
+	start := pad(f, f.Rows[r])
+	for i := range f.Rows[r] {
+		out[start+int64(i)] = f.Masks[r] == nil || f.Masks[r][i] != 0
+	}
+	return out
+}
