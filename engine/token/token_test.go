@@ -293,7 +293,7 @@ func TestBadDirectories(t *testing.T) {
 		"other JSON":      {map[string]string{fileTokenizer: "[]"}, []string{fileTokenizer}},
 		// The message holds the token, NUL and all: daulet's own code would abort the process here.
 		"NUL in a message": {map[string]string{fileTokenizer: `{"version": "1.0", "added_tokens": [], "model":
-			{"type": "BPE", "vocab": {"a": 0}, "merges": ["a\u0000 b"]}}`}, []string{fileTokenizer}},
+			{"type": "BPE", "vocab": {"a": 0}, "merges": ["a\u0000 b"]}}`}, []string{fileTokenizer, `a\0`}},
 		"bad config":    {map[string]string{fileTokenizer: string(good), fileConfig: `{"bos_token": `}, []string{fileConfig, "corrupt"}},
 		"bad bos":       {map[string]string{fileTokenizer: string(good), fileConfig: `{"bos_token": 3}`}, []string{fileConfig, "bos_token"}},
 		"bad side":      {map[string]string{fileTokenizer: string(good), fileConfig: `{"padding_side": "up"}`}, []string{fileConfig, "up"}},
