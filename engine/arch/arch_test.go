@@ -266,7 +266,7 @@ func TestBadConfigs(t *testing.T) {
 	gpt2 := func(s string) string { return `{"architectures": ["GPT2LMHeadModel"], ` + s + `}` }
 	llama := func(s string) string { return `{"architectures": ["LlamaForCausalLM"], ` + s + `}` }
 	for config, want := range map[string]string{
-		`{"architectures": ["MambaForCausalLM"]}`:          "architecture MambaForCausalLM is not supported\n  Supported are GPT2LMHeadModel, LlamaForCausalLM.",
+		`{"architectures": ["MambaForCausalLM"]}`:          "architecture MambaForCausalLM is not supported\n  Supported are GPT2LMHeadModel, LlamaForCausalLM",
 		`{"model_type": "gpt2"}`:                           "does not name an architecture",
 		`{"architectures": []}`:                            "does not name an architecture",
 		`{"architectures": "GPT2LMHeadModel"}`:             "architectures cannot be string",
@@ -313,7 +313,7 @@ func TestBadConfigs(t *testing.T) {
 
 func TestRegisterTwicePanics(t *testing.T) {
 	require.Panics(t, func() { arch.Register("GPT2LMHeadModel", nil) })
-	require.Equal(t, []string{"GPT2LMHeadModel", "LlamaForCausalLM"}, arch.Names())
+	require.Subset(t, arch.Names(), []string{"GPT2LMHeadModel", "LlamaForCausalLM"})
 }
 
 // A config comes from a stranger's directory: whatever it says, there is an error or a model.
