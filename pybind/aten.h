@@ -15,13 +15,14 @@ extern "C" {
 
 /* A value, or the head of a container: containers are flattened, head first, elements after it. */
 typedef struct {
-  int32_t tag;  /* one of the NNGA_ tags */
-  int32_t aux;  /* slice: which of start, stop, step are given (bits 0, 1, 2) */
-  int64_t i;    /* int, bool, dtype (c10::ScalarType), layout, memory format; length of a container,
-                   of a string (bytes); slice: none */
-  double d;     /* float; complex: real part */
-  double e;     /* complex: imaginary part */
-  void* p;      /* tensor; string and device: offset into the strings buffer as an integer */
+  int32_t tag; /* one of the NNGA_ tags */
+  int32_t aux; /* slice: which of start, stop, step are given (bits 0, 1, 2) */
+  int64_t i;   /* int, bool, dtype (c10::ScalarType), layout, memory format; length of a container,
+                  of a string (bytes); slice: none */
+  double d;    /* float; complex: real part */
+  double e;    /* complex: imaginary part */
+  intptr_t p;  /* tensor: its at::Tensor*; string and device: argument, offset into the strings buffer;
+                  result, address of the text. An integer, so that Go may keep it in its own memory */
 } nnga_val;
 
 enum {
@@ -33,7 +34,7 @@ enum {
   NNGA_TENSOR = 5,
   NNGA_LIST = 6,  /* i elements follow */
   NNGA_TUPLE = 7, /* i elements follow */
-  NNGA_DICT = 8,  /* i pairs follow, key then value (results only) */
+  NNGA_DICT = 8,  /* i pairs follow, key then value (results only; no operator gives one yet) */
   NNGA_SLICE = 9, /* three elements follow: start, stop, step (int or none; tensors of one int allowed) */
   NNGA_ELLIPSIS = 10,
   NNGA_DTYPE = 11,
@@ -45,12 +46,12 @@ enum {
 
 void nnga_free(void* p);
 
-/* Tensors now held by handles made here or counted with nnga_count (+1/-1 for handles of others). */
+/* Handles alive now that were made here or counted with nnga_count (+1/-1 for handles of others). */
 int64_t nnga_live(void);
 void nnga_count(int64_t delta);
 
 void nnga_tensor_free(void* t);
-int nnga_tensor_clone_handle(void* t, void** out, char** err); /* same TensorImpl [new] */
+void* nnga_tensor_clone_handle(void* t); /* another handle on the same TensorImpl [new]; null: no memory */
 
 /* Facts about a tensor [borrowed]. sizes and strides take up to *ndim entries (in: room, out: how
  * many); facts: {scalar type, device type, device index, element size, storage offset, requires_grad,
@@ -58,32 +59,33 @@ int nnga_tensor_clone_handle(void* t, void** out, char** err); /* same TensorImp
 enum { NNGA_FACTS = 12 };
 int nnga_tensor_facts(void* t, int64_t* facts, int64_t* sizes, int64_t* strides, int64_t* ndim, char** err);
 
-/* A tensor over memory that is not ours [new]: free_fn(ctx) is called once, when its storage dies
- * (never, if null). */
-int nnga_from_blob(void* data, const int64_t* sizes, int64_t ndim, int64_t scalar_type, void (*free_fn)(void*),
-                   void* ctx, void** out, char** err);
+/* A tensor over memory that is not ours [new]: free_fn(ctx) is called once, when its storage dies, on
+ * whatever thread that happens (never, if free_fn is null, if this call fails, or in a forked child). */
+int nnga_from_blob(void* data, const int64_t* sizes, int64_t ndim, int64_t scalar_type, void (*free_fn)(uintptr_t),
+                   uintptr_t ctx, void** out, char** err);
 
-/* Finds an operator. overload null: any overload (chosen at each call by the arguments). [new: a
- * handle that lives as long as the process] */
+/* Finds an operator. overload null: any overload (chosen at each call by the arguments, the way
+ * PyTorch's Python argument parser does); "": the default one. [new: a handle that lives as long as
+ * the process, for any thread] */
 int nnga_op_find(const char* name, const char* overload, void** op, char** err);
 
 /* The schemas of an operator's overloads, one a line. */
 int nnga_op_schemas(const char* name, char** out, char** err);
 
 /* Calls it. args: nargs positional values then nkw keyword values, flattened, in order; kwnames:
- * nkw names. Arguments are converted to what the schema says (an int becomes a float, a Scalar, a
- * one-element list where a list is wanted; a number becomes a wrapped tensor where only a tensor
- * fits) and missing ones take their defaults. The results go to *outs, *nouts flattened values
- * (several results are one tuple) in a malloc'd array freed with nnga_free; its tensors are [new].
- * Strings of results are put after the values and p is their address. */
-int nnga_op_call(void* op, const nnga_val* args, int64_t nvals, int64_t nargs, int64_t nkw, const char* const* kwnames,
-                 const char* strings, nnga_val** outs, int64_t* nouts, char** err);
+ * nkw names, each ended by a NUL, one after another. Arguments are converted to what the schema says
+ * (an int becomes a float, a Scalar, a one-element list where int[1] is wanted; a number becomes a
+ * wrapped tensor where only a tensor fits) and missing ones take their defaults.
+ * The result goes to *out: a tensor [new], a plain value, or NNGA_NONE where there is none. A
+ * container, a string or several results (one tuple) go to *outs instead, *nouts flattened values in
+ * a malloc'd array freed with nnga_free, whose tensors are [new]; otherwise *nouts is 0. */
+int nnga_op_call(void* op, const nnga_val* args, int64_t nargs, int64_t nkw, const char* kwnames, const char* strings,
+                 nnga_val* out, nnga_val** outs, int64_t* nouts, char** err);
 
 /* self[index] and self[index] = value with Python's rules (ints, slices, None, Ellipsis, bools, bool
  * and integer tensors, nested int lists, tuples of these). value: a tensor or a number. */
-int nnga_index_get(void* self, const nnga_val* index, int64_t nvals, const char* strings, void** out, char** err);
-int nnga_index_set(void* self, const nnga_val* index, int64_t nvals, const char* strings, const nnga_val* value,
-                   char** err);
+int nnga_index_get(void* self, const nnga_val* index, void** out, char** err);
+int nnga_index_set(void* self, const nnga_val* index, const nnga_val* value, char** err);
 
 /* The thread's autograd switches. */
 int32_t nnga_grad_enabled(void);

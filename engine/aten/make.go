@@ -1,6 +1,7 @@
 package aten
 
 import (
+	"runtime"
 	"unsafe"
 
 	"github.com/nnsight-go/nnsight-go/engine/fault"
@@ -128,5 +129,7 @@ func FromGotorch(g torch.Tensor) (Tensor, error) {
 	if g.T == nil {
 		return Tensor{}, fault.New(fault.Op, "the gotorch tensor is empty")
 	}
-	return Borrow(*g.T)
+	t, err := Borrow(*g.T)
+	runtime.KeepAlive(g.T) // its finalizer frees the tensor
+	return t, err
 }

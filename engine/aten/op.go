@@ -1,6 +1,9 @@
 package aten
 
-// #include "aten.h"
+/*
+#include <stdlib.h>
+#include "aten.h"
+*/
 import "C"
 
 import (
@@ -9,6 +12,7 @@ import (
 	"unsafe"
 
 	"github.com/nnsight-go/nnsight-go/engine/fault"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
 )
 
 // Op is an operator that can be called. It lives as long as the process.
@@ -53,30 +57,42 @@ func Find(name string) (*Op, error) {
 func (o *Op) Name() string { return o.name }
 
 // CallFrame calls the operator on an encoded frame: nargs positional arguments, then one for each
-// name of kwnames. A single result is itself, several are a tuple, none is None.
+// name of kwnames. A single result is itself, several are a tuple, none is None. The tensors of the
+// result are new; an in-place operator gives a new handle on its argument.
 func (o *Op) CallFrame(f *Frame, nargs int, kwnames []string) (Value, error) {
-	vals, strings := f.pointers()
-	f.names = f.names[:0]
-	for _, n := range kwnames {
-		f.names = append(f.names, intern(n))
+	if f.err != nil {
+		return Value{}, o.where(f.err)
 	}
-	var names **C.char
-	if len(f.names) > 0 {
-		names = &f.names[0]
+	var names *C.char
+	if len(kwnames) > 0 {
+		var err error
+		if names, err = f.keywords(kwnames); err != nil {
+			return Value{}, o.where(err)
+		}
 	}
-	var outs *C.nnga_val
-	var nouts C.int64_t
-	var msg *C.char
-	if C.nnga_op_call(o.p, vals, C.int64_t(len(f.vals)), C.int64_t(nargs), C.int64_t(len(kwnames)), names, strings,
-		&outs, &nouts, &msg) != 0 {
-		return Value{}, opError(o.name, msg)
+	r := &f.result
+	r.outs, r.msg = nil, nil
+	if C.nnga_op_call(o.p, f.values(), C.int64_t(nargs), C.int64_t(len(kwnames)), names, f.texts(),
+		&r.out, &r.outs, &r.nouts, &r.msg) != 0 {
+		return Value{}, opError(o.name, r.msg)
 	}
-	var v Value
-	if nouts > 0 {
-		v, _ = parse(unsafe.Slice(outs, int(nouts)))
+	if r.nouts == 0 {
+		if r.out.tag == C.NNGA_TENSOR {
+			return Value{Kind: graph.ArgRef, T: tensorAt(&r.out)}, nil
+		}
+		v, _ := parse(unsafe.Slice(&r.out, 1))
+		return v, nil
 	}
-	C.nnga_free(unsafe.Pointer(outs))
+	v, _ := parse(unsafe.Slice(r.outs, int(r.nouts)))
+	C.nnga_free(unsafe.Pointer(r.outs))
 	return v, nil
+}
+
+// where names the operator in an error about its arguments.
+func (o *Op) where(err error) error {
+	e := *fault.As(err)
+	e.Op = o.name
+	return &e
 }
 
 // Named is an argument by name.
@@ -91,13 +107,13 @@ func (o *Op) Call(args []Value, kwargs ...Named) (Value, error) {
 	var names []string
 	for i := range args {
 		if err := f.Value(args[i]); err != nil {
-			return Value{}, err
+			return Value{}, o.where(err)
 		}
 	}
 	for i := range kwargs {
 		names = append(names, kwargs[i].Name)
 		if err := f.Value(kwargs[i].Value); err != nil {
-			return Value{}, err
+			return Value{}, o.where(err)
 		}
 	}
 	return o.CallFrame(&f, len(args), names)
@@ -115,23 +131,30 @@ func Schemas(name string) ([]string, error) {
 	return strings.FieldsFunc(C.GoString(out), func(r rune) bool { return r == '\n' }), nil
 }
 
-// IndexGet is self[index] with Python's rules.
+// IndexGet is self[index] with Python's rules: integers, slices, None, Ellipsis, booleans, lists, and
+// boolean or integer tensors, or a tuple of these. What Python gives as a view is a view.
 func IndexGet(self Tensor, index Value) (Tensor, error) {
+	if self.p == nil {
+		return Tensor{}, fault.New(fault.Op, "there is no tensor to index")
+	}
 	var f Frame
 	if err := f.Value(index); err != nil {
 		return Tensor{}, err
 	}
-	vals, strings := f.pointers()
 	var out Tensor
 	var msg *C.char
-	if C.nnga_index_get(self.p, vals, C.int64_t(len(f.vals)), strings, &out.p, &msg) != 0 {
+	if C.nnga_index_get(self.p, f.values(), &out.p, &msg) != 0 {
 		return Tensor{}, opError("getitem", msg)
 	}
 	return out, nil
 }
 
-// IndexSet is self[index] = value, in place; value is a tensor or a number.
+// IndexSet is self[index] = value, in place and with Python's rules; value is a tensor, which must
+// broadcast to the place, or a number.
 func IndexSet(self Tensor, index, value Value) error {
+	if self.p == nil {
+		return fault.New(fault.Op, "there is no tensor to index")
+	}
 	var f, v Frame
 	if err := f.Value(index); err != nil {
 		return err
@@ -139,9 +162,8 @@ func IndexSet(self Tensor, index, value Value) error {
 	if err := v.Value(value); err != nil {
 		return err
 	}
-	vals, strings := f.pointers()
 	var msg *C.char
-	if C.nnga_index_set(self.p, vals, C.int64_t(len(f.vals)), strings, &v.vals[0], &msg) != 0 {
+	if C.nnga_index_set(self.p, f.values(), v.values(), &msg) != 0 {
 		return opError("setitem", msg)
 	}
 	return nil

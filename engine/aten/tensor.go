@@ -14,12 +14,12 @@ package aten
 /*
 #cgo CFLAGS: -I${SRCDIR}/../../pybind
 #cgo LDFLAGS: -lnng_aten
-#include <stdlib.h>
 #include "aten.h"
 
-extern void nngoRelease(void*);
-static int nnga_from_blob_go(void* data, const int64_t* sizes, int64_t ndim, int64_t type, uintptr_t ctx, void** out, char** err) {
-	return nnga_from_blob(data, sizes, ndim, type, ctx ? nngoRelease : NULL, (void*)ctx, out, err);
+extern void nngoRelease(uintptr_t);
+// Only C can take the address of an exported function.
+static int from_blob(void* data, const int64_t* sizes, int64_t ndim, int64_t type, uintptr_t ctx, void** out, char** err) {
+	return nnga_from_blob(data, sizes, ndim, type, ctx != 0 ? nngoRelease : NULL, ctx, out, err);
 }
 */
 import "C"
@@ -65,14 +65,16 @@ func (t Tensor) Pointer() unsafe.Pointer { return t.p }
 // IsZero reports whether this is no tensor.
 func (t Tensor) IsZero() bool { return t.p == nil }
 
-// Share makes another handle on the same tensor.
+// Share makes another handle on the same tensor; of no tensor, it is no tensor.
 func (t Tensor) Share() (Tensor, error) {
-	var out Tensor
-	var msg *C.char
-	if C.nnga_tensor_clone_handle(t.p, &out.p, &msg) != 0 {
-		return Tensor{}, opError("", msg)
+	if t.p == nil {
+		return Tensor{}, nil
 	}
-	return out, nil
+	out := C.nnga_tensor_clone_handle(t.p)
+	if out == nil {
+		return Tensor{}, opError("", nil)
+	}
+	return Tensor{out}, nil
 }
 
 // Free gives the handle back to libtorch. Freeing no tensor is fine; freeing twice is not.
@@ -81,99 +83,110 @@ func (t Tensor) Free() { C.nnga_tensor_free(t.p) }
 // Live is the number of handles now held.
 func Live() int64 { return int64(C.nnga_live()) }
 
-const maxDims = 16
-
-type facts struct {
-	value          [C.NNGA_FACTS]C.int64_t
-	sizes, strides [maxDims]C.int64_t
-	ndim           C.int64_t
-}
+// facts is what libtorch says of a tensor in one call; the zero value speaks of no tensor.
+type facts [C.NNGA_FACTS]C.int64_t
 
 func (t Tensor) facts() (f facts) {
 	if t.p == nil {
+		f[0], f[1] = -1, -1
 		return f
 	}
-	f.ndim = maxDims
+	var ndim C.int64_t
 	var msg *C.char
-	if C.nnga_tensor_facts(t.p, &f.value[0], &f.sizes[0], &f.strides[0], &f.ndim, &msg) != 0 {
-		C.nnga_free(unsafe.Pointer(msg))
-	}
-	if f.ndim > maxDims {
-		f.ndim = maxDims
+	if C.nnga_tensor_facts(t.p, &f[0], nil, nil, &ndim, &msg) != 0 {
+		C.nnga_free(unsafe.Pointer(msg)) // a tensor without memory of its own: what was found out stands
 	}
 	return f
 }
 
-func ints(from []C.int64_t) []int64 {
-	out := make([]int64, len(from))
-	for i, v := range from {
-		out[i] = int64(v)
+// geometry gives sizes and strides.
+func (t Tensor) geometry() (sizes, strides []int64) {
+	if t.p == nil {
+		return nil, nil
 	}
-	return out
+	var f facts
+	var msg *C.char
+	for room := C.int64_t(8); ; {
+		both := make([]int64, 2*room)
+		ndim := room
+		if C.nnga_tensor_facts(t.p, &f[0], (*C.int64_t)(&both[0]), (*C.int64_t)(&both[room]), &ndim, &msg) != 0 {
+			C.nnga_free(unsafe.Pointer(msg))
+		}
+		if ndim <= room {
+			return both[:ndim:ndim], both[room : room+ndim : room+ndim]
+		}
+		room = ndim
+	}
 }
 
 // Shape is the sizes of the axes.
-func (t Tensor) Shape() []int64 { f := t.facts(); return ints(f.sizes[:f.ndim]) }
+func (t Tensor) Shape() []int64 { sizes, _ := t.geometry(); return sizes }
 
 // Strides is the step of each axis in elements.
-func (t Tensor) Strides() []int64 { f := t.facts(); return ints(f.strides[:f.ndim]) }
+func (t Tensor) Strides() []int64 { _, strides := t.geometry(); return strides }
 
-// DType is torch's name of the element type: "float32".
-func (t Tensor) DType() string { f := t.facts(); return DTypeName(int64(f.value[0])) }
+// DType is torch's name of the element type: "float32"; "" where it has none here.
+func (t Tensor) DType() string { f := t.facts(); return dtypeNames[int64(f[0])] }
 
 // Device is torch's name of the device: "cpu", "cuda:0".
 func (t Tensor) Device() string {
 	f := t.facts()
-	switch f.value[1] {
+	switch f[1] {
 	case 0:
 		return "cpu"
 	case 1:
-		return fmt.Sprintf("cuda:%d", f.value[2])
+		return fmt.Sprintf("cuda:%d", f[2])
 	case 14:
 		return "meta"
 	}
-	return fmt.Sprintf("device type %d", f.value[1])
+	return fmt.Sprintf("device type %d", f[1])
 }
 
 // RequiresGrad reports whether autograd follows the tensor.
-func (t Tensor) RequiresGrad() bool { f := t.facts(); return f.value[5] != 0 }
+func (t Tensor) RequiresGrad() bool { f := t.facts(); return f[5] != 0 }
 
 // Numel is the number of elements.
-func (t Tensor) Numel() int64 { f := t.facts(); return int64(f.value[6]) }
+func (t Tensor) Numel() int64 { f := t.facts(); return int64(f[6]) }
 
 // Version counts the changes in place that autograd knows of.
-func (t Tensor) Version() int64 { f := t.facts(); return int64(f.value[7]) }
+func (t Tensor) Version() int64 { f := t.facts(); return int64(f[7]) }
 
 // StorageID is the same for tensors that share storage, while one of them lives.
-func (t Tensor) StorageID() uintptr { f := t.facts(); return uintptr(f.value[8]) }
+func (t Tensor) StorageID() uintptr { f := t.facts(); return uintptr(f[8]) }
 
 // DataPointer is the address of the first element, on the tensor's device.
 func (t Tensor) DataPointer() unsafe.Pointer {
 	f := t.facts()
-	return *(*unsafe.Pointer)(unsafe.Pointer(&f.value[9]))
+	return *(*unsafe.Pointer)(unsafe.Pointer(&f[9]))
 }
 
-// DTypeName is torch's name of a c10::ScalarType number, or "".
-func DTypeName(scalarType int64) string {
-	name := C.nnga_dtype_name(C.int64_t(scalarType))
-	if name == nil {
-		return ""
+// dtypeNumbers and dtypeNames go from names to c10::ScalarType numbers and back.
+var dtypeNumbers, dtypeNames = func() (map[string]int64, map[int64]string) {
+	numbers, names := map[string]int64{}, map[int64]string{}
+	for i := range int64(64) {
+		if c := C.nnga_dtype_name(C.int64_t(i)); c != nil {
+			names[i] = C.GoString(c)
+			numbers[names[i]] = i
+		}
 	}
-	return C.GoString(name)
+	return numbers, names
+}()
+
+func dtypeNumber(name string) (int64, error) {
+	n, ok := dtypeNumbers[name]
+	if !ok {
+		return 0, fault.New(fault.Op, "there is no dtype %q", name).WithHint(`Names are torch's: "float32", "bfloat16", "int64".`)
+	}
+	return n, nil
 }
 
-// dtypeNumber is the c10::ScalarType number of a name, -1 where there is none.
-func dtypeNumber(name string) int64 {
-	c := intern(name)
-	return int64(C.nnga_dtype(c))
-}
-
-// FromBlob makes a tensor over memory that is not torch's, without copying. release, if not nil,
-// is called once, when the last tensor that shares the storage dies, on whatever thread that is.
+// FromBlob makes a contiguous CPU tensor over memory that is not torch's, without copying. release,
+// if not nil, is called once, when the last tensor that shares the storage dies, on whatever thread
+// that is; it is not called if FromBlob fails, nor in a forked child.
 func FromBlob(data unsafe.Pointer, shape []int64, dtype string, release func()) (Tensor, error) {
-	number := dtypeNumber(dtype)
-	if number < 0 {
-		return Tensor{}, fault.New(fault.Op, "there is no dtype %q", dtype)
+	number, err := dtypeNumber(dtype)
+	if err != nil {
+		return Tensor{}, err
 	}
 	var handle C.uintptr_t
 	if release != nil {
@@ -185,7 +198,7 @@ func FromBlob(data unsafe.Pointer, shape []int64, dtype string, release func()) 
 	}
 	var out Tensor
 	var msg *C.char
-	if C.nnga_from_blob_go(data, &sizes[0], C.int64_t(len(shape)), C.int64_t(number), handle, &out.p, &msg) != 0 {
+	if C.from_blob(data, &sizes[0], C.int64_t(len(shape)), C.int64_t(number), handle, &out.p, &msg) != 0 {
 		if handle != 0 {
 			cgo.Handle(handle).Delete()
 		}
@@ -195,8 +208,8 @@ func FromBlob(data unsafe.Pointer, shape []int64, dtype string, release func()) 
 }
 
 //export nngoRelease
-func nngoRelease(ctx unsafe.Pointer) {
-	h := cgo.Handle(uintptr(ctx))
+func nngoRelease(ctx C.uintptr_t) {
+	h := cgo.Handle(ctx)
 	release := h.Value().(func())
 	h.Delete()
 	release()
@@ -204,7 +217,10 @@ func nngoRelease(ctx unsafe.Pointer) {
 
 // opError takes over a message of the C side.
 func opError(op string, msg *C.char) error {
-	text := C.GoString(msg)
+	text := "out of memory"
+	if msg != nil {
+		text = C.GoString(msg)
+	}
 	C.nnga_free(unsafe.Pointer(msg))
 	e := fault.New(fault.Op, "%s", text)
 	e.Op = op

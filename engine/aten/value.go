@@ -4,7 +4,7 @@ package aten
 import "C"
 
 import (
-	"sync"
+	"strings"
 	"unsafe"
 
 	"github.com/nnsight-go/nnsight-go/engine/fault"
@@ -60,60 +60,132 @@ func IntsValue(list ...int64) Value {
 }
 
 // Frame encodes the arguments of a call, flat, in memory that is reused from call to call. A
-// container is its head and then its elements.
+// container is its head and then its elements. A name that torch does not know is reported by the
+// call. The zero value is ready to use; a frame belongs to one goroutine at a time.
 type Frame struct {
-	vals    []C.nnga_val
+	vals    []C.nnga_val // hold no Go pointers: C reads them as they are
 	strings []byte
-	names   []*C.char
+	names   []byte
+	err     error
+	// Where C puts the outcome of a call. It lives here because an operator may free memory that Go
+	// lent, which calls back into Go, which may move the stack: C must not point there.
+	result struct {
+		out   C.nnga_val
+		outs  *C.nnga_val
+		nouts C.int64_t
+		msg   *C.char
+	}
 }
 
 // Reset empties the frame.
 func (f *Frame) Reset() {
 	f.vals = f.vals[:0]
 	f.strings = f.strings[:0]
+	f.err = nil
 }
 
-func (f *Frame) put(v C.nnga_val) { f.vals = append(f.vals, v) }
+func (f *Frame) put(tag C.int32_t, i int64) {
+	f.vals = append(f.vals, C.nnga_val{tag: tag, i: C.int64_t(i)})
+}
 
-// Tensor adds a tensor, which must outlive the call.
-func (f *Frame) Tensor(t Tensor) { f.put(C.nnga_val{tag: C.NNGA_TENSOR, p: t.p}) }
+// Tensor adds a tensor, which must outlive the call; no tensor is None.
+func (f *Frame) Tensor(t Tensor) {
+	if t.p == nil {
+		f.None()
+		return
+	}
+	f.vals = append(f.vals, C.nnga_val{tag: C.NNGA_TENSOR, p: C.intptr_t(uintptr(t.p))})
+}
 
 // None adds None.
-func (f *Frame) None() { f.put(C.nnga_val{tag: C.NNGA_NONE}) }
+func (f *Frame) None() { f.put(C.NNGA_NONE, 0) }
 
 // Int adds an integer.
-func (f *Frame) Int(i int64) { f.put(C.nnga_val{tag: C.NNGA_INT, i: C.int64_t(i)}) }
+func (f *Frame) Int(i int64) { f.put(C.NNGA_INT, i) }
 
 // Float adds a floating-point number.
-func (f *Frame) Float(x float64) { f.put(C.nnga_val{tag: C.NNGA_FLOAT, d: C.double(x)}) }
+func (f *Frame) Float(x float64) {
+	f.vals = append(f.vals, C.nnga_val{tag: C.NNGA_FLOAT, d: C.double(x)})
+}
+
+// Complex adds a complex number.
+func (f *Frame) Complex(x complex128) {
+	f.vals = append(f.vals, C.nnga_val{tag: C.NNGA_COMPLEX, d: C.double(real(x)), e: C.double(imag(x))})
+}
 
 // Bool adds a boolean.
 func (f *Frame) Bool(b bool) {
-	v := C.nnga_val{tag: C.NNGA_BOOL}
 	if b {
-		v.i = 1
+		f.put(C.NNGA_BOOL, 1)
+	} else {
+		f.put(C.NNGA_BOOL, 0)
 	}
-	f.put(v)
 }
+
+// String adds a string.
+func (f *Frame) String(s string) { f.text(C.NNGA_STRING, s) }
 
 // List adds the head of a list; its n elements follow.
-func (f *Frame) List(n int) { f.put(C.nnga_val{tag: C.NNGA_LIST, i: C.int64_t(n)}) }
+func (f *Frame) List(n int) { f.put(C.NNGA_LIST, int64(n)) }
 
 // Tuple adds the head of a tuple; its n elements follow.
-func (f *Frame) Tuple(n int) { f.put(C.nnga_val{tag: C.NNGA_TUPLE, i: C.int64_t(n)}) }
+func (f *Frame) Tuple(n int) { f.put(C.NNGA_TUPLE, int64(n)) }
 
-func (f *Frame) text(tag C.int32_t, s string) {
-	v := C.nnga_val{tag: tag, i: C.int64_t(len(s))}
-	*(*uintptr)(unsafe.Pointer(&v.p)) = uintptr(len(f.strings)) // an offset, not an address
-	f.strings = append(f.strings, s...)
-	f.put(v)
+// Slice adds the head of a slice; start, stop and step follow, each an integer or None.
+func (f *Frame) Slice() { f.put(C.NNGA_SLICE, 0) }
+
+// Ellipsis adds Python's "...".
+func (f *Frame) Ellipsis() { f.put(C.NNGA_ELLIPSIS, 0) }
+
+// DType adds a dtype by torch's name, "float32".
+func (f *Frame) DType(name string) {
+	n, err := dtypeNumber(name)
+	f.fail(err)
+	f.put(C.NNGA_DTYPE, n)
 }
 
-var layouts = map[string]int64{"strided": 0, "sparse_coo": 1, "sparse_csr": 2, "_mkldnn": 3, "sparse_csc": 4, "sparse_bsr": 5, "sparse_bsc": 6, "jagged": 7}
+// Device adds a device by torch's name, "cpu" or "cuda:0".
+func (f *Frame) Device(name string) { f.text(C.NNGA_DEVICE, name) }
 
-var memoryFormats = map[string]int64{"contiguous_format": 0, "preserve_format": 1, "channels_last": 2, "channels_last_3d": 3}
+// Layout adds a layout by torch's name, "strided".
+func (f *Frame) Layout(name string) {
+	n, ok := layouts[name]
+	if !ok {
+		f.fail(fault.New(fault.Op, "there is no layout %q", name))
+	}
+	f.put(C.NNGA_LAYOUT, n)
+}
 
-// Value adds a value of any kind but a dictionary.
+// MemoryFormat adds a memory format by torch's name, "contiguous_format".
+func (f *Frame) MemoryFormat(name string) {
+	n, ok := memoryFormats[name]
+	if !ok {
+		f.fail(fault.New(fault.Op, "there is no memory format %q", name))
+	}
+	f.put(C.NNGA_MEMORY_FORMAT, n)
+}
+
+// fail keeps the first failure for the call to report.
+func (f *Frame) fail(err error) {
+	if f.err == nil {
+		f.err = err
+	}
+}
+
+func (f *Frame) text(tag C.int32_t, s string) {
+	f.vals = append(f.vals, C.nnga_val{tag: tag, i: C.int64_t(len(s)), p: C.intptr_t(len(f.strings))})
+	f.strings = append(f.strings, s...)
+}
+
+// The numbers of c10::Layout and c10::MemoryFormat.
+var (
+	layouts = map[string]int64{"strided": 0, "sparse_coo": 1, "sparse_csr": 2, "_mkldnn": 3, "sparse_csc": 4,
+		"sparse_bsr": 5, "sparse_bsc": 6, "jagged": 7}
+	memoryFormats = map[string]int64{"contiguous_format": 0, "preserve_format": 1, "channels_last": 2,
+		"channels_last_3d": 3}
+)
+
+// Value adds a value of any kind but a dictionary. The error is also what the call will report.
 func (f *Frame) Value(v Value) error {
 	switch v.Kind {
 	case graph.ArgNone:
@@ -125,65 +197,62 @@ func (f *Frame) Value(v Value) error {
 	case graph.ArgFloat:
 		f.Float(v.F)
 	case graph.ArgComplex:
-		f.put(C.nnga_val{tag: C.NNGA_COMPLEX, d: C.double(v.F), e: C.double(v.G)})
+		f.Complex(complex(v.F, v.G))
 	case graph.ArgString:
-		f.text(C.NNGA_STRING, v.S)
-	case graph.ArgDevice:
-		f.text(C.NNGA_DEVICE, v.S)
+		f.String(v.S)
 	case graph.ArgRef:
 		f.Tensor(v.T)
 	case graph.ArgEllipsis:
-		f.put(C.nnga_val{tag: C.NNGA_ELLIPSIS})
+		f.Ellipsis()
 	case graph.ArgDType:
-		n := dtypeNumber(v.S)
-		if n < 0 {
-			return fault.New(fault.Op, "there is no dtype %q", v.S)
-		}
-		f.put(C.nnga_val{tag: C.NNGA_DTYPE, i: C.int64_t(n)})
+		f.DType(v.S)
+	case graph.ArgDevice:
+		f.Device(v.S)
 	case graph.ArgLayout:
-		n, ok := layouts[v.S]
-		if !ok {
-			return fault.New(fault.Op, "there is no layout %q", v.S)
-		}
-		f.put(C.nnga_val{tag: C.NNGA_LAYOUT, i: C.int64_t(n)})
+		f.Layout(v.S)
 	case graph.ArgMemoryFormat:
-		n, ok := memoryFormats[v.S]
-		if !ok {
-			return fault.New(fault.Op, "there is no memory format %q", v.S)
-		}
-		f.put(C.nnga_val{tag: C.NNGA_MEMORY_FORMAT, i: C.int64_t(n)})
+		f.MemoryFormat(v.S)
 	case graph.ArgList, graph.ArgTuple, graph.ArgSlice:
-		switch v.Kind {
-		case graph.ArgList:
+		switch {
+		case v.Kind == graph.ArgList:
 			f.List(len(v.L))
-		case graph.ArgTuple:
+		case v.Kind == graph.ArgTuple:
 			f.Tuple(len(v.L))
+		case len(v.L) == 3:
+			f.Slice()
 		default:
-			if len(v.L) != 3 {
-				return fault.New(fault.Op, "a slice has a start, a stop and a step")
-			}
-			f.put(C.nnga_val{tag: C.NNGA_SLICE})
+			f.fail(fault.New(fault.Op, "a slice has a start, a stop and a step, not %d parts", len(v.L)))
+			return f.err
 		}
 		for i := range v.L {
 			if err := f.Value(v.L[i]); err != nil {
 				return err
 			}
 		}
+	case graph.ArgDict:
+		f.fail(fault.New(fault.Op, "an operator takes no dictionary"))
 	default:
-		return fault.New(fault.Op, "an operator takes no dictionary")
+		f.fail(fault.New(fault.Internal, "an argument of kind %d is unknown", v.Kind))
 	}
-	return nil
+	return f.err
 }
 
-// pointers gives the frame as C sees it.
-func (f *Frame) pointers() (vals *C.nnga_val, strings *C.char) {
-	if len(f.vals) > 0 {
-		vals = &f.vals[0]
+// values is the first value as C sees it.
+func (f *Frame) values() *C.nnga_val { return unsafe.SliceData(f.vals) }
+
+// texts is the strings as C sees them.
+func (f *Frame) texts() *C.char { return (*C.char)(unsafe.Pointer(unsafe.SliceData(f.strings))) }
+
+// keywords lists the names, each ended by a NUL, as C wants them.
+func (f *Frame) keywords(names []string) (*C.char, error) {
+	f.names = f.names[:0]
+	for _, name := range names {
+		if strings.IndexByte(name, 0) >= 0 {
+			return nil, fault.New(fault.Op, "%q is not the name of an argument", name)
+		}
+		f.names = append(append(f.names, name...), 0)
 	}
-	if len(f.strings) > 0 {
-		strings = (*C.char)(unsafe.Pointer(&f.strings[0]))
-	}
-	return vals, strings
+	return (*C.char)(unsafe.Pointer(unsafe.SliceData(f.names))), nil
 }
 
 // parse reads one value of a result and says how many flat values it took.
@@ -191,7 +260,7 @@ func parse(vals []C.nnga_val) (Value, int) {
 	head := &vals[0]
 	switch head.tag {
 	case C.NNGA_TENSOR:
-		return Value{Kind: graph.ArgRef, T: Tensor{head.p}}, 1
+		return Value{Kind: graph.ArgRef, T: tensorAt(head)}, 1
 	case C.NNGA_BOOL:
 		return Value{Kind: graph.ArgBool, I: int64(head.i)}, 1
 	case C.NNGA_INT:
@@ -205,7 +274,7 @@ func parse(vals []C.nnga_val) (Value, int) {
 		if head.tag == C.NNGA_DEVICE {
 			kind = graph.ArgDevice
 		}
-		return Value{Kind: kind, S: C.GoStringN((*C.char)(head.p), C.int(head.i))}, 1
+		return Value{Kind: kind, S: C.GoStringN(*(**C.char)(unsafe.Pointer(&head.p)), C.int(head.i))}, 1
 	case C.NNGA_LIST, C.NNGA_TUPLE:
 		v := Value{Kind: graph.ArgList, L: make([]Value, int(head.i))}
 		if head.tag == C.NNGA_TUPLE {
@@ -222,13 +291,5 @@ func parse(vals []C.nnga_val) (Value, int) {
 	return Value{}, 1
 }
 
-var interned sync.Map // string -> *C.char, kept for the life of the process
-
-// intern gives a C copy of a name out of a small set: operator, argument and dtype names.
-func intern(s string) *C.char {
-	if p, ok := interned.Load(s); ok {
-		return p.(*C.char)
-	}
-	p, _ := interned.LoadOrStore(s, C.CString(s))
-	return p.(*C.char)
-}
+// tensorAt is the tensor of a value. Its address is libtorch's, not Go's.
+func tensorAt(v *C.nnga_val) Tensor { return Tensor{*(*unsafe.Pointer)(unsafe.Pointer(&v.p))} }
