@@ -35,6 +35,7 @@ type Trace struct {
 	consts []aten.Tensor
 	saved  map[graph.ID]*Value
 	lines  map[fault.Pos]int32
+	begun  []fault.Pos // the line of each invoke
 	err    error
 	ran    bool
 }
@@ -76,6 +77,7 @@ func (t *Trace) InvokeIDs(rows ...[]int64) *Invoke {
 
 func (t *Trace) invoke(in graph.Invoke) *Invoke {
 	t.graph.Invokes = append(t.graph.Invokes, in)
+	t.begun = append(t.begun, caller())
 	return &Invoke{trace: t, number: int32(len(t.graph.Invokes) - 1)}
 }
 
@@ -185,6 +187,9 @@ func (t *Trace) Run(ctx context.Context) error {
 	}
 	run, err := t.model.Start(&t.graph, consts)
 	if err != nil {
+		if e := fault.As(err); e.Pos.IsZero() && e.Invoke >= 0 && e.Invoke < len(t.begun) {
+			e.Pos = t.begun[e.Invoke] // a prompt that the model cannot take
+		}
 		return err
 	}
 	defer run.Free()

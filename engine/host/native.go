@@ -251,7 +251,7 @@ func (m *Native) Describe() *Description {
 	d := &Description{
 		Architecture: m.config.Architectures[0], Directory: m.dir, Config: m.config.JSON,
 		Context: m.arch.Context(), Vocab: m.arch.Vocab(), DType: m.dtype, Device: m.device, Loaded: loaded,
-		Points: points(m.graphs.Masked, m.dtype), Modules: []ModuleInfo{}, Params: []ParamInfo{},
+		Points: points(m.graphs.Causal, m.dtype), Modules: []ModuleInfo{}, Params: []ParamInfo{},
 	}
 	for _, x := range m.graphs.Causal.Modules {
 		d.Modules = append(d.Modules, ModuleInfo{Path: x.Path, Class: x.Class, Extra: x.Extra, Params: append([]string{}, x.Params...)})
