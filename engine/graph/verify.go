@@ -7,66 +7,180 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 )
 
-// arity is how many arguments a node of each kind has; -1 is any number.
-var arity = map[Kind]int{
-	KindCall: -1, KindIndex: 2, KindSetIndex: 3, KindItem: 2, KindRead: 0, KindWrite: 1, KindModule: -1, KindConst: 0, KindSave: 1,
-}
-
-// Verify holds a trace to the rules of the representation and to the model it speaks of: values
-// are used after they are defined, modules and access points exist, constants are there. What it
-// lets pass can be spliced.
+// Verify holds a trace to the rules of the representation and to the model it speaks of: nodes have
+// the arguments their kind wants, values are used after they are defined, invokes and constants
+// are there, masks fit their rows, and modules, access points and their tensors exist. nconsts is
+// how many constants travel beside the graph.
+//
+// Errors have code Graph where the graph itself is wrong, Input where an invoke's rows are, and
+// ModulePath where it names what the model does not have; they carry the node, the invoke, the
+// step and the user's line. The order of reads and writes, token ids and operators' schemas are
+// checked later, by those who know.
 func Verify(g *Graph, m *Model, nconsts int) error {
+	for i := range g.Invokes {
+		if err := verifyInvoke(&g.Invokes[i]); err != nil {
+			err.Invoke = i
+			return err
+		}
+	}
+	v := verifier{nodes: g.Nodes}
 	for i := range g.Nodes {
 		n := &g.Nodes[i]
-		err := verifyNode(g, m, n, ID(i), nconsts)
+		err := v.node(ID(i))
 		if err == nil {
-			continue
+			err = verifyInTrace(g, m, n, nconsts)
 		}
-		err.Node, err.Invoke, err.Step, err.Pos = i, int(n.Invoke), int(n.Step), g.PosOf(n)
-		return err
+		if err != nil {
+			err.Node, err.Invoke, err.Pos = i, int(n.Invoke), g.PosOf(n)
+			if r := n.Kind.rule(); r != nil && r.place {
+				err.Step = int(n.Step)
+			}
+			return err
+		}
 	}
 	return nil
 }
 
-func verifyNode(g *Graph, m *Model, n *Node, id ID, nconsts int) *fault.Error {
-	want, known := arity[n.Kind]
-	if !known {
-		return fault.New(fault.Graph, "a trace holds no nodes of kind %d", n.Kind)
+func verifyInvoke(in *Invoke) *fault.Error {
+	for r, row := range in.Rows {
+		if len(row) == 0 {
+			return fault.New(fault.Input, "row %d has no tokens", r).WithHint("Give a prompt of at least one token.")
+		}
 	}
-	if want >= 0 && len(n.Args) != want {
-		return fault.New(fault.Graph, "a node of kind %d has %d arguments instead of %d", n.Kind, len(n.Args), want)
+	if in.Masks == nil {
+		return nil
+	}
+	if len(in.Masks) != len(in.Rows) {
+		return fault.New(fault.Input, "there are %d rows and %d attention masks", len(in.Rows), len(in.Masks))
+	}
+	for r, mask := range in.Masks {
+		if len(mask) != len(in.Rows[r]) {
+			return fault.New(fault.Input, "row %d has %d tokens and its attention mask has %d", r, len(in.Rows[r]), len(mask))
+		}
+		for _, bit := range mask {
+			if bit != 0 && bit != 1 {
+				return fault.New(fault.Input, "the attention mask of row %d holds %d, which is neither 0 nor 1", r, bit)
+			}
+		}
+	}
+	return nil
+}
+
+// verifier checks what traces and models have in common.
+type verifier struct{ nodes []Node }
+
+// node checks the form of a node and that what it uses stands before it.
+func (v *verifier) node(id ID) *fault.Error {
+	n := &v.nodes[id]
+	r := n.Kind.rule()
+	if r == nil {
+		return fault.New(fault.Graph, "there are no nodes of %s", n.Kind)
+	}
+	if !r.open {
+		if len(n.Args) != len(r.params) || len(n.Kwargs) != 0 {
+			return fault.New(fault.Graph, "a %s has %d arguments instead of %d", n.Kind, len(n.Args)+len(n.Kwargs), len(r.params))
+		}
+		for i, p := range r.params {
+			if !p.kinds.has(n.Args[i].Kind) {
+				return fault.New(fault.Graph, "%s is %s instead of %s", p.what, n.Args[i].Kind, p.wanted)
+			}
+		}
+	}
+	for i := range n.Args {
+		if err := v.arg(&n.Args[i], id, 0); err != nil {
+			return err
+		}
+	}
+	for i := range n.Kwargs {
+		if k := &n.Kwargs[i]; !isName(k.Name) {
+			return fault.New(fault.Graph, "%q is not the name of an argument", k.Name)
+		} else if err := v.arg(&k.Arg, id, 0); err != nil {
+			return err
+		}
+	}
+	switch n.Kind {
+	case KindCall:
+		if !isOperator(n.Op) {
+			return fault.New(fault.Graph, "%q is not the name of an operator", n.Op).
+				WithHint(`Operators are named as in PyTorch's schemas: "aten::add" or "aten::add.Tensor".`)
+		}
+	case KindItem:
+		switch of := v.nodes[n.Args[0].Ref].Kind; of {
+		case KindCall, KindModule, KindItem:
+		default:
+			return fault.New(fault.Graph, "%%%d is a %s, which has no elements to take", n.Args[0].Ref, of)
+		}
+	}
+	return nil
+}
+
+func (v *verifier) arg(a *Arg, id ID, depth int) *fault.Error {
+	switch a.Kind {
+	case ArgRef:
+		if a.Ref < 0 || a.Ref >= id {
+			return fault.New(fault.Graph, "it uses value %d, which does not come before it", a.Ref)
+		}
+		if of := v.nodes[a.Ref].Kind; of.rule().void {
+			return fault.New(fault.Graph, "it uses value %d, and a %s has no value", a.Ref, of)
+		}
+	case ArgSlice:
+		if len(a.L) != 3 {
+			return fault.New(fault.Graph, "a slice has %d parts instead of 3", len(a.L))
+		}
+		for i := range a.L {
+			if !aBound.has(a.L[i].Kind) {
+				return fault.New(fault.Graph, "a slice is bounded by %s, which is neither an int nor None", a.L[i].Kind)
+			}
+		}
+	case ArgDict:
+		if len(a.Keys) != len(a.L) {
+			return fault.New(fault.Graph, "a dict has %d keys and %d values", len(a.Keys), len(a.L))
+		}
+	default:
+		if int(a.Kind) >= len(argKindNames) {
+			return fault.New(fault.Graph, "there are no arguments of kind %d", a.Kind)
+		}
+	}
+	if len(a.L) > 0 && depth >= MaxNesting {
+		return fault.New(fault.Graph, "an argument is nested more than %d deep", MaxNesting)
+	}
+	for i := range a.L {
+		if err := v.arg(&a.L[i], id, depth+1); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// verifyInTrace checks what a node of a trace says about its surroundings.
+func verifyInTrace(g *Graph, m *Model, n *Node, nconsts int) *fault.Error {
+	if !n.Kind.rule().trace {
+		return fault.New(fault.Graph, "a trace holds no %s nodes", n.Kind)
 	}
 	if n.Invoke < 0 || int(n.Invoke) >= len(g.Invokes) {
 		return fault.New(fault.Graph, "it belongs to invoke %d of %d", n.Invoke, len(g.Invokes))
 	}
-	var late bool
-	n.Refs(func(ref ID) { late = late || ref < 0 || ref >= id })
-	if late {
-		return fault.New(fault.Graph, "it uses a value that does not come before it")
+	if n.Step < 0 {
+		return fault.New(fault.Graph, "it names step %d", n.Step)
 	}
 	switch n.Kind {
-	case KindIndex, KindSetIndex, KindItem:
-		if n.Args[0].Kind != ArgRef {
-			return fault.New(fault.Graph, "its target is not a value")
-		}
-		if n.Kind == KindItem && n.Args[1].Kind != ArgInt && n.Args[1].Kind != ArgString {
-			return fault.New(fault.Graph, "the key of an element is neither a number nor a string")
-		}
 	case KindConst:
 		if n.Index < 0 || int(n.Index) >= nconsts {
 			return fault.New(fault.Graph, "it names constant %d of %d", n.Index, nconsts)
 		}
-	case KindCall:
-		if !strings.Contains(n.Op, "::") {
-			return fault.New(fault.Graph, "%q is not the name of an operator", n.Op)
-		}
 	case KindModule:
-		if err := verifyPoint(m, n.Path, PortOutput); err != nil {
+		if err := verifyPoint(m, n.Path, PortInput); err != nil {
 			return err
 		}
+		return verifyPoint(m, n.Path, PortOutput)
 	case KindRead, KindWrite:
+		if n.Port > PortGrad {
+			return fault.New(fault.Graph, "modules have no %s", n.Port)
+		}
 		if n.Port == PortGrad {
-			return fault.New(fault.Graph, "gradients of access points cannot be read yet")
+			err := fault.New(fault.Graph, "gradients of access points are not supported yet")
+			err.Path = n.Path
+			return err.WithHint("Read .output or .input here; torch.autograd.grad works on values.")
 		}
 		if err := verifyPoint(m, n.Path, n.Port); err != nil {
 			return err
@@ -80,14 +194,18 @@ func verifyPoint(m *Model, path string, port Port) *fault.Error {
 	if _, ok := m.Point(path, port); ok {
 		return nil
 	}
+	var e *fault.Error
 	if m.HasModule(path) {
-		e := fault.New(fault.ModulePath, "module %q never runs by itself in a forward pass, so it has no input or output", path)
-		e.Path = path
-		return e.WithHint("A list of modules is indexed first; a dropout inside fused attention has no place of its own.")
+		e = fault.New(fault.ModulePath, "module %q never runs by itself in a forward pass, so it has no %s", path, port).
+			WithHint("Use the module that contains it, or, for a list of modules, one of its elements.")
+	} else {
+		e = fault.New(fault.ModulePath, "the model has no module %q", path)
+		if near := Nearest(path, m.paths(), 3); len(near) > 0 {
+			e.Hint = "Nearest: " + strings.Join(near, ", ") + "."
+		}
 	}
-	e := fault.New(fault.ModulePath, "the model has no module %q", path)
 	e.Path = path
-	return e.WithHint("Nearest: %s.", strings.Join(Nearest(path, m.paths(), 3), ", "))
+	return e
 }
 
 func (m *Model) paths() []string {
@@ -100,54 +218,45 @@ func (m *Model) paths() []string {
 
 func verifyLeaf(m *Model, n *Node) *fault.Error {
 	p, _ := m.Point(n.Path, n.Port)
-	var leaves []string
-	m.Points[p].Tree.Refs(func(id ID) { leaves = append(leaves, m.Nodes[id].Leaf) })
-	if slices.Contains(leaves, n.Leaf) {
+	found := false
+	m.Points[p].Tree.Refs(func(id ID) { found = found || m.Nodes[id].Leaf == n.Leaf })
+	if found {
 		return nil
 	}
-	if len(leaves) == 1 && leaves[0] == "" {
-		return fault.New(fault.ModulePath, "the value of %s is a bare tensor and has no element %q", n.Path, n.Leaf)
+	var leaves []string
+	m.Points[p].Tree.Refs(func(id ID) { leaves = append(leaves, m.Nodes[id].Leaf) })
+	var e *fault.Error
+	switch {
+	case len(leaves) == 0:
+		e = fault.New(fault.ModulePath, "the %s of %q holds no tensors", n.Port, n.Path)
+	case slices.Contains(leaves, ""):
+		e = fault.New(fault.ModulePath, "the %s of %q is a bare tensor and has no element %q", n.Port, n.Path, n.Leaf)
+	case n.Leaf == "":
+		e = fault.New(fault.ModulePath, "the %s of %q is not a bare tensor", n.Port, n.Path)
+	default:
+		e = fault.New(fault.ModulePath, "the %s of %q has no tensor %q", n.Port, n.Path, n.Leaf)
 	}
-	return fault.New(fault.ModulePath, "the value of %s has no tensor %q", n.Path, n.Leaf).
-		WithHint("It has: %s.", strings.Join(leaves, ", "))
+	if len(leaves) > 0 && leaves[0] != "" {
+		e.Hint = "It has: " + strings.Join(leaves, ", ") + "."
+	}
+	e.Path = n.Path
+	return e
 }
 
-// Nearest gives the n names most like a wrong one, by edit distance, nearest first.
-func Nearest(name string, names []string, n int) []string {
-	type scored struct {
-		name  string
-		edits int
-	}
-	var all []scored
-	for _, c := range names {
-		if c != "" {
-			all = append(all, scored{c, edits(name, c)})
+// isName says whether a string can name an argument. A NUL, above all, must not get through: names
+// cross to C one after another with NULs between.
+func isName(s string) bool {
+	for i, c := range s {
+		if c != '_' && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (i == 0 || c < '0' || c > '9') {
+			return false
 		}
 	}
-	slices.SortStableFunc(all, func(a, b scored) int { return a.edits - b.edits })
-	out := make([]string, 0, n)
-	for i := 0; i < len(all) && i < n; i++ {
-		out = append(out, all[i].name)
-	}
-	return out
+	return s != ""
 }
 
-// edits is the Levenshtein distance of two names.
-func edits(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := diagonal
-			if a[i] != b[j] {
-				cost = 1 + min(diagonal, row[j], row[j+1])
-			}
-			diagonal, row[j+1] = row[j+1], cost
-		}
-	}
-	return row[len(b)]
+// isOperator says whether a string looks like "namespace::name" or "namespace::name.overload".
+func isOperator(s string) bool {
+	namespace, name, ok := strings.Cut(s, "::")
+	name, overload, dotted := strings.Cut(name, ".")
+	return ok && isName(namespace) && isName(name) && (!dotted || isName(overload))
 }
