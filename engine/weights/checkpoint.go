@@ -1,19 +1,31 @@
+// Package weights reads model directories in Hugging Face's layout: config.json, safetensors in one
+// file or in shards, and the local hub cache.
+//
+// Phases: [ReadConfig] and [Open] read the config and the headers only, so that a directory of any
+// size opens in milliseconds; [Checkpoint.Match] compares what an architecture expects with what is
+// there; [Checkpoint.Tensor] lends tensors over a private mapping of the file, without a copy.
+//
+// Ownership: a file is mapped when its first tensor is asked for and unmapped when the last of them
+// dies, closed checkpoint or not. No finalizer takes part. Everything is safe for concurrent use.
+//
+// Errors are *fault.Error of code ModelLoad that name the file and say what to do.
 package weights
 
 import (
+	"bytes"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
-	"sync"
-	"syscall"
-	"unsafe"
 
-	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
+	"github.com/nnsight-go/nnsight-go/engine/weights/safetensors"
 )
 
-// Checkpoint is the weights of a model directory. It is safe for concurrent use.
+// Info describes a tensor of a checkpoint.
+type Info = safetensors.Info
+
+// Checkpoint is the weights of a model directory.
 type Checkpoint struct {
 	dir   string
 	infos map[string]Info
@@ -21,51 +33,73 @@ type Checkpoint struct {
 	all   []*shard
 }
 
-// shard is one file and its mapping.
-type shard struct {
-	path string
-	size int64
-
-	mu     sync.Mutex
-	data   []byte
-	users  int // tensors alive over the mapping
-	closed bool
-}
+const (
+	again  = "It may be corrupt or cut short: copy or download it again."
+	layout = "A model directory holds config.json, tokenizer.json and model.safetensors " +
+		"(or model.safetensors.index.json with its shards)."
+)
 
 // Open reads the headers of a directory's weights.
 func Open(dir string) (*Checkpoint, error) {
-	names, err := shardNames(dir)
+	index, err := readIndex(dir)
 	if err != nil {
 		return nil, err
 	}
 	c := &Checkpoint{dir: dir, infos: map[string]Info{}, where: map[string]*shard{}}
-	for _, name := range names {
-		path := filepath.Join(dir, name)
-		f, err := os.Open(path)
-		if err != nil {
-			return nil, fault.New(fault.ModelLoad, "%s cannot be opened", path).WithCause(err).
-				WithHint("Every file that the index names must stand beside it.")
-		}
-		stat, err := f.Stat()
-		if err != nil {
-			f.Close()
-			return nil, fault.New(fault.ModelLoad, "%s cannot be read", path).WithCause(err)
-		}
-		infos, err := readHeader(f, stat.Size(), path)
-		f.Close()
-		if err != nil {
+	for _, name := range index.files {
+		if err := c.add(name); err != nil {
 			return nil, err
 		}
-		s := &shard{path: path, size: stat.Size()}
-		c.all = append(c.all, s)
-		for _, i := range infos {
-			if _, ok := c.infos[i.Name]; ok {
-				return nil, fault.New(fault.ModelLoad, "tensor %q stands in %s and in %s", i.Name, c.where[i.Name].path, path)
-			}
-			c.infos[i.Name], c.where[i.Name] = i, s
+	}
+	for _, name := range slices.Sorted(maps.Keys(index.place)) {
+		file := filepath.Join(dir, index.place[name])
+		if s, ok := c.where[name]; !ok || s.path != file {
+			return nil, fault.New(fault.ModelLoad, "%s holds no tensor %q, though %s says so", file, name, indexFile).
+				WithHint("The index and its shards do not belong together: copy or download all of them again.")
 		}
 	}
 	return c, nil
+}
+
+// add reads the header of one file of the directory.
+func (c *Checkpoint) add(name string) error {
+	path := filepath.Join(c.dir, name)
+	f, stat, err := openRegular(path)
+	if os.IsNotExist(err) {
+		if target, linkErr := os.Readlink(path); linkErr == nil {
+			return fault.New(fault.ModelLoad, "%s is a link to %s, which does not exist", path, target).WithHint("Download the model again.")
+		}
+		return fault.New(fault.ModelLoad, "%s is missing", path).
+			WithHint("%s names it: every shard must stand beside the index. Copy or download it again.", indexFile)
+	}
+	if err != nil {
+		return fault.New(fault.ModelLoad, "%s cannot be read", path).WithCause(err)
+	}
+	defer f.Close()
+	infos, err := safetensors.Read(f, stat.Size())
+	if err != nil {
+		return fault.New(fault.ModelLoad, "%s is not a sound safetensors file: %v", path, err).WithHint("%s", hintFor(f))
+	}
+	s := &shard{path: path, stat: stat}
+	c.all = append(c.all, s)
+	for _, i := range infos {
+		if other, ok := c.where[i.Name]; ok {
+			return fault.New(fault.ModelLoad, "tensor %q stands in %s and in %s", i.Name, other.path, path).
+				WithHint("Each tensor may stand in one shard only: copy or download the model again.")
+		}
+		c.infos[i.Name], c.where[i.Name] = i, s
+	}
+	return nil
+}
+
+// hintFor looks at what a file that is no safetensors file begins with.
+func hintFor(f *os.File) string {
+	head := make([]byte, 64)
+	n, _ := f.ReadAt(head, 0)
+	if bytes.HasPrefix(head[:n], []byte("version https://git-lfs")) {
+		return "It is a Git LFS pointer, which stands for the file: fetch it with git lfs pull, or with hf download."
+	}
+	return again
 }
 
 // Names lists the tensors, sorted.
@@ -86,91 +120,50 @@ func (c *Checkpoint) Bytes() int64 {
 	return total
 }
 
-// Tensor gives a tensor over the mapped file [new]. The mapping is private and writable: changes in
-// place stay in this process. Data that is not aligned to its elements is copied.
-func (c *Checkpoint) Tensor(name string) (aten.Tensor, error) {
+// Match finds each expected tensor among those of the checkpoint, see [Match].
+func (c *Checkpoint) Match(specs []Spec, o MatchOptions) (map[string]string, error) {
+	return Match(specs, c.infos, o)
+}
+
+// SameData reports whether two tensors hold equal bytes. It reads both, up to the first difference.
+// Old checkpoints hold a tied tensor twice; one that differs is not tied, whatever the config says.
+func (c *Checkpoint) SameData(a, b string) (bool, error) {
+	x, y := c.infos[a], c.infos[b]
+	if x.DType != y.DType || !slices.Equal(x.Shape, y.Shape) {
+		return false, nil
+	}
+	left, releaseLeft, err := c.bytes(a)
+	if err != nil {
+		return false, err
+	}
+	defer releaseLeft()
+	right, releaseRight, err := c.bytes(b)
+	if err != nil {
+		return false, err
+	}
+	defer releaseRight()
+	return bytes.Equal(left, right), nil
+}
+
+// bytes lends a tensor's data until release is called.
+func (c *Checkpoint) bytes(name string) (data []byte, release func(), err error) {
 	info, ok := c.infos[name]
 	if !ok {
-		return aten.Tensor{}, fault.New(fault.ModelLoad, "%s has no tensor %q", c.dir, name)
+		return nil, nil, fault.New(fault.ModelLoad, "%s has no tensor %q", c.dir, name)
 	}
 	s := c.where[name]
-	if info.Bytes == 0 {
-		return aten.FromBlob(nil, info.Shape, info.DType, nil)
-	}
-	data, err := s.acquire()
+	mapped, err := s.acquire()
 	if err != nil {
-		return aten.Tensor{}, err
+		return nil, nil, err
 	}
-	at := unsafe.Pointer(&data[info.Start])
-	count := int64(1)
-	for _, n := range info.Shape {
-		count *= n
-	}
-	aligned := uintptr(at)%uintptr(info.Bytes/count) == 0
-	if !aligned {
-		moved := make([]byte, info.Bytes)
-		copy(moved, data[info.Start:info.Start+info.Bytes])
-		at = unsafe.Pointer(&moved[0])
-	}
-	t, err := aten.FromBlob(at, info.Shape, info.DType, s.release)
-	if err != nil {
-		s.release()
-		return t, err
-	}
-	if aligned {
-		return t, nil
-	}
-	defer t.Free()
-	return aten.Clone(t)
+	return mapped[info.Start : info.Start+info.Bytes], s.release, nil
 }
 
-// acquire maps the file, if it is not yet, for one more tensor.
-func (s *shard) acquire() ([]byte, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return nil, fault.New(fault.Handle, "%s has been closed", s.path)
-	}
-	if s.data == nil {
-		f, err := os.Open(s.path)
-		if err != nil {
-			return nil, fault.New(fault.ModelLoad, "%s cannot be opened any more", s.path).WithCause(err)
-		}
-		defer f.Close()
-		if stat, err := f.Stat(); err != nil || stat.Size() != s.size {
-			return nil, fault.New(fault.ModelLoad, "%s has changed since the model was opened", s.path).
-				WithHint("Open the model again.")
-		}
-		s.data, err = syscall.Mmap(int(f.Fd()), 0, int(s.size), syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_PRIVATE)
-		if err != nil {
-			return nil, fault.New(fault.ModelLoad, "%s cannot be mapped", s.path).WithCause(err)
-		}
-	}
-	s.users++
-	return s.data, nil
-}
-
-// release gives up one tensor's use of the mapping.
-func (s *shard) release() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.users--
-	s.unmap()
-}
-
-func (s *shard) unmap() {
-	if s.closed && s.users == 0 && s.data != nil {
-		_ = syscall.Munmap(s.data) // fails only for addresses that are not a mapping
-		s.data = nil
-	}
-}
-
-// Close forgets the mappings; those that tensors still use go when the last of them dies.
+// Close ends the lending of tensors. Those handed out stay valid, and the mapping below them.
 func (c *Checkpoint) Close() {
 	for _, s := range c.all {
 		s.mu.Lock()
 		s.closed = true
-		s.unmap()
 		s.mu.Unlock()
 	}
 }

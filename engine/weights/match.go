@@ -2,7 +2,6 @@ package weights
 
 import (
 	"fmt"
-	"path"
 	"slices"
 	"strings"
 
@@ -17,50 +16,58 @@ type Spec struct {
 	Optional bool
 }
 
-// MatchOptions are what an architecture knows about old checkpoints.
+// MatchOptions are what an architecture knows about its checkpoints.
 type MatchOptions struct {
-	BasePrefix string   // module that checkpoints of the base model leave out of names
-	Ignore     []string // patterns of surplus tensors that nobody needs
+	BasePrefix string   // module that checkpoints of the base model leave out of names: "transformer"
+	Ignore     []string // patterns of surplus tensors that nobody needs; * stands for any characters
 }
 
-// Match finds each expected tensor among those of the checkpoint: the result maps an architecture's
-// names to the checkpoint's. What is missing, of another shape or surplus is one error that lists
-// it.
-func (c *Checkpoint) Match(specs []Spec, o MatchOptions) (map[string]string, error) {
-	return match(specs, c.infos, o)
-}
-
-func match(specs []Spec, infos map[string]Info, o MatchOptions) (map[string]string, error) {
+// Match finds each expected tensor among those of a checkpoint: the result maps an architecture's
+// names to the checkpoint's. An optional or tied tensor that is not there is not in the result. Where
+// the checkpoint holds only one of two tied tensors, it stands for both, whichever it is.
+//
+// What is missing, of another shape or surplus is one error, which lists the first ten of them.
+func Match(specs []Spec, infos map[string]Info, o MatchOptions) (map[string]string, error) {
 	names := make(map[string]string, len(specs))
 	used := make(map[string]bool, len(infos))
+	var missing []int
 	var wrong []string
+	take := func(s Spec, name string) {
+		used[name] = true
+		names[s.Name] = name
+		if got := infos[name].Shape; !slices.Equal(got, s.Shape) {
+			wrong = append(wrong, fmt.Sprintf("wrong shape: %s has %v, the config asks for %v", name, got, s.Shape))
+		}
+	}
+	for i, s := range specs {
+		if name, ok := find(s.Name, infos, o.BasePrefix); ok {
+			take(s, name)
+		} else {
+			missing = append(missing, i)
+		}
+	}
+	tied := map[string]string{} // tensor -> a tensor tied to it that is there
 	for _, s := range specs {
-		name, ok := find(s.Name, infos, o.BasePrefix)
-		if ok {
-			used[name] = true
+		if name, ok := names[s.Name]; ok && s.Tied != "" {
+			tied[s.Tied] = name
 		}
-		if s.Tied != "" { // a copy of the tied tensor is not needed
-			continue
-		}
-		switch {
-		case !ok && s.Optional:
-		case !ok:
-			wrong = append(wrong, fmt.Sprintf("missing: %s of sizes %v", s.Name, s.Shape))
-		case !slices.Equal(infos[name].Shape, s.Shape):
-			wrong = append(wrong, fmt.Sprintf("wrong sizes: %s has %v, the config asks for %v", name, infos[name].Shape, s.Shape))
-		default:
-			names[s.Name] = name
+	}
+	for _, i := range missing {
+		s := specs[i]
+		if name, ok := tied[s.Name]; ok {
+			take(s, name)
+		} else if s.Tied == "" && !s.Optional {
+			wrong = append(wrong, fmt.Sprintf("missing: %s %v", s.Name, s.Shape))
 		}
 	}
 	var surplus []string
 	for name, info := range infos {
 		if !used[name] && !ignored(name, o.Ignore) {
-			surplus = append(surplus, fmt.Sprintf("surplus: %s of sizes %v", name, info.Shape))
+			surplus = append(surplus, fmt.Sprintf("surplus: %s %v", name, info.Shape))
 		}
 	}
 	slices.Sort(surplus)
-	wrong = append(wrong, surplus...)
-	if len(wrong) == 0 {
+	if wrong = append(wrong, surplus...); len(wrong) == 0 {
 		return names, nil
 	}
 	const shown = 10
@@ -69,7 +76,7 @@ func match(specs []Spec, infos map[string]Info, o MatchOptions) (map[string]stri
 		more = fmt.Sprintf("\n  and %d more", len(wrong)-shown)
 		wrong = wrong[:shown]
 	}
-	return nil, fault.New(fault.ModelLoad, "the weights are not those of the architecture that the config names:\n  %s%s",
+	return nil, fault.New(fault.ModelLoad, "the weights are not those of the architecture that config.json names:\n  %s%s",
 		strings.Join(wrong, "\n  "), more).WithHint("Check that config.json and the weights belong together.")
 }
 
@@ -86,14 +93,29 @@ func find(name string, infos map[string]Info, prefix string) (string, bool) {
 	return "", false
 }
 
+// ignored holds a name against patterns. The dot makes "*.inv_freq" fit "inv_freq" too, which is what
+// is left of "model.inv_freq" where the base prefix is not written.
 func ignored(name string, patterns []string) bool {
-	for _, p := range patterns {
-		if ok, _ := path.Match(p, name); ok { // names hold no slash, so * spans dots
-			return true
-		}
-		if ok, _ := path.Match(strings.TrimPrefix(p, "*."), name); ok {
-			return true
-		}
+	return slices.ContainsFunc(patterns, func(p string) bool { return like(name, p) || like("."+name, p) })
+}
+
+// like compares a name with a pattern in which * stands for any characters.
+func like(name, pattern string) bool {
+	parts := strings.Split(pattern, "*")
+	first, last := parts[0], parts[len(parts)-1]
+	if len(parts) == 1 {
+		return name == pattern
 	}
-	return false
+	if len(name) < len(first)+len(last) || !strings.HasPrefix(name, first) || !strings.HasSuffix(name, last) {
+		return false
+	}
+	name = name[len(first) : len(name)-len(last)]
+	for _, part := range parts[1 : len(parts)-1] {
+		at := strings.Index(name, part)
+		if at < 0 {
+			return false
+		}
+		name = name[at+len(part):]
+	}
+	return true
 }
