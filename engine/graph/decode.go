@@ -59,7 +59,7 @@ func (d *decoder) check(what string, rest []byte, err error) bool {
 	case msgp.ErrShortBytes:
 		d.fail("it ends in the middle of %s", what)
 	default:
-		d.fail("%s is missing or of the wrong type", what)
+		d.fail("something else stands where %s should be", what)
 		d.err.Cause = err
 	}
 	return false

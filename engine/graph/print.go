@@ -205,7 +205,7 @@ func (a *Arg) String() string {
 	case ArgEllipsis:
 		return "..."
 	case ArgSlice:
-		return a.sliceText()
+		return "slice(" + a.itemsText() + ")"
 	case ArgList:
 		return "[" + a.itemsText() + "]"
 	case ArgTuple:
@@ -226,20 +226,28 @@ func (a *Arg) String() string {
 	return a.Kind.String()
 }
 
-// indexText prints what stands between the brackets of a tensor.
+// indexText prints what stands between the brackets of a tensor: "0, :-1, ...".
 func (a *Arg) indexText() string {
-	if a.Kind != ArgTuple || len(a.L) == 0 {
-		return a.String()
+	if a.Kind != ArgTuple || len(a.L) == 0 || len(a.L) > maxItems {
+		return a.sliceText()
 	}
-	if len(a.L) == 1 {
-		return a.itemsText() + ","
+	parts := make([]string, len(a.L))
+	for i := range a.L {
+		parts[i] = a.L[i].sliceText()
 	}
-	return a.itemsText()
+	if len(parts) == 1 {
+		return parts[0] + ","
+	}
+	return strings.Join(parts, ", ")
 }
 
+// sliceText prints a slice with colons, and anything else as String does.
 func (a *Arg) sliceText() string {
+	if a.Kind != ArgSlice || len(a.L) != 3 {
+		return a.String()
+	}
 	part := func(i int) string {
-		if i >= len(a.L) || a.L[i].Kind == ArgNone {
+		if a.L[i].Kind == ArgNone {
 			return ""
 		}
 		return a.L[i].String()
@@ -306,6 +314,8 @@ func (g *Graph) invokeText(i int32) string {
 
 func modeText(m Mode) string {
 	switch {
+	case m&ModeInference != 0 && m&ModeGrad != 0:
+		return "inference mode and grad on from here on"
 	case m&ModeInference != 0:
 		return "inference mode from here on"
 	case m&ModeGrad != 0:
