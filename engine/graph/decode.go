@@ -264,7 +264,7 @@ func (d *decoder) oneNode(n *Node, invokes int) {
 	n.Mode = Mode(d.small("its mode", 0, int64(ModeGrad|ModeInference)))
 	r := n.Kind.rule()
 	if want := r.parts(n.Kind); d.err == nil && parts != want {
-		d.fail("it is a %s of %d parts instead of %d", n.Kind, parts, want)
+		d.fail("a node of kind %s has %d parts instead of %d", n.Kind, parts, want)
 	}
 	if d.err != nil {
 		return

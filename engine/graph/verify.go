@@ -78,7 +78,7 @@ func (v *verifier) node(id ID) *fault.Error {
 	}
 	if !r.open {
 		if len(n.Args) != len(r.params) || len(n.Kwargs) != 0 {
-			return fault.New(fault.Graph, "a %s has %d arguments instead of %d", n.Kind, len(n.Args)+len(n.Kwargs), len(r.params))
+			return fault.New(fault.Graph, "a node of kind %s has %d arguments instead of %d", n.Kind, len(n.Args)+len(n.Kwargs), len(r.params))
 		}
 		for i, p := range r.params {
 			if !p.kinds.has(n.Args[i].Kind) {
@@ -108,7 +108,7 @@ func (v *verifier) node(id ID) *fault.Error {
 		switch of := v.nodes[n.Args[0].Ref].Kind; of {
 		case KindCall, KindModule, KindItem:
 		default:
-			return fault.New(fault.Graph, "%%%d is a %s, which has no elements to take", n.Args[0].Ref, of)
+			return fault.New(fault.Graph, "%%%d, of kind %s, has no elements to take", n.Args[0].Ref, of)
 		}
 	}
 	return nil
@@ -121,7 +121,7 @@ func (v *verifier) arg(a *Arg, id ID, depth int) *fault.Error {
 			return fault.New(fault.Graph, "it uses value %d, which does not come before it", a.Ref)
 		}
 		if of := v.nodes[a.Ref].Kind; of.rule().void {
-			return fault.New(fault.Graph, "it uses value %d, and a %s has no value", a.Ref, of)
+			return fault.New(fault.Graph, "it uses value %d, but a node of kind %s has no value", a.Ref, of)
 		}
 	case ArgSlice:
 		if len(a.L) != 3 {

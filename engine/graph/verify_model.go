@@ -64,7 +64,7 @@ func verifyModelNodes(m *Model) *fault.Error {
 		case n.Kind == KindParam || n.Kind == KindInput:
 			name := n.Kind.String() + " " + n.Op
 			if n.Op == "" {
-				err = fault.New(fault.Graph, "a %s has no name", n.Kind)
+				err = fault.New(fault.Graph, "this %s has no name", n.Kind)
 			} else if sources[name] {
 				err = fault.New(fault.Graph, "%s is there twice", name)
 			}
