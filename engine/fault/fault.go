@@ -68,7 +68,8 @@ func New(code Code, format string, args ...any) *Error {
 	return &Error{Code: code, Message: fmt.Sprintf(format, args...), Node: -1, Invoke: -1, Step: -1}
 }
 
-// Error prints everything that is known on a few lines.
+// Error prints everything that is known on a few lines: the message first, the hint last. A cause
+// that the message already tells is not told again.
 func (e *Error) Error() string {
 	var b strings.Builder
 	b.WriteString(string(e.Code))
@@ -92,7 +93,7 @@ func (e *Error) Error() string {
 	if !e.Other.IsZero() {
 		fmt.Fprintf(&b, "\n  earlier line: %s", e.Other)
 	}
-	if e.Cause != nil {
+	if e.Cause != nil && !strings.Contains(e.Message, e.Cause.Error()) {
 		fmt.Fprintf(&b, "\n  cause: %v", e.Cause)
 	}
 	if e.Hint != "" {

@@ -2,7 +2,8 @@ package fault
 
 import "encoding/json"
 
-// wire is the JSON form of an error, as capi/nng.h describes it; unknown fields are left out.
+// wire is the JSON form of an error, as capi/nng.h describes it; unknown fields are left out. A
+// node, invoke or step of 0 is known, so those are pointers.
 type wire struct {
 	Code      Code   `json:"code"`
 	Message   string `json:"message"`
@@ -38,7 +39,8 @@ func (e *Error) MarshalJSON() ([]byte, error) {
 	return json.Marshal(w)
 }
 
-// UnmarshalJSON reads the JSON form; the cause comes back as its text.
+// UnmarshalJSON reads the JSON form; the cause comes back as its text. Fields it does not know, which
+// a newer engine may send, are passed over.
 func (e *Error) UnmarshalJSON(data []byte) error {
 	var w wire
 	if err := json.Unmarshal(data, &w); err != nil {
