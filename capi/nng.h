@@ -84,7 +84,7 @@ int nng_model_param(nng_model model, const char* name, void** tensor, nng_buf* e
 
 /* ---- runs ---- */
 
-/* Starts a run of a recorded graph (the wire form of docs/architecture.md). consts are the tensors
+/* Starts a run of a recorded graph (the wire form, docs/wire.md). consts are the tensors
  * that KindConst nodes number [borrowed: the run takes references of its own]. */
 int nng_run_new(nng_model model, const uint8_t* graph, int64_t size, void* const* consts, int64_t nconsts,
                 nng_run* out, nng_buf* err);

@@ -1,6 +1,8 @@
 package graph_test
 
 import (
+	"bytes"
+	"encoding/hex"
 	"errors"
 	"math"
 	"math/rand/v2"
@@ -361,4 +363,27 @@ func BenchmarkEncode(b *testing.B) {
 	for b.Loop() {
 		graph.Encode(g)
 	}
+}
+
+// TestDocumentation holds the example of docs/wire.md: its JSON, its bytes and its print are one graph.
+func TestDocumentation(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join("..", "..", "docs", "wire.md"))
+	require.NoError(t, err)
+	block := func(after, fence string) string {
+		_, rest, ok := strings.Cut(string(text), after)
+		require.True(t, ok, after)
+		_, rest, ok = strings.Cut(rest, fence+"\n")
+		require.True(t, ok, after)
+		body, _, _ := strings.Cut(rest, "```")
+		return body
+	}
+	data, err := hex.DecodeString(strings.Join(strings.Fields(block("in bytes,", "```")), ""))
+	require.NoError(t, err)
+	g, err := graph.Decode(data)
+	require.NoError(t, err)
+	require.Equal(t, block("and printed", "```"), g.String())
+	var asJSON bytes.Buffer
+	_, err = msgp.CopyToJSON(&asJSON, bytes.NewReader(data))
+	require.NoError(t, err)
+	require.JSONEq(t, block("written as JSON,", "```json"), asJSON.String())
 }

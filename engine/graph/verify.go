@@ -180,7 +180,7 @@ func verifyInTrace(g *Graph, m *Model, n *Node, nconsts int) *fault.Error {
 		if n.Port == PortGrad {
 			err := fault.New(fault.Graph, "gradients of access points are not supported yet")
 			err.Path = n.Path
-			return err.WithHint("Read .output or .input here; torch.autograd.grad works on values.")
+			return err.WithHint("Inputs and outputs of modules can be read and written.")
 		}
 		if err := verifyPoint(m, n.Path, n.Port); err != nil {
 			return err
