@@ -86,8 +86,8 @@ int nng_model_param(nng_model model, const char* name, void** tensor, nng_buf* e
 
 /* Starts a run of a recorded graph (the wire form, docs/wire.md). consts are the tensors
  * that KindConst nodes number [borrowed: the run takes references of its own]. */
-int nng_run_new(nng_model model, const uint8_t* graph, int64_t size, void* const* consts, int64_t nconsts,
-                nng_run* out, nng_buf* err);
+int nng_run_new(nng_model model, const uint8_t* graph, int64_t size, void* const* consts, int64_t nconsts, nng_run* out,
+                nng_buf* err);
 
 /* Works for about budget_ms milliseconds, then returns so that the caller may look at signals.
  * *done becomes 1 when the run has ended. A failed run has freed its tensors and can only be freed. */
@@ -127,8 +127,8 @@ int nng_tokenizer_encode(nng_tokenizer tokenizer, const char* text, int64_t size
                          nng_buf* out, nng_buf* err);
 
 /* Encodes only to ids: *out holds int64 values in the machine's byte order. */
-int nng_tokenizer_ids(nng_tokenizer tokenizer, const char* text, int64_t size, int32_t add_special_tokens,
-                      nng_buf* out, nng_buf* err);
+int nng_tokenizer_ids(nng_tokenizer tokenizer, const char* text, int64_t size, int32_t add_special_tokens, nng_buf* out,
+                      nng_buf* err);
 
 /* Decodes ids; *out is the text. An id outside the vocabulary is a failure that names it. */
 int nng_tokenizer_decode(nng_tokenizer tokenizer, const int64_t* ids, int64_t n, int32_t skip_special_tokens,

@@ -1,8 +1,10 @@
 #!/bin/sh
 # Looks whether what the build needs is installed, before anything is built. Names everything that is
-# missing or too old, each with the command that installs it. Status 0 if all is there.
+# missing or too old, each with the command that installs it. Status 0 if all is there; -q: says so
+# with no words.
 cd "$(dirname "$0")/../.." || exit 1
 
+quiet=${1:-}
 missing=0
 lacks() { # lacks WHAT COMMAND...: one finding
 	[ $missing -eq 0 ] && echo "Something the build needs is missing:" >&2
@@ -79,4 +81,4 @@ else
 fi
 
 [ $missing -eq 0 ] || exit 1
-[ "${1:-}" = -q ] || echo "All prerequisites are installed."
+[ "$quiet" = -q ] || echo "All prerequisites are installed."
