@@ -1,0 +1,90 @@
+"""Where in the user's program a value was asked for.
+
+Recording notes only the code object and the offset in it, which costs next to nothing; the line is
+worked out when a graph is encoded or an error is shown.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from types import CodeType
+from typing import TypeAlias
+
+import torch
+
+# A code object and the offset of the instruction in it; None where no frame of the user's was found.
+Place: TypeAlias = tuple[CodeType, int] | None
+
+_OURS = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep, "<__array_function__")
+_foreign: dict[str, bool] = {}  # file name -> it is the user's
+
+
+def _is_users(filename: str) -> bool:
+    users = _foreign[filename] = not filename.startswith(_OURS)
+    return users
+
+
+def here() -> Place:
+    """The innermost line that belongs neither to this package nor to torch."""
+    frame = sys._getframe(1)
+    known = _foreign
+    while frame is not None:
+        code = frame.f_code
+        name = code.co_filename
+        users = known.get(name)
+        if users is None:
+            users = _is_users(name)
+        if users:
+            return code, frame.f_lasti
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def line(place: Place) -> tuple[str, int]:
+    """File and line of a place, ``("", 0)`` where there is none."""
+    if place is None:
+        return "", 0
+    code, offset = place
+    number = code.co_firstlineno
+    for start, end, at in code.co_lines():
+        if start <= offset < end:
+            number = at or number
+            break
+    return code.co_filename, number
+
+
+def fields(place: Place) -> dict[str, object]:
+    """The fields of an error that name a place."""
+    file, number = line(place)
+    return {"file": file, "line": number, "func": place[0].co_name} if place else {}
+
+
+def other_fields(place: Place) -> dict[str, object]:
+    """The fields of an error that name a second place."""
+    file, number = line(place)
+    return {"other_file": file, "other_line": number} if place else {}
+
+
+def table(places: Iterable[Place]) -> tuple[list[tuple[str, int, str]], list[int]]:
+    """Turns places into a table of lines, each there once, and the index of each place in it, or -1."""
+    rows: list[tuple[str, int, str]] = []
+    by_row: dict[tuple[str, int, str], int] = {}
+    by_place: dict[tuple[int, int], int] = {}
+    indices = []
+    for place in places:
+        if place is None:
+            indices.append(-1)
+            continue
+        key = (id(place[0]), place[1])
+        index = by_place.get(key)
+        if index is None:
+            row = (*line(place), place[0].co_name)
+            index = by_row.get(row)
+            if index is None:
+                index = by_row[row] = len(rows)
+                rows.append(row)
+            by_place[key] = index
+        indices.append(index)
+    return rows, indices

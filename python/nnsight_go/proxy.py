@@ -1,0 +1,147 @@
+"""The proxy: a tensor that is not there yet.
+
+It is an instance of a ``torch.Tensor`` subclass over an empty placeholder, so that all Python that
+works on tensors works on it. Operations on it arrive in ``__torch_function__`` and are recorded
+(``torchmap``). When the trace ends, a saved proxy becomes its tensor in place: same object, another
+class. The placeholder lies on the meta device, so that code that goes around ``__torch_function__``
+fails instead of computing on nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from .wire import Kind
+
+if TYPE_CHECKING:
+    from .recorder import Recorder
+
+_PLACEHOLDER = torch.empty((), device="meta")
+_make_subclass = torch.Tensor._make_subclass
+
+
+class Proxy(torch.Tensor):
+    """The value of a node of the trace that is being recorded.
+
+    ``shape``, ``dtype``, ``device`` and ``len()`` are known without computing anything; a concrete
+    value (``item()``, ``bool()``, ``numpy()``, ...) runs the model as far as it must.
+    """
+
+    _rec: Recorder
+    _id: int
+
+    @staticmethod
+    def _make(rec: Recorder, id: int) -> Proxy:
+        proxy: Any = _make_subclass(Proxy, _PLACEHOLDER)
+        proxy._rec = rec
+        proxy._id = id
+        return proxy  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from . import torchmap
+
+        return torchmap.dispatch(func, types, args, kwargs or {})
+
+    # ---- saving ----
+
+    def save(self) -> Proxy:
+        """Keeps the value: after the block this object is the tensor."""
+        self._rec.alive(self)
+        self._rec.save(self)
+        return self
+
+    @property
+    def value(self) -> Proxy:
+        """The value itself: a proxy inside the block, the tensor after it."""
+        self._rec.alive(self)
+        return self
+
+    # ---- facts ----
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The sizes, known before the value is."""
+        return self._rec.meta(self).shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """The dtype, known before the value is."""
+        return self._rec.meta(self).dtype
+
+    @property
+    def ndim(self) -> int:  # type: ignore[override]
+        """The number of axes."""
+        return self._rec.meta(self).dim()
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the value will be."""
+        self._rec.alive(self)
+        return self._rec.device_of(self._id)
+
+    def __len__(self) -> int:
+        shape = self.shape
+        if not shape:
+            raise TypeError("len() of a 0-d tensor")
+        return shape[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.shape:
+            raise TypeError("iteration over a 0-d tensor")
+        return iter(self.unbind(0))
+
+    # ---- showing ----
+
+    def _label(self) -> str:
+        rec, node = self._rec, self._rec.nodes[self._id]
+        match node[0]:
+            case Kind.READ:
+                path, port, leaf = node[4], node[5], node[7]
+                text = (path or "model") + (".input", ".output", ".grad")[port]
+                return text + "".join(f"[{p}]" if p.isdigit() else f".{p}" for p in leaf.split(".") if p)
+            case Kind.CALL:
+                return f"{node[4].removeprefix('aten::')}(...)"
+            case Kind.MODULE:
+                return f"{node[4]}(...)"
+            case Kind.CONST:
+                return "a constant"
+            case Kind.INDEX:
+                return f"{Proxy._make(rec, node[4][1])._label()}[...]"
+            case Kind.ITEM:
+                return f"{Proxy._make(rec, node[4][1])._label()}[{node[5]!r}]"
+        return "a value"
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        from . import shapes
+        from .recorder import current
+
+        name = self._label()
+        if self._rec.closed is not None:
+            return f"<Proxy of {name}: {self._rec.closed}>"
+        known = None
+        if current.recorder is self._rec:
+            try:
+                known = shapes.infer(self._rec, self._id, run=False)
+            except Exception:  # showing a value must neither fail nor run anything; using it tells what is wrong
+                known = None
+        sizes = f"shape={list(known.shape)}, {str(known.dtype).removeprefix('torch.')}, " if known is not None else ""
+        return f"<Proxy {sizes}from {name}>"
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec else repr(self)
+
+    # ---- what cannot be ----
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = out = self.clone()
+        return out
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        self._rec.alive(self)
+        raise TypeError(f"{self._label()} has no value yet and cannot be pickled: save it, and pickle it after the block")

@@ -1,0 +1,409 @@
+"""The recording of one trace: a list of nodes in program order, and what it takes to run them.
+
+A recorder lives from the start of the block to its end and belongs to one thread. It holds no
+values: a proxy is a number, and remembers (in ``made``) by what call it came about, from which shapes
+are inferred when they are asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from . import positions, shapes, wire
+from .errors import InputError, NnsightError, NotSavedError, OutOfOrderError
+from .points import Leaf, Point
+from .positions import Place, here
+from .proxy import Proxy
+from .wire import Kind, argument
+
+if TYPE_CHECKING:
+    from .native import Native
+
+# A tensor from outside up to this many bytes is copied when the block uses it; a larger one is used
+# as it is, and must not change until the block has run.
+COPY_BYTES = 64 * 1024
+
+_CALL, _INDEX, _SET_INDEX, _ITEM = int(Kind.CALL), int(Kind.INDEX), int(Kind.SET_INDEX), int(Kind.ITEM)
+_READ, _WRITE, _MODULE, _CONST = int(Kind.READ), int(Kind.WRITE), int(Kind.MODULE), int(Kind.CONST)
+_SAVE = int(Kind.SAVE)
+
+_grad_enabled, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
+
+
+class _Current(threading.local):
+    """The trace that this thread is inside of."""
+
+    recorder: Recorder | None = None
+
+
+current = _Current()
+
+
+@dataclasses.dataclass(slots=True)
+class Invoke:
+    """One input of a trace: rows of token ids and masks beside them; no rows: the whole batch."""
+
+    rows: list[list[int]] | None
+    masks: list[list[int]] | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class _Capture:
+    """A tensor from outside: what the caller had (kept alive, so that its id stays its own) and what is sent."""
+
+    original: torch.Tensor
+    version: int
+    sent: torch.Tensor
+    index: int
+    place: Place
+
+
+class Results:
+    """Stands for the several results of one node, in ``made`` of the items taken from it."""
+
+    __slots__ = ("_id",)
+
+    def __init__(self, id: int) -> None:
+        self._id = id
+
+
+class Recorder:
+    """Records one trace of a model.
+
+    ``invoke`` is the number of the invoke whose block is open, or -1; ``nodes`` are in wire form but
+    for their positions; ``made[i]`` is the call ``(function, args, kwargs)`` that infers node i's
+    shape on meta tensors, or None.
+    """
+
+    def __init__(self, native: Native) -> None:
+        self.native = native
+        self.device = native.device
+        self.nodes: list[tuple[Any, ...]] = []
+        self.made: list[tuple[Callable[..., Any], Any, Any] | None] = []
+        self.metas: dict[int, Any] = {}
+        self.several: set[int] = set()  # nodes with several results
+        self.moved: dict[int, torch.device] = {}  # nodes whose result is on another device
+        self.invokes: list[Invoke] = []
+        self.invoke = -1
+        self.captures: list[_Capture] = []
+        self.bound: dict[tuple[int, str, int], Any] = {}
+        self.closed: str | None = None
+        self._captured: dict[int, _Capture] = {}
+        self._const_nodes: dict[tuple[int, int], int] = {}
+        self._reach: dict[int, tuple[Point, Place]] = {}
+        self._saved: dict[int, Any] = {}
+        self._batch_asked: Place = None
+        self._forced: tuple[int, dict[int, torch.Tensor]] = (-1, {})
+
+    # ---- invokes ----
+
+    def open_invoke(self, rows: list[list[int]] | None, masks: list[list[int]] | None) -> int:
+        """Begins an invoke and gives its number."""
+        if rows is not None and self._batch_asked is not None:
+            raise InputError(
+                "this invoke adds rows to a batch whose sizes an invoke without input has already used",
+                hint="Put invokes with input before those without.",
+                **positions.fields(here()),
+                **positions.other_fields(self._batch_asked),
+            )
+        if rows is None and not any(v.rows for v in self.invokes):
+            raise InputError(
+                "an invoke without input sees the whole batch, and there is none yet",
+                hint="Give this invoke a prompt, or put one with a prompt before it.",
+            )
+        self.invokes.append(Invoke(rows, masks))
+        self.invoke = len(self.invokes) - 1
+        return self.invoke
+
+    def close_invoke(self) -> None:
+        """Ends the open invoke."""
+        self.invoke = -1
+
+    def batch(self, invoke: int) -> tuple[int, int]:
+        """Rows of an invoke and tokens of the longest of them."""
+        v = self.invokes[invoke]
+        if v.rows is None:
+            self._batch_asked = here()
+            rows = [row for w in self.invokes for row in w.rows or ()]
+        else:
+            rows = v.rows
+        return len(rows), max(map(len, rows))
+
+    def _owner(self) -> int:
+        # Work between invokes belongs to the latest one: it may use values of all before it.
+        if self.invoke >= 0:
+            return self.invoke
+        if not self.invokes:
+            raise InputError("nothing can be computed in a trace before its first invoke")
+        return len(self.invokes) - 1
+
+    # ---- nodes ----
+
+    def _add(self, kind: int, made: tuple[Callable[..., Any], Any, Any] | None, *rest: Any) -> int:
+        id = len(self.nodes)
+        mode = (1 if _grad_enabled() else 0) | (2 if _inference() else 0)
+        self.nodes.append((kind, self.invoke if self.invoke >= 0 else self._owner(), here(), mode, *rest))
+        self.made.append(made)
+        return id
+
+    def number(self, tensor: torch.Tensor) -> int:
+        """The node of a tensor that an operation uses: a proxy's own, or a constant's."""
+        if type(tensor) is Proxy:
+            if tensor._rec is not self:
+                tensor._rec.refuse(tensor)
+            return tensor._id
+        return self._constant(tensor)
+
+    def call(
+        self,
+        op: str,
+        args: Iterable[Any],
+        kwargs: dict[str, Any] | None,
+        made: tuple[Callable[..., Any], Any, Any],
+    ) -> int:
+        """Records a call of an ATen operator; ``made`` is the Python call it stands for."""
+        name = self.number
+        wired = [argument(x, name) for x in args]
+        named = {k: argument(x, name) for k, x in kwargs.items()} if kwargs else None
+        return self._add(_CALL, made, op, wired, named)
+
+    def index(self, target: Proxy, index: Any) -> Proxy:
+        """Records ``target[index]``."""
+        name = self.number
+        ref, where = [0, name(target)], argument(index, name)
+        return Proxy._make(self, self._add(_INDEX, (shapes.index, (target, index), None), ref, where))
+
+    def set_index(self, target: Proxy, index: Any, value: Any) -> None:
+        """Records ``target[index] = value``."""
+        name = self.number
+        ref, where, what = [0, name(target)], argument(index, name), argument(value, name)
+        self._add(_SET_INDEX, None, ref, where, what)
+
+    def item(self, of: int, key: int | str) -> Proxy:
+        """Records taking one of several results."""
+        return Proxy._make(self, self._add(_ITEM, (shapes.item, (Results(of), key), None), [0, of], key))
+
+    def module(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], infer: Callable[..., Any]) -> int:
+        """Records calling a module of the model; ``infer(*args, **kwargs)`` gives its results' shapes."""
+        name = self.number
+        wired = [argument(x, name) for x in args]
+        named = {k: argument(x, name) for k, x in kwargs.items()} if kwargs else None
+        return self._add(_MODULE, (infer, args, kwargs), path, wired, named)
+
+    # ---- tensors from outside ----
+
+    def _constant(self, tensor: torch.Tensor) -> int:
+        owner = self._owner()
+        known = self._captured.get(id(tensor))
+        version = _version(tensor)
+        if known is None or (known.sent is not tensor and known.version != version):
+            known = self._captured[id(tensor)] = self._capture(tensor, version)
+        node = self._const_nodes.get((owner, known.index))
+        if node is None:
+            node = self._add(_CONST, (shapes.meta_of, (known.sent,), None), known.index)
+            self._const_nodes[owner, known.index] = node
+            if tensor.device != self.device and tensor.dim() > 0:
+                self.moved[node] = tensor.device
+        return node
+
+    def _capture(self, tensor: torch.Tensor, version: int) -> _Capture:
+        if tensor.is_meta:
+            raise InputError("a tensor on the meta device has no values that a trace could use")
+        small = tensor.numel() * tensor.element_size() <= COPY_BYTES or tensor.is_inference()
+        with torch._C.DisableTorchFunction():
+            sent = tensor.detach().clone() if small and not tensor.requires_grad else tensor
+        capture = _Capture(tensor, version, sent, len(self.captures), here())
+        self.captures.append(capture)
+        return capture
+
+    def constant(self, tensor: torch.Tensor) -> Proxy:
+        """A proxy for a tensor from outside."""
+        return Proxy._make(self, self._constant(tensor))
+
+    # ---- access points ----
+
+    def _inside(self, what: str) -> int:
+        if self.closed is not None:
+            raise NotSavedError(f"{what} cannot be used any more: {self.closed}")
+        if self.invoke < 0:
+            raise InputError(
+                f"{what} is used outside of every invoke",
+                hint="In a trace without input of its own, use modules inside `with tracer.invoke(...):`.",
+                **positions.fields(here()),
+            )
+        return self.invoke
+
+    def touch(self, point: Point, writing: bool = False) -> int:
+        """Notes that the program has come to an access point, and gives the invoke it is in.
+
+        Raises ``OutOfOrderError`` where the point is written to after a later one was named.
+        """
+        invoke = self._inside(point.text)
+        reach = self._reach.get(invoke)
+        if reach is None or point.order > reach[0].order:
+            self._reach[invoke] = (point, here())
+        elif writing and point.order < reach[0].order:
+            raise OutOfOrderError(
+                f"{point.text} has already run when this line writes to it: an earlier line went on to {reach[0].text}",
+                path=point.path,
+                hint="Move the write up, before the line that uses the later module, or use a second trace.",
+                **positions.fields(here()),
+                **positions.other_fields(reach[1]),
+            )
+        return invoke
+
+    def read(self, point: Point, leaf: Leaf) -> Proxy:
+        """Records reading one tensor of an access point."""
+        made = (self._leaf_meta, (self.invoke, leaf), None)
+        return Proxy._make(self, self._add(_READ, made, point.path, point.port, 0, leaf.name))
+
+    def _leaf_meta(self, invoke: int, leaf: Leaf) -> torch.Tensor:
+        return torch.empty(leaf.sizes(*self.batch(invoke)), dtype=leaf.dtype, device="meta")
+
+    def write(self, point: Point, leaf: Leaf, value: Any) -> Proxy:
+        """Records rebinding one tensor of an access point, and gives what is bound there now."""
+        if not isinstance(value, torch.Tensor):
+            raise InputError(
+                f"{point.text} holds a tensor and cannot become a {type(value).__name__}",
+                path=point.path,
+                hint="Assign a tensor (torch.full_like(old, value)), or change it in place (output[:] = value).",
+                **positions.fields(here()),
+            )
+        proxy = value if type(value) is Proxy else self.constant(value)
+        self._add(_WRITE, None, point.path, point.port, 0, leaf.name, [0, self.number(proxy)])
+        return proxy
+
+    # ---- values ----
+
+    def meta(self, proxy: Proxy) -> torch.Tensor:
+        """A meta tensor of the proxy's sizes, strides and dtype; runs the graph only where it must."""
+        meta = self.metas.get(proxy._id)
+        if meta is None:
+            self.alive(proxy)
+            meta = shapes.infer(self, proxy._id)
+        return meta  # type: ignore[no-any-return]
+
+    def device_of(self, id: int) -> torch.device:
+        """The device of a node's result."""
+        if not self.moved:
+            return self.device
+        while id not in self.moved:
+            made = self.made[id]
+            first = next((p for p in proxies((made[1], made[2])) if p._rec is self), None) if made else None
+            if first is None:
+                return self.device
+            id = first._id
+        return self.moved[id]
+
+    def force(self, wanted: Iterable[Proxy]) -> list[torch.Tensor]:
+        """The real values of proxies at this point of the program.
+
+        What was recorded so far is computed from the start, and computed again when the block ends:
+        the engine is deterministic and random draws are constants (``draws``), so the values agree.
+        A pausing engine replaces this function alone.
+        """
+        wanted = list(wanted)
+        for p in wanted:
+            self.alive(p)
+        at, values = self._forced
+        if at != len(self.nodes):
+            values = {}
+        missing = {p._id: p for p in wanted if p._id not in values}
+        if missing:
+            found = self._run(list(missing), adopt=None)
+            values.update(zip(missing, found, strict=True))
+            self._forced = (len(self.nodes), values)
+        return [values[p._id] for p in wanted]
+
+    def _run(self, ids: list[int], adopt: list[Proxy] | None) -> list[torch.Tensor]:
+        for c in self.captures:
+            if c.sent is c.original and _version(c.original) != c.version:
+                raise InputError(
+                    f"a tensor of sizes {list(c.original.shape)} that the block uses was changed in place after that",
+                    hint="Tensors of more than 64 KiB are used as they are: pass a copy (.clone()) if you change it.",
+                    **positions.fields(c.place),
+                )
+        saves = [(_SAVE, self.nodes[id][1], self.nodes[id][2], self.nodes[id][3], [0, id]) for id in ids]
+        nodes = self.nodes + saves
+        rows, indices = positions.table(node[2] for node in nodes)
+        data = wire.graph(
+            [(v.rows, v.masks) for v in self.invokes],
+            [(*node[:2], index, *node[3:]) for node, index in zip(nodes, indices, strict=True)],
+            rows,
+        )
+        # results come in program order, which is the order of the save nodes
+        return self.native.run(data, [c.sent for c in self.captures], len(ids), adopt)
+
+    # ---- the end ----
+
+    def save(self, value: Any) -> None:
+        """Notes that a value, or every proxy in a container, is wanted after the block."""
+        self._saved[id(value)] = value
+
+    def finish(self) -> None:
+        """Runs the graph and turns every saved proxy into its tensor."""
+        saved = list({id(p): p for p in proxies(list(self._saved.values()))}.values())
+        for p in saved:
+            self.alive(p)
+        if saved:
+            self._run([p._id for p in saved], adopt=saved)
+        self.close("it was not saved")
+
+    def close(self, why: str) -> None:
+        """Ends the recording: proxies that were not saved raise ``NotSavedError`` from now on."""
+        self.closed = why
+        self.made, self.captures = [], []  # nodes stay: they hold no tensors, and errors name values by them
+        self.metas, self.bound, self._captured, self._saved = {}, {}, {}, {}
+        self._const_nodes, self._reach, self._forced, self.moved = {}, {}, (-1, {}), {}
+
+    def alive(self, proxy: Proxy) -> None:
+        """Raises where a proxy can no longer be used, or not here."""
+        if self.closed is not None or current.recorder is not self:
+            self.refuse(proxy)
+
+    def refuse(self, proxy: Proxy) -> NoReturn:
+        """Raises the error of a proxy that is not of the trace that goes on now."""
+        name = proxy._label()
+        if self.closed is None:
+            raise NnsightError(
+                f"{name} belongs to another trace, which is still being recorded",
+                hint="Save it there, and use it once that trace has ended.",
+            )
+        raise NotSavedError(
+            f"{name} cannot be used after its trace: {self.closed}",
+            hint="Inside the block, keep it with `.save()`: `x = model.lm_head.output.save()`.",
+        )
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def proxies(tree: Any) -> Iterator[Proxy]:
+    """The proxies in a structure of containers, in order; each container is looked into once."""
+    seen: set[int] = set()
+    stack = [tree]
+    while stack:
+        x = stack.pop()
+        if type(x) is Proxy:
+            yield x
+        elif isinstance(x, list | tuple | dict | set | frozenset | slice) or hasattr(type(x), "_nng_items"):
+            if id(x) in seen:
+                continue
+            seen.add(id(x))
+            stack.extend(reversed(_items(x)))
+
+
+def _items(x: Any) -> list[Any]:
+    if hasattr(type(x), "_nng_items"):
+        return list(x._nng_items())
+    if isinstance(x, dict):
+        return list(x.values())
+    if isinstance(x, slice):
+        return [x.start, x.stop, x.step]
+    return list(x)

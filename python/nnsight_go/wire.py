@@ -1,0 +1,183 @@
+"""The wire form of graphs and results: MessagePack, described in ``docs/wire.md``.
+
+A recorded node is a tuple ``(kind, invoke, position, mode, ...)`` whose arguments are already in wire
+form. Values are named through a callback, so that this module knows nothing of proxies.
+"""
+
+from __future__ import annotations
+
+import enum
+import numbers
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import msgspec
+import torch
+
+VERSION = 1
+
+
+class Kind(enum.IntEnum):
+    """What a node does."""
+
+    CALL = 0
+    INDEX = 1
+    SET_INDEX = 2
+    ITEM = 3
+    READ = 4
+    WRITE = 5
+    MODULE = 6
+    CONST = 7
+    SAVE = 8
+
+
+class Tag(enum.IntEnum):
+    """The first element of an argument that is not a plain MessagePack value."""
+
+    REF = 0
+    LIST = 1
+    TUPLE = 2
+    DICT = 3
+    SLICE = 4
+    ELLIPSIS = 5
+    DTYPE = 6
+    DEVICE = 7
+    LAYOUT = 8
+    MEMORY_FORMAT = 9
+    COMPLEX = 10
+    OBJECT = 11
+
+
+INPUT, OUTPUT, GRAD = 0, 1, 2
+PORTS = {"input": INPUT, "output": OUTPUT, "grad": GRAD}
+
+Node: TypeAlias = tuple[Any, ...]
+# Gives the number of the node that defines a tensor.
+Namer: TypeAlias = Callable[[torch.Tensor], int]
+
+
+class Unrecordable(TypeError):
+    """An argument that has no wire form (a generator, an object of the user's, ...)."""
+
+
+_REF, _LIST, _TUPLE, _DICT, _SLICE = int(Tag.REF), int(Tag.LIST), int(Tag.TUPLE), int(Tag.DICT), int(Tag.SLICE)
+
+
+def _sequence(tag: int) -> Callable[[Any, Namer], list[Any]]:
+    return lambda x, name: [tag, *[argument(item, name) for item in x]]
+
+
+def _dict(x: dict[Any, Any], name: Namer) -> list[Any]:
+    out: list[Any] = [_DICT]
+    for key, value in x.items():
+        if type(key) is not str:
+            raise Unrecordable(f"a dictionary with the key {key!r}: keys must be strings")
+        out += [key, argument(value, name)]
+    return out
+
+
+def _slice(x: slice, name: Namer) -> list[Any]:
+    return [_SLICE, argument(x.start, name), argument(x.stop, name), argument(x.step, name)]
+
+
+def _torch_name(tag: Tag) -> Callable[[Any, Namer], list[Any]]:
+    return lambda x, name: [int(tag), str(x).removeprefix("torch.")]
+
+
+# Python types that torch takes where a dtype is wanted.
+_DTYPES = {float: "float64", int: "int64", bool: "bool", complex: "complex128"}
+
+
+def _python_type(x: type, name: Namer) -> list[Any]:
+    if x not in _DTYPES:
+        raise Unrecordable(f"the type {x.__name__}")
+    return [int(Tag.DTYPE), _DTYPES[x]]
+
+
+_PLAIN = frozenset((int, float, bool, str, type(None)))
+_FORMS: dict[type, Callable[[Any, Namer], Any]] = {
+    list: _sequence(_LIST),
+    tuple: _sequence(_TUPLE),
+    torch.Size: _sequence(_LIST),
+    range: _sequence(_LIST),
+    dict: _dict,
+    slice: _slice,
+    type(...): lambda x, name: [int(Tag.ELLIPSIS)],
+    torch.dtype: _torch_name(Tag.DTYPE),
+    torch.device: _torch_name(Tag.DEVICE),
+    torch.layout: _torch_name(Tag.LAYOUT),
+    torch.memory_format: _torch_name(Tag.MEMORY_FORMAT),
+    complex: lambda x, name: [int(Tag.COMPLEX), x.real, x.imag],
+    type: _python_type,
+}
+
+
+def argument(x: Any, name: Namer) -> Any:
+    """The wire form of an argument. Raises ``Unrecordable`` for what has none."""
+    kind = type(x)
+    if kind in _PLAIN:
+        return x
+    form = _FORMS.get(kind)
+    if form is not None:
+        return form(x, name)
+    if isinstance(x, torch.Tensor):
+        return [_REF, name(x)]
+    if isinstance(x, bool | int | float | str):  # subclasses: enums, numpy's float64
+        for plain in (bool, int, float, str):
+            if isinstance(x, plain):
+                return plain(x)
+    if isinstance(x, numbers.Number) and hasattr(x, "item"):  # numpy's scalars
+        return x.item()
+    if type(x).__module__ == "numpy":
+        return [_REF, name(torch.as_tensor(x))] if x.ndim else x.item()
+    if isinstance(x, tuple | list):
+        return _FORMS[tuple if isinstance(x, tuple) else list](x, name)
+    raise Unrecordable(f"a {type(x).__module__}.{type(x).__qualname__}")
+
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def graph(invokes: Sequence[Any], nodes: Sequence[Node], positions: Sequence[Any]) -> bytes:
+    """Encodes a graph.
+
+    Args:
+        invokes: for each invoke ``[rows, masks]``, lists of rows of ints or ``None``.
+        nodes: with positions as indices into ``positions``, or -1.
+        positions: ``[file, line, function]`` each.
+    """
+    return _encoder.encode([VERSION, invokes, nodes, positions])
+
+
+def results(data: bytes, tensors: Sequence[Any]) -> list[tuple[int, Any]]:
+    """Decodes results into ``(node, value)`` pairs; ``tensors`` are what the references number."""
+    return [(node, _value(value, tensors)) for node, value in msgspec.msgpack.decode(data)]
+
+
+def _pairs(items: Iterable[Any]) -> Iterable[tuple[Any, Any]]:
+    it = iter(items)
+    return zip(it, it, strict=True)
+
+
+def _value(x: Any, tensors: Sequence[Any]) -> Any:
+    if not isinstance(x, list):
+        return x
+    tag, rest = Tag(x[0]), x[1:]
+    match tag:
+        case Tag.REF:
+            return tensors[rest[0]]
+        case Tag.LIST | Tag.TUPLE:
+            items = [_value(item, tensors) for item in rest]
+            return items if tag is Tag.LIST else tuple(items)
+        case Tag.DICT | Tag.OBJECT:
+            return {k: _value(v, tensors) for k, v in _pairs(rest[1:] if tag is Tag.OBJECT else rest)}
+        case Tag.DTYPE | Tag.LAYOUT | Tag.MEMORY_FORMAT:
+            return getattr(torch, rest[0])
+        case Tag.DEVICE:
+            return torch.device(rest[0])
+        case Tag.COMPLEX:
+            return complex(rest[0], rest[1])
+        case Tag.SLICE:
+            return slice(*[_value(item, tensors) for item in rest])
+        case Tag.ELLIPSIS:
+            return ...
