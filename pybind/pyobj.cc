@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <exception>
+#include <memory>
+#include <vector>
 
 namespace {
 
@@ -41,6 +43,37 @@ Tensor alias_of(const Tensor& t) {
   return copy;
 }
 
+struct Release {
+  void operator()(PyObject* o) const { Py_DECREF(o); }
+};
+using Object = std::unique_ptr<PyObject, Release>;
+
+// A Python tensor and its TensorImpl own each other in turn: the object's cdata always holds the
+// impl, and the impl's slot points back at the object; while C++ holds the impl too (use count over
+// one) the impl owns a reference on the object, so that the object's attributes outlive Python's
+// last name for it. Exchanging the impls of two objects therefore exchanges the cdata pointers and
+// the slots, and then moves those owned references to the objects the impls now belong to.
+void exchange(PyObject* proxy, PyObject* wrapper) {
+  auto* p = reinterpret_cast<THPVariable*>(proxy);
+  auto* w = reinterpret_cast<THPVariable*>(wrapper);
+  at::TensorImpl* placeholder = p->cdata.unsafeGetTensorImpl();
+  at::TensorImpl* impl = w->cdata.unsafeGetTensorImpl();
+  bool placeholder_owns = p->cdata.use_count() > 1;
+  bool impl_owns = w->cdata.use_count() > 1;
+  std::swap_ranges(reinterpret_cast<char*>(&p->cdata), reinterpret_cast<char*>(&p->cdata) + sizeof(p->cdata),
+                   reinterpret_cast<char*>(&w->cdata));
+  impl->pyobj_slot()->store_pyobj(proxy);
+  placeholder->pyobj_slot()->store_pyobj(wrapper);
+  if (impl_owns) {
+    Py_INCREF(proxy);
+    Py_DECREF(wrapper);
+  }
+  if (placeholder_owns) {
+    Py_INCREF(wrapper);
+    Py_DECREF(proxy);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -59,48 +92,39 @@ PyObject* nngpy_wrap(void* tensor) {
   return guarded<PyObject*>(nullptr, [&] { return THPVariable_Wrap(as_tensor(tensor)); });
 }
 
-// A Python tensor and its TensorImpl own each other in turn: the object's cdata always holds the
-// impl, and the impl's slot points back at the object; while C++ holds the impl too (use count over
-// one) the impl owns a reference on the object, so that the object's attributes outlive Python's
-// last name for it. Exchanging the impls of two objects therefore exchanges the cdata pointers and
-// the slots, and then moves those owned references to the objects the impls now belong to.
-int nngpy_adopt(PyObject* proxy, void* tensor, PyObject* cls) {
+// Everything that can fail comes first, so that either all proxies become tensors or none does.
+int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls) {
   return guarded<int>(-1, [&] {
-    if (!THPVariable_Check(proxy)) {
-      PyErr_Format(PyExc_TypeError, "only a torch.Tensor can become one, not a %s", Py_TYPE(proxy)->tp_name);
+    if (!PyList_Check(proxies) || !PyType_Check(cls)) {
+      PyErr_SetString(PyExc_TypeError, "a list of proxies and a class are needed");
       return -1;
     }
-    Tensor real = as_tensor(tensor);
-    if (real.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr) real = alias_of(real);
-    PyObject* wrapper = THPVariable_Wrap(real);
-    if (wrapper == nullptr) return -1;
-    auto* p = reinterpret_cast<THPVariable*>(proxy);
-    auto* w = reinterpret_cast<THPVariable*>(wrapper);
-    at::TensorImpl* placeholder = p->cdata.unsafeGetTensorImpl();
-    at::TensorImpl* impl = real.unsafeGetTensorImpl();
-    bool placeholder_owns = p->cdata.use_count() > 1;
-    bool impl_owns = w->cdata.use_count() > 1;
-    std::swap_ranges(reinterpret_cast<char*>(&p->cdata), reinterpret_cast<char*>(&p->cdata) + sizeof(p->cdata),
-                     reinterpret_cast<char*>(&w->cdata));
-    impl->pyobj_slot()->store_pyobj(proxy);
-    placeholder->pyobj_slot()->store_pyobj(wrapper);
-    if (impl_owns) {
-      Py_INCREF(proxy);
-      Py_DECREF(wrapper);
+    Py_ssize_t n = PyList_GET_SIZE(proxies);
+    std::vector<Object> wrappers;
+    wrappers.reserve(n);
+    for (Py_ssize_t i = 0; i < n; i++) {
+      PyObject* proxy = PyList_GET_ITEM(proxies, i);
+      if (!THPVariable_Check(proxy)) {
+        PyErr_Format(PyExc_TypeError, "only a torch.Tensor can become one, not a %s", Py_TYPE(proxy)->tp_name);
+        return -1;
+      }
+      Tensor real = as_tensor(tensors[i]);
+      // A tensor that has a Python object already (an earlier wrapper here among them) keeps it.
+      if (real.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr) real = alias_of(real);
+      wrappers.emplace_back(THPVariable_Wrap(real));
+      if (!wrappers.back()) return -1;
     }
-    if (placeholder_owns) {
-      Py_INCREF(wrapper);
-      Py_DECREF(proxy);
+    for (Py_ssize_t i = 0; i < n; i++) {
+      PyObject* proxy = PyList_GET_ITEM(proxies, i);
+      exchange(proxy, wrappers[i].get());
+      Object dict(PyObject_GenericGetDict(proxy, nullptr));
+      if (dict)
+        PyDict_Clear(dict.get());
+      else
+        PyErr_Clear();
+      if (PyObject_SetAttrString(proxy, "__class__", cls) != 0) return -1;
     }
-    Py_DECREF(wrapper);
-    PyObject* dict = PyObject_GenericGetDict(proxy, nullptr);
-    if (dict != nullptr) {
-      PyDict_Clear(dict);
-      Py_DECREF(dict);
-    } else {
-      PyErr_Clear();
-    }
-    return PyObject_SetAttrString(proxy, "__class__", cls);
+    return 0;
   });
 }
 

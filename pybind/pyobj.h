@@ -18,11 +18,12 @@ void* nngpy_unwrap(PyObject* o);
 /* The Python object of a tensor [borrowed tensor, new reference]. */
 PyObject* nngpy_wrap(void* tensor);
 
-/* Turns a proxy (an instance of a torch.Tensor subclass over a placeholder) into the tensor, in
- * place, keeping its identity; then sets its __class__ to cls (torch.Tensor or Parameter) and clears
- * its __dict__. If the tensor already has a Python object, the proxy takes a shallow copy that shares
- * storage, version counter, grad_fn and output number. The caller keeps its handle. 0 or -1. */
-int nngpy_adopt(PyObject* proxy, void* tensor, PyObject* cls);
+/* Turns proxies (a list of instances of a torch.Tensor subclass over a placeholder) into tensors, in
+ * place, keeping their identity; then sets their __class__ to cls (torch.Tensor) and clears their
+ * __dict__. Either all become tensors or, where it fails, none. Where a tensor already has a Python
+ * object, the proxy takes a shallow copy that shares storage, version counter, grad_fn and output
+ * number. The caller keeps its handles tensors[0..len(proxies)). 0 or -1. */
+int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls);
 
 void nngpy_tensor_free(void* tensor);
 

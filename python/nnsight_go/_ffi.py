@@ -117,7 +117,7 @@ def py() -> ctypes.PyDLL:
     library = _load("libnng_py.so", ctypes.PyDLL)
     library.nngpy_unwrap.argtypes, library.nngpy_unwrap.restype = [ctypes.py_object], ctypes.c_void_p
     library.nngpy_wrap.argtypes, library.nngpy_wrap.restype = [ctypes.c_void_p], ctypes.py_object
-    library.nngpy_adopt.argtypes = [ctypes.py_object, ctypes.c_void_p, ctypes.py_object]
+    library.nngpy_adopt.argtypes = [ctypes.py_object, _POINTERS, ctypes.py_object]
     library.nngpy_adopt.restype = ctypes.c_int
     library.nngpy_tensor_free.argtypes, library.nngpy_tensor_free.restype = [ctypes.c_void_p], None
     assert isinstance(library, ctypes.PyDLL)

@@ -336,8 +336,7 @@ class Recorder:
             [(*node[:2], index, *node[3:]) for node, index in zip(nodes, indices, strict=True)],
             rows,
         )
-        # results come in program order, which is the order of the save nodes
-        return self.native.run(data, [c.sent for c in self.captures], len(ids), adopt)
+        return self.native.run(data, [c.sent for c in self.captures], adopt)
 
     # ---- the end ----
 

@@ -1,0 +1,62 @@
+"""Look at, save, edit and patch any value inside a language model while it runs.
+
+::
+
+    from nnsight_go import LanguageModel
+
+    model = LanguageModel("openai-community/gpt2", device_map="auto", dispatch=True)
+    with model.trace("The Eiffel Tower is in the city of"):
+        hidden = model.transformer.h[5].output[0].save()
+    print(hidden.shape)  # [batch, seq, hidden]
+
+What a block means is told in ``docs/contract.md``.
+"""
+
+from __future__ import annotations
+
+from .envoy import Envoy
+from .errors import (
+    CancelledError,
+    ForkError,
+    GraphError,
+    HandleError,
+    InputError,
+    InternalError,
+    ModelLoadError,
+    ModulePathError,
+    NnsightError,
+    NotSavedError,
+    OpError,
+    OutOfOrderError,
+    RemoteError,
+    StepLoopError,
+    TokenizerError,
+)
+from .model import LanguageModel
+from .saving import save
+from .tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CancelledError",
+    "Envoy",
+    "ForkError",
+    "GraphError",
+    "HandleError",
+    "InputError",
+    "InternalError",
+    "LanguageModel",
+    "ModelLoadError",
+    "ModulePathError",
+    "NnsightError",
+    "NotSavedError",
+    "OpError",
+    "OutOfOrderError",
+    "RemoteError",
+    "StepLoopError",
+    "Tokenizer",
+    "TokenizerError",
+    "__version__",
+    "save",
+]

@@ -1,0 +1,254 @@
+"""Language models: opening them, and tracing them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _ffi, envoy, hub, positions, renaming
+from .envoy import Envoy
+from .errors import InputError, ModelLoadError, RemoteError
+from .native import Native
+from .positions import here
+from .tokenizer import Tokenizer
+from .tracing import Tracer
+
+
+class Config(dict[str, Any]):
+    """The model's ``config.json``; its entries are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the model's config has no {name!r}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary of it."""
+        return dict(self)
+
+
+class LanguageModel(Envoy):
+    """A language model whose insides can be read and changed while it runs.
+
+    ::
+
+        model = LanguageModel("openai-community/gpt2", device_map="auto", dispatch=True)
+        with model.trace("The Eiffel Tower is in the city of"):
+            hidden = model.transformer.h[5].output[0].save()
+        print(hidden.shape)
+
+    Modules are attributes, under the names of Hugging Face's implementation.
+
+    Args:
+        name: a directory; ``"nnsight-go/landmarks"``, the model that comes with the package; or the
+            name of a model of the Hugging Face hub, which is looked for in the local cache and else
+            downloaded.
+        device_map: where the model computes: ``"auto"`` (the GPU if there is one), ``"cpu"``,
+            ``"cuda"``, ``"cuda:1"``, a ``torch.device``, or None for the CPU.
+        dtype: dtype of the parameters, a ``torch.dtype`` or its name; None or ``"auto"`` keeps what the
+            checkpoint holds. ``torch_dtype`` is another name of it.
+        dispatch: map the weights now, rather than at the first trace.
+        tokenizer: a tokenizer (anything that gives ``tokenizer(text)["input_ids"]``), a directory or
+            name to take one from, or False for none. By default the model's own.
+        revision: branch, tag or commit of a model of the hub.
+        token: for private and gated models of the hub: a token, or True for the one that is stored.
+        cache_dir: root of the Hugging Face cache.
+        local_files_only: never download.
+        rename: more names for modules: ``{"transformer.h": "layers"}`` makes ``model.layers``, and
+            ``{"attn": "attention"}`` gives every module named so a second name.
+
+    Raises:
+        ModelLoadError: there is no such model, it cannot be had, a file of it is missing or spoilt, or
+            its architecture is not one that the engine knows.
+        InputError: an argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        name: str | os.PathLike[str],
+        *,
+        device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+        dtype: torch.dtype | str | None = None,
+        dispatch: bool = False,
+        tokenizer: Any = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        rename: Mapping[str, str | list[str]] | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+    ) -> None:
+        if not isinstance(name, str | os.PathLike):
+            raise InputError(
+                f"a model is opened by its name or directory, not by a {type(name).__name__}",
+                hint="Save it with save_pretrained(directory), and open that directory.",
+                **positions.fields(here()),
+            )
+        directory = hub.resolve(name, revision, token, cache_dir, local_files_only)
+        native = Native(directory, _dtype(dtype if dtype is not None else torch_dtype), _device(device_map), dispatch)
+        super().__init__(native, "", native.description["modules"][0])
+        self._directory = directory
+        self._name_or_path = os.fspath(name)
+        self._tokenizer_given = tokenizer
+        self._tokenizer_lock = threading.Lock()
+        self._tokenizer: Any = None
+        envoy.grow(self, native.description["modules"])
+        renaming.apply(self, rename or {})
+
+    # ---- tracing ----
+
+    def trace(self, *inputs: Any, remote: bool = False, **kwargs: Any) -> Tracer:
+        """Begins a trace: ``with model.trace("Hello"):``, or ``with model.trace() as tracer:`` for invokes.
+
+        Args:
+            inputs: one input: a text, a list of texts, token ids (a list, a list of lists, or an integer
+                tensor ``[seq]`` or ``[batch, seq]``), or what a tokenizer gives. A list of rows of
+                different lengths is padded on the left.
+            remote: not available yet.
+            kwargs: the same by name, ``input_ids=`` and ``attention_mask=``.
+
+        Raises:
+            InputError: the input cannot be used.
+        """
+        if remote:
+            raise RemoteError(
+                "remote traces are not available in this version", hint="Leave `remote` out.", **positions.fields(here())
+            )
+        return Tracer(self, inputs, kwargs)
+
+    # ---- what belongs to the model ----
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, opened when it is first asked for; None where the model was opened without one."""
+        if self._tokenizer_given is False:
+            return None
+        if self._tokenizer is None:
+            with self._tokenizer_lock:
+                if self._tokenizer is None:
+                    self._tokenizer = self._open_tokenizer()
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        self._tokenizer_given = False if value is None else value
+        self._tokenizer = None
+
+    def _open_tokenizer(self) -> Any:
+        given = self._tokenizer_given
+        if given is None or given is True:
+            return Tokenizer(self._directory, name_or_path=self._name_or_path)
+        if isinstance(given, str | os.PathLike):
+            return Tokenizer(hub.resolve(given), name_or_path=os.fspath(given))
+        if not callable(given):
+            raise InputError(
+                f"a {type(given).__name__} cannot be a tokenizer",
+                hint="Give a tokenizer of transformers, a directory that holds tokenizer.json, or False for none.",
+                **positions.fields(here()),
+            )
+        return given
+
+    def _tokenizer_for_text(self) -> Any:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise InputError(
+                "the input is text, and this model was opened without a tokenizer",
+                hint="Give token ids, or set model.tokenizer.",
+                **positions.fields(here()),
+            )
+        return tokenizer
+
+    @functools.cached_property
+    def config(self) -> Config:
+        """The model's ``config.json``."""
+        return Config(self._native.description["config"])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._native.device
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        out: torch.dtype = getattr(torch, self._native.description["dtype"])
+        return out
+
+    @property
+    def name_or_path(self) -> str:
+        """What the model was opened by."""
+        return self._name_or_path
+
+    @property
+    def directory(self) -> Path:
+        """Where its files lie."""
+        return self._directory
+
+    def dispatch(self) -> LanguageModel:
+        """Maps the weights, if they are not yet, and returns the model."""
+        self._native.load()
+        return self
+
+    @property
+    def dispatched(self) -> bool:
+        """Whether the weights are mapped."""
+        return self._native.loaded
+
+    def close(self) -> None:
+        """Gives the weights back without waiting for Python's collector. Tensors that were handed out stay valid."""
+        self._native.close()
+
+
+def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    if given is None or given == "auto":
+        return None
+    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if found not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise InputError(
+            f"{given!r} cannot be the dtype of a model",
+            hint="Give torch.float32, torch.bfloat16 or torch.float16.",
+            **positions.fields(here()),
+        )
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def _device(given: Any) -> torch.device:
+    cuda = bool(_ffi.version().get("cuda")) and torch.cuda.is_available()
+    if isinstance(given, Mapping):
+        places = set(given.values())
+        if len(places) != 1:
+            raise InputError(
+                f"the model computes on one device, and device_map names {len(places)}",
+                hint='Give one of them, or "auto".',
+                **positions.fields(here()),
+            )
+        given = places.pop()
+    if given is None:
+        return torch.device("cpu")
+    if given == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    try:
+        device = torch.device("cuda", given) if isinstance(given, int) else torch.device(given)
+    except RuntimeError:
+        raise InputError(
+            f"{given!r} is no device",
+            hint='Give "auto", "cpu" or "cuda:0".',
+            **positions.fields(here()),
+        ) from None
+    if device.type == "cuda" and device.index is None and cuda:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type != "cpu" and not (device.type == "cuda" and cuda):
+        raise ModelLoadError(
+            f"the model cannot be put on {device}: there is no such device here",
+            hint='device_map="auto" takes the GPU where there is one, and the CPU else.',
+            **positions.fields(here()),
+        )
+    return device

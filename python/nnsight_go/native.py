@@ -1,0 +1,151 @@
+"""A model that the engine computes itself: its handle, its description, its parameters, its runs."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import _ffi, points, wire
+from .points import Point
+
+if TYPE_CHECKING:
+    from .proxy import Proxy
+
+# A run comes back to Python this often (milliseconds), so that Ctrl-C is seen.
+STEP_MS = 100
+
+
+class Native:
+    """A model directory opened by the engine. Any number of threads may use it.
+
+    Args:
+        directory: holds ``config.json`` and the weights.
+        dtype: of the parameters; None keeps what the checkpoint holds.
+        device: where the model computes.
+        load: map the weights now, rather than before the first run.
+
+    Raises:
+        ModelLoadError: a file is missing or spoilt, a tensor has another shape than the architecture
+            asks for, or the architecture is not one of the engine's.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], dtype: torch.dtype | None, device: torch.device, load: bool = False
+    ) -> None:
+        options: dict[str, Any] = {"device": str(device), "load": load}
+        if dtype is not None:
+            options["dtype"] = str(dtype).removeprefix("torch.")
+        handle = ctypes.c_uint64()
+        lib = _ffi.lib()
+        _ffi.check(
+            lib.nng_model_open, os.fsencode(directory), json.dumps(options).encode(), ctypes.byref(handle)
+        )
+        self._handle = handle.value
+        self.close = weakref.finalize(self, _close, lib, self._handle)
+        """Gives the weights back; runs under way end first. Calling it again does nothing."""
+        self.device = device
+        self._parameters: dict[str, torch.nn.Parameter | torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def description(self) -> dict[str, Any]:
+        """What there is to know without the weights: ``docs/architecture.md``, "Model description"."""
+        out: dict[str, Any] = json.loads(_ffi.call(_ffi.lib().nng_model_describe, self._handle))
+        return out
+
+    @functools.cached_property
+    def points(self) -> dict[tuple[str, int], Point]:
+        """The access points by path and port."""
+        return points.read(self.description["points"])
+
+    @functools.cached_property
+    def parameter_info(self) -> dict[str, dict[str, Any]]:
+        """Shape, dtype and kind of every parameter and buffer, by name."""
+        return {p["name"]: p for p in self.description["params"]}
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are mapped."""
+        return bool(json.loads(_ffi.call(_ffi.lib().nng_model_describe, self._handle))["loaded"])
+
+    def load(self) -> None:
+        """Maps the weights, if they are not yet."""
+        _ffi.check(_ffi.lib().nng_model_load, self._handle)
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """The live tensor of a parameter or buffer: changing it in place changes the model."""
+        with self._lock:
+            known = self._parameters.get(name)
+            if known is None:
+                pointer = ctypes.c_void_p()
+                _ffi.check(_ffi.lib().nng_model_param, self._handle, name.encode(), ctypes.byref(pointer))
+                known = _ffi.py().nngpy_wrap(pointer)
+                _ffi.py().nngpy_tensor_free(pointer)
+                assert isinstance(known, torch.Tensor)
+                if not self.parameter_info[name].get("buffer") and type(known) is torch.Tensor:
+                    # the same object the engine computes with, not a view of it
+                    known.__class__ = torch.nn.Parameter
+                self._parameters[name] = known
+            return known
+
+    def run(
+        self, graph: bytes, constants: Sequence[torch.Tensor], adopt: Sequence[Proxy] | None
+    ) -> list[torch.Tensor]:
+        """Runs a graph to its end on this thread.
+
+        Args:
+            graph: in wire form; each of its save nodes keeps one tensor.
+            constants: the tensors that its const nodes number.
+            adopt: proxies that become the saved values, all of them or (where anything fails) none.
+
+        Returns:
+            The saved values in the order of their nodes, or nothing where they were adopted.
+        """
+        lib, py = _ffi.lib(), _ffi.py()
+        run = self._start(graph, constants)
+        try:
+            done = ctypes.c_int32()
+            while not done.value:
+                _ffi.check(lib.nng_run_step, run, STEP_MS, ctypes.byref(done))
+            array, count = ctypes.POINTER(ctypes.c_void_p)(), ctypes.c_int64()
+            out = _ffi.Buf()
+            _ffi.check(lib.nng_run_results, run, ctypes.byref(out), ctypes.byref(array), ctypes.byref(count))
+            try:
+                numbers = [i for _, i in sorted(wire.results(out.take(), range(count.value)))]
+                pointers = (ctypes.c_void_p * len(numbers))(*[array[i] for i in numbers])
+                if adopt is not None:
+                    py.nngpy_adopt(list(adopt), pointers, torch.Tensor)
+                    return []
+                return [py.nngpy_wrap(p) for p in pointers]
+            finally:
+                lib.nng_tensors_free(array, count)
+        finally:
+            _ffi.check(lib.nng_run_free, run)
+
+    def _start(self, graph: bytes, constants: Sequence[torch.Tensor]) -> int:
+        lib, py = _ffi.lib(), _ffi.py()
+        pointers = (ctypes.c_void_p * len(constants))()
+        try:
+            for i, tensor in enumerate(constants):
+                pointers[i] = py.nngpy_unwrap(tensor)
+            run = ctypes.c_uint64()
+            _ffi.check(lib.nng_run_new, self._handle, graph, len(graph), pointers, len(constants), ctypes.byref(run))
+            return run.value
+        finally:
+            for pointer in pointers:
+                if pointer:
+                    py.nngpy_tensor_free(pointer)
+
+
+def _close(lib: ctypes.CDLL, handle: int) -> None:
+    err = _ffi.Buf()
+    lib.nng_model_close(handle, ctypes.byref(err))  # nothing to be done where it fails: a fork's child, say
+    lib.nng_free(ctypes.byref(err))

@@ -1,0 +1,106 @@
+"""The blocks: ``with model.trace(prompt):`` and ``with tracer.invoke(prompt):``."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from . import inputs, positions, saving, torchmap
+from .errors import InputError
+from .positions import here
+from .recorder import Recorder, current
+
+if TYPE_CHECKING:
+    from .model import LanguageModel
+
+
+class Tracer:
+    """One trace of a model: what its block records runs when the block ends.
+
+    Use it as a context manager, once.
+    """
+
+    def __init__(self, model: LanguageModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model = model
+        self._input = inputs.read(model._tokenizer_for_text, args, kwargs) if args or kwargs else None
+        self._recorder = Recorder(model._native)
+        self._mode: torchmap.Mode | None = None
+        self._used = False
+
+    def __enter__(self) -> Tracer:
+        if current.recorder is not None:
+            raise InputError(
+                "a trace cannot begin inside another one",
+                hint="Traces of several inputs are invokes of one: `with tracer.invoke(...):`.",
+                **positions.fields(here()),
+            )
+        if self._used:
+            raise InputError("a trace runs once", hint="Call model.trace(...) again.", **positions.fields(here()))
+        self._used = True
+        saving.mount()
+        if self._input is not None:
+            self._recorder.open_invoke(*self._input)
+        self._mode = torchmap.Mode()
+        self._mode.__enter__()
+        current.recorder = self._recorder
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        rec = self._recorder
+        assert self._mode is not None
+        self._mode.__exit__(kind, error, traceback)
+        try:
+            if kind is None:
+                rec.finish()
+            else:
+                rec.close(f"its block was left by {kind.__name__}")
+        except BaseException as e:
+            rec.close(f"its trace failed with {type(e).__name__}")
+            raise
+        finally:
+            current.recorder = None
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
+        """Begins one input of the trace: ``with tracer.invoke("Hello"):``.
+
+        Takes what ``model.trace`` takes. Without an input the block sees the whole batch of the
+        invokes before it. Each invoke behaves as if it ran alone, and may use values of earlier ones.
+
+        Raises:
+            InputError: the trace has an input of its own, or another invoke is open.
+        """
+        return Invoker(self, args, kwargs)
+
+
+class Invoker:
+    """One input of a trace, as a context manager."""
+
+    def __init__(self, tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._tracer = tracer
+        self._input = inputs.read(tracer.model._tokenizer_for_text, args, kwargs) if args or kwargs else (None, None)
+        self._used = False
+
+    def __enter__(self) -> Invoker:
+        tracer, rec = self._tracer, self._tracer._recorder
+        why = hint = None
+        if current.recorder is not rec:
+            why, hint = "invokes belong into the block of their trace", "Write `with model.trace() as tracer:` around it."
+        elif tracer._input is not None:
+            why = "this trace has an input already, so it takes no invokes"
+            hint = "Write `with model.trace() as tracer:`, and give each invoke its input."
+        elif rec.invoke >= 0:
+            why, hint = "an invoke cannot begin inside another one", "End the first one's block before it."
+        elif self._used:
+            why, hint = "an invoke is entered once", "Call tracer.invoke(...) again."
+        if why is not None:
+            raise InputError(why, hint=hint, **positions.fields(here()))
+        self._used = True
+        rec.open_invoke(*self._input)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._tracer._recorder.close_invoke()
