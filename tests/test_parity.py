@@ -284,7 +284,7 @@ def test_parameters_are_those_of_the_checkpoint(made: Callable[[str], Made], nam
     assert list(got) == list(want)
     for key, value in want.items():
         assert torch.equal(got[key], value), key
-    modules = {path: module for path, module in model.named_modules()}
+    modules = dict(model.named_modules())
     assert list(modules) == [path for path, _ in hf.named_modules()]
 
 
@@ -307,7 +307,7 @@ def test_nano_sort_sorts_everything() -> None:
     for _ in range(6):
         with model.trace(state):
             last = model.lm_head.output[:, -1].argmax(-1).save()
-        state = [row + [token] for row, token in zip(state, last.tolist(), strict=True)]
+        state = [[*row, token] for row, token in zip(state, last.tolist(), strict=True)]
     right = sum(row[6:] == sorted(row[:6]) for row in state)
     assert right == 729
 

@@ -160,7 +160,7 @@ def gpt2_like(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 PIECES = [
     "hello", " world", "  ", "   \n", "\t", "\r\n", "\x00", "\x00\x00", "\x7f", "\x1b[0m", "\u0085", "\u00a0", "\u2028",
-    "e\u0301", "\u0301", "\u20dd", "\u200d", "\ufeff", "\ufffd", "\uffff", "👩‍👩‍👧‍👦", "🇫🇷", "👍🏽", "𝕳𝖊𝖑𝖑𝖔", "\U0010ffff", "漢字",
+    "e\u0301", "\u0301", "\u20dd", "\u200d", "\ufeff", "\ufffd", "\uffff", "👩‍👩‍👧‍👦", "🇫🇷", "👍🏽", "𝕳𝖊𝖑𝖑𝖔", "\U0010ffff", "漢字",  # noqa: E501
     "עִבְרִית", "<|endoftext|>", "<s>", "</s>", "<unk>", "<pad>", "[CLS]", "[MASK]", "<sep>", " <sep> ", "Paris", "über",
     "ﬁ", "Å", "A", "ABC", "BAC", "mary", "▁", "Ġ", "<0x41>", "##ing", "'s", "n't", "don't", "1234", "3.14", "!!!",
 ]  # fmt: skip
@@ -606,9 +606,11 @@ TEMPLATES = {
     "llama": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]"
     "{% elif m.role == 'system' %}{% continue %}{% else %}{% generation %} {{ m.content }}{% endgeneration %}"
     "{{ eos_token }}{% endif %}{% endfor %}",
-    "tools": "{% set ns = namespace(n=0) %}{% for t in tools or [] %}{% set ns.n = ns.n + 1 %}{{ t | tojson(indent=2) }}"
+    "tools": "{% set ns = namespace(n=0) %}{% for t in tools or [] %}{% set ns.n = ns.n + 1 %}"
+    "{{ t | tojson(indent=2) }}"
     "\n{% endfor %}{{ ns.n }}{{ messages[0] | tojson }}{{ documents | tojson }}{{ extra }}",
-    "blocks": "{% for m in messages %}\n    {% if loop.first %}\n  first\n    {% endif %}\n{{ m.content }}\n{% endfor %}\n",
+    "blocks": "{% for m in messages %}\n    {% if loop.first %}\n  first\n"
+    "    {% endif %}\n{{ m.content }}\n{% endfor %}\n",
 }
 CHATS = [
     [{"role": "user", "content": 'Hi <b>"you"</b> é & 😀'}],

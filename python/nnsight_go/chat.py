@@ -30,7 +30,7 @@ _MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 class _Generation(jinja2.ext.Extension):
     """``{% generation %} ... {% endgeneration %}``, which marks what the model itself says: the body."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -112,7 +112,7 @@ def _schema(tool: Any) -> Any:
     if isinstance(tool, Mapping) or not callable(tool):
         return tool
     try:
-        from transformers.utils import get_json_schema
+        from transformers.utils import get_json_schema  # type: ignore[attr-defined]
     except ImportError:
         raise TypeError(
             f"the tool {tool!r} is a function; without transformers installed, pass its JSON schema (a dict)"

@@ -136,7 +136,9 @@ class Envoy:
         invoke = rec.touch(point)
         key = (invoke, self._path, port)
         if key not in rec.bound:
-            rec.bound[key] = structures.build(rec, point, point.tree, f"model.{point.text}" if self._path else point.text)
+            rec.bound[key] = structures.build(
+                rec, point, point.tree, f"model.{point.text}" if self._path else point.text
+            )
         return rec.bound[key]
 
     def _write(self, port: int, value: Any) -> None:
@@ -181,7 +183,9 @@ class Envoy:
             hint = f"It has modules 0 to {len(children) - 1}." if children else "It has none."
         else:
             said = f"Nearest: {', '.join(near)}. " if near else ""
-            hint = f"{said}It has {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}." if names else said.strip()
+            hint = (
+                f"{said}It has {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}." if names else said.strip()
+            )
         raise ModulePathError(
             f"{self._name()} ({self._class}) has no {name!r}",
             path=self._path,
@@ -355,5 +359,3 @@ def grow(root: Envoy, modules: list[dict[str, Any]]) -> None:
         by_path[info["path"]] = by_path[parent]._children[name] = envoy
         if not hasattr(type(by_path[parent]), name):  # a verb of ours goes before a module's name
             by_path[parent].__dict__[name] = envoy
-
-

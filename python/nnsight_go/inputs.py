@@ -88,14 +88,16 @@ def _ids(given: Any) -> Rows:
         if not kind.startswith(("int", "uint")):
             _refuse(f"token ids are integers, and this is a tensor of {kind}", f"Give {_FORMS}.")
         if given.ndim not in (1, 2):
-            _refuse(f"token ids have sizes [batch, seq] or [seq], and these have {list(given.shape)}", f"Give {_FORMS}.")
+            _refuse(
+                f"token ids have sizes [batch, seq] or [seq], and these have {list(given.shape)}", f"Give {_FORMS}."
+            )
         given = given.tolist()
     if isinstance(given, list | tuple):
         items = [x.tolist() if isinstance(x, torch.Tensor) else x for x in given]
         if all(_is_id(x) for x in items):
-            return [[int(x) for x in items]] if items else []
-        if all(isinstance(x, list | tuple) and all(_is_id(y) for y in x) for x in items):
-            return [[int(y) for y in x] for x in items]
+            return [items] if items else []
+        if all(isinstance(x, list | tuple) and all(map(_is_id, x)) for x in items):
+            return [list(x) for x in items]
     _refuse(f"a {type(given).__name__} cannot be the input of a trace", f"Give {_FORMS}.")
 
 
@@ -108,9 +110,10 @@ def _mask(given: Any, rows: Rows) -> Rows:
         given = given.tolist()
     if given and not isinstance(given[0], list | tuple):
         given = [given]
-    if [len(row) for row in given] != [len(row) for row in rows]:
+    masked, tokens = [len(row) for row in given], [len(row) for row in rows]
+    if masked != tokens:
         _refuse(
-            f"the attention mask has rows of {[len(row) for row in given]} tokens, the input of {[len(r) for r in rows]}",
+            f"the attention mask has rows of {masked} tokens, the input of {tokens}",
             "They must have the same sizes.",
         )
     return [[1 if x else 0 for x in row] for row in given]

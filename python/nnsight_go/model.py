@@ -119,7 +119,9 @@ class LanguageModel(Envoy):
         """
         if remote:
             raise RemoteError(
-                "remote traces are not available in this version", hint="Leave `remote` out.", **positions.fields(here())
+                "remote traces are not available in this version",
+                hint="Leave `remote` out.",
+                **positions.fields(here()),
             )
         return Tracer(self, inputs, kwargs)
 

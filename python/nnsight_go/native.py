@@ -45,9 +45,7 @@ class Native:
             options["dtype"] = str(dtype).removeprefix("torch.")
         handle = ctypes.c_uint64()
         lib = _ffi.lib()
-        _ffi.check(
-            lib.nng_model_open, os.fsencode(directory), json.dumps(options).encode(), ctypes.byref(handle)
-        )
+        _ffi.check(lib.nng_model_open, os.fsencode(directory), json.dumps(options).encode(), ctypes.byref(handle))
         self._handle = handle.value
         self.close = weakref.finalize(self, _close, lib, self._handle)
         """Gives the weights back; runs under way end first. Calling it again does nothing."""
@@ -96,9 +94,7 @@ class Native:
                 self._parameters[name] = known
             return known
 
-    def run(
-        self, graph: bytes, constants: Sequence[torch.Tensor], adopt: Sequence[Proxy] | None
-    ) -> list[torch.Tensor]:
+    def run(self, graph: bytes, constants: Sequence[torch.Tensor], adopt: Sequence[Proxy] | None) -> list[torch.Tensor]:
         """Runs a graph to its end on this thread.
 
         Args:

@@ -117,7 +117,7 @@ class Proxy(torch.Tensor):
                 return f"{Proxy._make(rec, node[4][1])._label()}[{node[5]!r}]"
         return "a value"
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         from . import shapes
         from .recorder import current
 
@@ -144,4 +144,6 @@ class Proxy(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         self._rec.alive(self)
-        raise TypeError(f"{self._label()} has no value yet and cannot be pickled: save it, and pickle it after the block")
+        raise TypeError(
+            f"{self._label()} has no value yet and cannot be pickled: save it, and pickle it after the block"
+        )

@@ -59,7 +59,7 @@ def _add(parent: Envoy, name: str, module: Envoy) -> None:
 
 def _taken(parent: Envoy, name: str) -> None:
     raise InputError(
-        f"rename: {name!r} cannot be a new name on {parent._name()}: it is no identifier, or has a meaning there already",
+        f"rename: {name!r} cannot be a new name on {parent._name()}: it is taken, or no identifier",
         hint="Choose another name.",
         **positions.fields(here()),
     )

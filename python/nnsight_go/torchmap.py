@@ -164,7 +164,7 @@ def _named(op: _Op, kwargs: dict[str, Any]) -> dict[str, Any]:
     for k, v in kwargs.items():
         if k not in op.arguments:
             k = _ALIASES.get(k, k)
-            if k not in op.arguments and v is None or k in ("out", "names"):
+            if (k not in op.arguments and v is None) or k in ("out", "names"):
                 continue
             if k == "requires_grad" and k not in op.arguments:
                 continue
@@ -450,16 +450,16 @@ def _convert(name: str) -> Rule:
             return _to(rec, func, target, made, dtype=wanted)
         other = rest[0] if rest else kwargs.get("other")
         if isinstance(other, torch.Tensor):
-            device = other.device if other.device != target.device else None
+            elsewhere = other.device if other.device != target.device else None
             extra = {k: v for k, v in kwargs.items() if k in ("non_blocking", "copy", "memory_format")}
-            made = (_as, (target, other.dtype), None)
-            return _to(rec, func, target, made, dtype=other.dtype, device=device, **extra)
+            return _to(
+                rec, func, target, (_as, (target, other.dtype), None), dtype=other.dtype, device=elsewhere, **extra
+            )
         copy = kwargs.pop("copy", False)
         rest = tuple(x for x in rest if x is not None)
         device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*rest, **kwargs)
-        made = (_as, (target, dtype), None)
         return _to(
-            rec, func, target, made, dtype=dtype, device=device, non_blocking=non_blocking,
+            rec, func, target, (_as, (target, dtype), None), dtype=dtype, device=device, non_blocking=non_blocking,
             memory_format=memory_format, copy=copy,
         )  # fmt: skip
 
@@ -487,7 +487,6 @@ def _reduction(name: str) -> Rule:
 
 
 def _where(name: str) -> Rule:
-    direct = _direct(_operator_or_fail("where"), "where")
     three = _direct(dataclasses.replace(_operator_or_fail("where"), results=1), "where")
 
     def rule(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -496,7 +495,7 @@ def _where(name: str) -> Rule:
         if func is torch.Tensor.where:  # self.where(condition, other)
             args, func = (args[1], args[0], *args[2:]), torch.where
             kwargs = {{"condition": "condition", "other": "other"}.get(k, k): v for k, v in kwargs.items()}
-        return (three or direct)(rec, func, args, kwargs)
+        return three(rec, func, args, kwargs)
 
     return rule
 

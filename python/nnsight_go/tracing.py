@@ -41,7 +41,7 @@ class Tracer:
         if self._input is not None:
             self._recorder.open_invoke(*self._input)
         self._mode = torchmap.Mode()
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
         current.recorder = self._recorder
         return self
 
@@ -50,7 +50,7 @@ class Tracer:
     ) -> None:
         rec = self._recorder
         assert self._mode is not None
-        self._mode.__exit__(kind, error, traceback)
+        self._mode.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
         try:
             if kind is None:
                 rec.finish()
@@ -86,7 +86,10 @@ class Invoker:
         tracer, rec = self._tracer, self._tracer._recorder
         why = hint = None
         if current.recorder is not rec:
-            why, hint = "invokes belong into the block of their trace", "Write `with model.trace() as tracer:` around it."
+            why, hint = (
+                "invokes belong into the block of their trace",
+                "Write `with model.trace() as tracer:` around it.",
+            )
         elif tracer._input is not None:
             why = "this trace has an input already, so it takes no invokes"
             hint = "Write `with model.trace() as tracer:`, and give each invoke its input."
