@@ -62,19 +62,30 @@ func To(t Tensor, device, dtype string) (Tensor, error) {
 	return run("aten::to.device", TensorValue(t), Value{Kind: graph.ArgDevice, S: device}, Value{Kind: graph.ArgDType, S: dtype})
 }
 
-// FromInt64s copies integers into an int64 tensor on the CPU.
-func FromInt64s(data []int64, shape ...int64) (Tensor, error) {
-	return fromSlice(unsafe.Pointer(unsafe.SliceData(data)), len(data), "int64", shape)
+// FillInt64s makes an int64 tensor on the CPU whose elements, 0 at first, fill sets.
+func FillInt64s(fill func([]int64), shape ...int64) (Tensor, error) {
+	return filled("int64", shape, fill)
+}
+
+// FillBools makes a bool tensor on the CPU whose elements, false at first, fill sets.
+func FillBools(fill func([]bool), shape ...int64) (Tensor, error) { return filled("bool", shape, fill) }
+
+func filled[T int64 | bool](dtype string, shape []int64, fill func([]T)) (Tensor, error) {
+	op, err := Find("aten::zeros.default")
+	if err != nil {
+		return Tensor{}, err
+	}
+	v, err := op.Call([]Value{IntsValue(shape...)}, Named{"dtype", Value{Kind: graph.ArgDType, S: dtype}})
+	if err != nil {
+		return Tensor{}, err
+	}
+	fill(unsafe.Slice((*T)(v.T.DataPointer()), int(v.T.Numel())))
+	return v.T, nil
 }
 
 // FromFloat32s copies numbers into a float32 tensor on the CPU.
 func FromFloat32s(data []float32, shape ...int64) (Tensor, error) {
 	return fromSlice(unsafe.Pointer(unsafe.SliceData(data)), len(data), "float32", shape)
-}
-
-// FromBools copies booleans into a bool tensor on the CPU.
-func FromBools(data []bool, shape ...int64) (Tensor, error) {
-	return fromSlice(unsafe.Pointer(unsafe.SliceData(data)), len(data), "bool", shape)
 }
 
 func fromSlice(data unsafe.Pointer, n int, dtype string, shape []int64) (Tensor, error) {

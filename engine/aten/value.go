@@ -33,6 +33,26 @@ func (v Value) Free() {
 	}
 }
 
+// Share makes a value of the same structure with handles of its own.
+func (v Value) Share() (Value, error) {
+	if v.Kind == graph.ArgRef {
+		t, err := v.T.Share()
+		v.T = t
+		return v, err
+	}
+	list := v.L
+	v.L = make([]Value, 0, len(list))
+	for i := range list {
+		item, err := list[i].Share()
+		if err != nil {
+			v.Free()
+			return Value{}, err
+		}
+		v.L = append(v.L, item)
+	}
+	return v, nil
+}
+
 // TensorValue is a tensor as a value.
 func TensorValue(t Tensor) Value { return Value{Kind: graph.ArgRef, T: t} }
 

@@ -10,6 +10,7 @@ package host
 
 import (
 	"fmt"
+	"runtime"
 	"sync"
 
 	"github.com/nnsight-go/nnsight-go/engine/arch"
@@ -130,13 +131,12 @@ func (m *Native) load() error {
 	if m.loaded {
 		return nil
 	}
+	defer plainMode()()
 	params := map[string]aten.Tensor{}
 	for _, p := range m.graphs.Params {
 		t, err := m.loadOne(&p, params)
 		if err != nil {
-			for _, t := range params {
-				t.Free()
-			}
+			free(params)
 			return err
 		}
 		params[p.Name] = t
@@ -178,27 +178,47 @@ func (m *Native) place(t aten.Tensor, dtype string) (aten.Tensor, error) {
 	return aten.To(t, m.device, dtype)
 }
 
+// plainMode makes this thread's torch state the ordinary one until back is called. What outlives a
+// trace must not depend on where it was first used: a parameter made in inference mode could never
+// take part in autograd.
+func plainMode() (back func()) {
+	runtime.LockOSThread()
+	state := modeGuard{outer: aten.CurrentMode(), now: aten.CurrentMode()}
+	state.set(graph.ModeGrad)
+	return func() {
+		state.restore()
+		runtime.UnlockOSThread()
+	}
+}
+
 // Close gives the weights back once no run uses them. Tensors handed out stay valid.
 func (m *Native) Close() error {
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	m.closed = true
-	m.release()
+	unused := m.unused()
+	m.mu.Unlock()
+	free(unused)
 	return nil
 }
 
-// release frees the parameters of a closed model that no run uses any more.
-func (m *Native) release() {
+// unused takes the parameters out of a closed model that no run uses any more, for the caller to
+// free without the lock: freeing a tensor that Python knows waits for Python.
+func (m *Native) unused() map[string]aten.Tensor {
 	if !m.closed || m.runs > 0 {
-		return
+		return nil
 	}
-	for _, t := range m.params {
-		t.Free()
-	}
+	params := m.params
 	m.params = nil
 	if m.checkpoint != nil {
 		m.checkpoint.Close()
 		m.checkpoint = nil
+	}
+	return params
+}
+
+func free(params map[string]aten.Tensor) {
+	for _, t := range params {
+		t.Free()
 	}
 }
 
@@ -268,17 +288,14 @@ func (m *Native) Describe() *Description {
 
 // Start checks a trace and makes a run of it, loading the weights if need be. It takes over
 // consts, also where it fails.
-func (m *Native) Start(g *graph.Graph, consts []aten.Tensor) (*Run, error) {
-	r, err := m.start(g, consts)
-	if err != nil {
-		for _, t := range consts {
-			t.Free()
+func (m *Native) Start(g *graph.Graph, consts []aten.Tensor) (r *Run, err error) {
+	defer func() {
+		if r == nil { // an error, or a panic
+			for _, t := range consts {
+				t.Free()
+			}
 		}
-	}
-	return r, err
-}
-
-func (m *Native) start(g *graph.Graph, consts []aten.Tensor) (*Run, error) {
+	}()
 	if err := graph.Verify(g, m.graphs.Causal, len(consts)); err != nil {
 		return nil, err
 	}
@@ -289,26 +306,37 @@ func (m *Native) start(g *graph.Graph, consts []aten.Tensor) (*Run, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := checkSizes(schedule); err != nil {
+		return nil, err
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if err := m.load(); err != nil {
 		return nil, err
 	}
-	r, err := newRun(m, g, schedule, consts)
-	if err != nil {
-		return nil, err
-	}
-	m.runs++
-	r.counted = true
-	return r, nil
+	return newRun(m, g, schedule, consts)
 }
 
 // done notes that a run has ended.
 func (m *Native) done() {
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	m.runs--
-	m.release()
+	unused := m.unused()
+	m.mu.Unlock()
+	free(unused)
+}
+
+// checkSizes refuses batches that padding makes out of all proportion to the tokens given: rows
+// are as long as the longest, so one long row beside many short ones asks for much more memory
+// than it looks.
+func checkSizes(s *plan.Schedule) error {
+	for i := range s.Forwards {
+		if f := &s.Forwards[i]; f.Batch()*f.Seq > graph.MaxTokens {
+			return fault.New(fault.Input, "%d rows padded to %d tokens are %d tokens; %d are allowed",
+				f.Batch(), f.Seq, f.Batch()*f.Seq, graph.MaxTokens).WithHint("Trace prompts of about equal length together.")
+		}
+	}
+	return nil
 }
 
 // checkInputs refuses tokens the model cannot take, before any work.
@@ -337,52 +365,52 @@ func (m *Native) checkInputs(g *graph.Graph) error {
 	return nil
 }
 
-// input builds one of a forward pass's inputs.
+// input builds one of a forward pass's inputs. Their memory is torch's from the start: what cannot
+// be had is then an error, where Go would end the process.
 func (m *Native) input(f *plan.Forward, name string) (aten.Tensor, error) {
 	batch, seq := f.Batch(), f.Seq
 	var t aten.Tensor
 	var err error
 	switch name {
 	case "input_ids":
-		ids := make([]int64, batch*seq) // padding is id 0: any id will do, nobody sees it
-		for r, row := range f.Rows {
-			copy(ids[int64(r)*seq+pad(f, row):], row)
-		}
-		t, err = aten.FromInt64s(ids, batch, seq)
+		t, err = aten.FillInt64s(func(ids []int64) { // padding is id 0: any id will do, nobody sees it
+			for r, row := range f.Rows {
+				copy(ids[int64(r)*seq+pad(f, row):], row)
+			}
+		}, batch, seq)
 	case "position_ids":
 		if !f.Masked {
-			ids := make([]int64, seq)
-			for i := range ids {
-				ids[i] = int64(i)
-			}
-			t, err = aten.FromInt64s(ids, 1, seq)
+			t, err = aten.FillInt64s(func(ids []int64) {
+				for i := range ids {
+					ids[i] = int64(i)
+				}
+			}, 1, seq)
 			break
 		}
-		ids := make([]int64, batch*seq)
-		for r := range f.Rows {
-			next := int64(0)
-			for i, real := range realTokens(f, r) {
-				ids[int64(r)*seq+int64(i)] = max(next-1, 0)
-				if real {
-					ids[int64(r)*seq+int64(i)] = next
-					next++
+		t, err = aten.FillInt64s(func(ids []int64) {
+			for r := range f.Rows {
+				next := int64(0)
+				for i, real := range realTokens(f, r) {
+					ids[int64(r)*seq+int64(i)] = max(next-1, 0)
+					if real {
+						ids[int64(r)*seq+int64(i)] = next
+						next++
+					}
 				}
 			}
-		}
-		t, err = aten.FromInt64s(ids, batch, seq)
+		}, batch, seq)
 	case "attention_mask":
 		// a query sees the real tokens up to itself, and itself, so that padding stays finite
-		mask := make([]bool, batch*seq*seq)
-		for r := range f.Rows {
-			real := realTokens(f, r)
-			for q := range seq {
-				at := (int64(r)*seq + q) * seq
-				for k := range q + 1 {
-					mask[at+k] = real[k] || k == q
+		t, err = aten.FillBools(func(mask []bool) {
+			for r := range f.Rows {
+				real := realTokens(f, r)
+				for q := range seq {
+					at := (int64(r)*seq + q) * seq
+					copy(mask[at:at+q], real)
+					mask[at+q] = true
 				}
 			}
-		}
-		t, err = aten.FromBools(mask, batch, 1, seq, seq)
+		}, batch, 1, seq, seq)
 	default:
 		return t, fault.New(fault.Internal, "the model asks for an input %q", name)
 	}

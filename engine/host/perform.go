@@ -182,12 +182,11 @@ func (r *Run) item(in *plan.Instr) (value, error) {
 	if in.Args[1].Kind != graph.ArgInt || i < 0 || i >= int64(len(of.L)) {
 		return value{}, fault.New(fault.Op, "element %d is not among the %d results", in.Args[1].I, len(of.L))
 	}
-	element := of.L[i]
-	if element.Kind != graph.ArgRef {
-		return value{other: &element}, nil
+	element, err := of.L[i].Share()
+	if err != nil {
+		return value{}, err
 	}
-	t, err := element.T.Share()
-	return value{tensor: t}, err
+	return wrap(element), nil
 }
 
 // part is the window of a tensor, a chain of views; free what it gives.
@@ -218,6 +217,9 @@ func part(t aten.Tensor, w *plan.Window) (aten.Tensor, error) {
 func (r *Run) copyOf(t aten.Tensor, in *plan.Instr) (value, error) {
 	if in.Op == plan.OpSpread {
 		sizes := t.Shape()
+		if len(sizes) == 0 {
+			return value{}, fault.New(fault.Op, "a value of sizes [] cannot be cut into the rows of a batch")
+		}
 		sizes[0] = in.Window.Batch
 		wide, err := aten.Expand(t, sizes)
 		if err != nil {

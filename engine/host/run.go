@@ -2,6 +2,7 @@ package host
 
 import (
 	"fmt"
+	"runtime"
 	"strings"
 	"time"
 
@@ -24,7 +25,7 @@ type Run struct {
 	dead     []value
 	odd      []oddWrite // replacements whose sizes differ from what the model computed
 	freed    bool
-	counted  bool // among the model's runs
+	taken    bool // its results have been handed over
 }
 
 // value is what a slot holds: nearly always a tensor.
@@ -48,9 +49,17 @@ type oddWrite struct {
 	want, got []int64
 }
 
-// newRun binds a schedule's sources. It takes over consts, also where it fails.
+// newRun binds a schedule's sources; the caller holds the model's lock. The run takes over consts
+// unless it fails.
 func newRun(m *Native, g *graph.Graph, s *plan.Schedule, consts []aten.Tensor) (*Run, error) {
-	r := &Run{model: m, graph: g, schedule: s, machine: exec.New[value](s), consts: consts}
+	defer plainMode()()
+	machine := exec.New[value](s)
+	ok := false
+	defer func() {
+		if !ok { // the inputs made so far
+			release(machine.Abort(nil))
+		}
+	}()
 	for _, src := range s.Sources {
 		var t aten.Tensor
 		var err error
@@ -58,62 +67,73 @@ func newRun(m *Native, g *graph.Graph, s *plan.Schedule, consts []aten.Tensor) (
 		case graph.KindParam:
 			t, err = m.param(src.Name)
 		case graph.KindConst:
-			if int(src.Index) >= len(consts) {
-				err = fault.New(fault.Graph, "constant %d is not among the %d given", src.Index, len(consts))
-				break
-			}
 			t = consts[src.Index]
 		case graph.KindInput:
 			t, err = m.input(&s.Forwards[src.Forward], src.Name)
 		}
 		if err != nil {
-			r.Free()
 			return nil, err
 		}
-		r.machine.Bind(src.Slot, value{tensor: t})
+		machine.Bind(src.Slot, value{tensor: t})
 	}
-	return r, nil
+	ok = true
+	m.runs++
+	return &Run{model: m, graph: g, schedule: s, machine: machine, consts: consts}, nil
 }
 
-// Step works for about budget and reports whether the run is done. A run that failed has freed
-// what it held.
+// Step works for about budget and reports whether the run is done; 0 means to the end. A run that
+// failed, or panicked, has freed what it held.
 func (r *Run) Step(budget time.Duration) (done bool, err error) {
 	if r.freed {
 		return false, fault.New(fault.Handle, "this run has ended")
 	}
+	runtime.LockOSThread() // whose torch state the instructions set
+	defer runtime.UnlockOSThread()
 	mode := aten.CurrentMode()
 	state := modeGuard{outer: mode, now: mode}
 	defer state.restore()
+	ok := false
+	defer func() {
+		if !ok {
+			r.Free()
+		}
+	}()
 	deadline := time.Now().Add(budget)
 	for in := r.machine.Next(); in != nil; in = r.machine.Next() {
 		state.set(in.Mode)
 		out, err := r.perform(in)
 		if err != nil {
-			err = r.explain(in, err)
-			r.Free()
-			return false, err
+			return false, r.explain(in, err)
 		}
 		r.dead = r.machine.Feed(out, r.dead[:0])
-		r.release(r.dead)
+		release(r.dead)
 		if budget > 0 && time.Now().After(deadline) {
-			return r.machine.Done(), nil
+			break
 		}
 	}
-	return true, nil
+	ok = true
+	return r.machine.Done(), nil
 }
 
-func (r *Run) release(dead []value) {
+func release(dead []value) {
 	for _, v := range dead {
 		v.free()
 	}
 }
 
 // Results hands over the saved values: a tree for each Save node and the tensors the trees number,
-// which are now the caller's. A tensor saved twice is there once. A second call gives nothing.
+// which are now the caller's. A tensor saved twice is there once. A second call gives nothing; a run
+// that has not got to its end has no results.
 func (r *Run) Results() ([]graph.Result, []aten.Tensor, error) {
-	if r.freed || !r.machine.Done() {
+	switch {
+	case r.taken:
 		return nil, nil, nil
+	case r.freed:
+		return nil, nil, fault.New(fault.Handle, "this run failed or was freed, so it has no results")
+	case !r.machine.Done():
+		return nil, nil, fault.New(fault.Handle, "this run is not done yet").WithHint("Step it until it is.")
 	}
+	r.taken = true
 	var tensors []aten.Tensor
 	numbers := map[graph.ID]graph.Arg{}
 	var failed error
@@ -190,15 +210,12 @@ func (r *Run) Free() {
 		return
 	}
 	r.freed = true
-	r.release(r.machine.Abort(nil))
+	release(r.machine.Abort(nil))
 	for _, t := range r.consts {
 		t.Free()
 	}
 	r.consts = nil
-	if r.counted {
-		r.counted = false
-		r.model.done()
-	}
+	r.model.done()
 }
 
 // explain adds to a failure where it happened and in whose line.

@@ -58,7 +58,7 @@ func Splice(g *graph.Graph, models Models) (*Schedule, error) {
 	for i := range s.passes {
 		model := models.of(&forwards[i])
 		s.passes[i] = pass{forward: i, model: model, env: make([]Slot, len(model.Nodes)), lastCall: -1,
-			inputs: map[string]Slot{}, copies: map[copyKey]*rowCopy{}, spread: map[Slot]bool{}}
+			inputs: map[string]Slot{}, copies: map[copyKey]*rowCopy{}, spread: map[Slot]bool{}, bound: map[Slot]bool{}}
 		for k := range s.passes[i].env {
 			s.passes[i].env[k] = NoSlot
 		}
@@ -130,6 +130,7 @@ type pass struct {
 	links    []link
 	dirty    bool
 	spread   map[Slot]bool // values computed from one that all rows shared and that now has a row each
+	bound    map[Slot]bool // values of the user's that were assigned to an access point as they are
 }
 
 type copyKey struct {
@@ -535,6 +536,12 @@ func (s *splicer) flush(p *pass) {
 			s.rebase(p, c.base, s.spreadRows(p, c.base))
 		}
 		for _, base := range p.sameFor(c.invoke, c.base) {
+			if p.bound[base] { // the user may hold it, or it may be an expanded view: edit a copy
+				own := s.emit(Instr{Op: OpClone, Args: []graph.Arg{graph.Ref(base)}, Out: s.slot(), Mode: s.mode, Fresh: true})
+				p.spread[own] = p.spread[base]
+				s.rebase(p, base, own)
+				base = own
+			}
 			w := s.extents[c.invoke].window(f, c.shape)
 			if p.ownRows(base, c.shape) {
 				w.BatchAxis = 0
@@ -620,6 +627,7 @@ func (s *splicer) write(p *pass, n int) error {
 			s.emit(Instr{Op: OpExpect, Args: []graph.Arg{value}, Want: want, Out: NoSlot, Mode: s.mode, Path: node.Path})
 		}
 		p.env[mark] = value.Ref
+		p.bound[value.Ref] = true
 		return nil
 	}
 	if c := p.copyOf(node.Invoke, old); c != nil && c.slot == value.Ref {
