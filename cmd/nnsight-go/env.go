@@ -73,12 +73,7 @@ func (p places) environment(before string) map[string]string {
 	if p.archive != "" {
 		ours = append(ours, "-L"+p.archive)
 	}
-	ours = append(ours, "-L"+p.lib, "-L"+p.torch, "-Wl,-rpath,"+p.lib, "-Wl,-rpath,"+p.torch,
-		// The program itself must ask for torch's libraries: a library's run path says nothing about
-		// what other libraries need, and where the linker drops libraries that the program does not
-		// call directly, CUDA's kernels would never be loaded. (No -l inside -Wl: Go tries such words out
-		// without the -L before them, and then believes that the linker knows no -no-pie.)
-		"-Wl,--push-state,--no-as-needed", "-lc10", "-ltorch", "-ltorch_cpu", "-Wl,--pop-state")
+	ours = append(ours, "-L"+p.lib, "-L"+p.torch, "-Wl,-rpath,"+p.lib, "-Wl,-rpath,"+p.torch)
 	for i, flag := range ours {
 		ours[i] = flagQuote(flag)
 	}

@@ -13,7 +13,10 @@ package aten
 
 /*
 #cgo CFLAGS: -I${SRCDIR}/../../pybind
-#cgo LDFLAGS: -lnng_aten
+// The program itself must ask for torch's libraries: a library's run path says nothing about what
+// other libraries need, and where the linker drops libraries that the program does not call
+// directly, CUDA's kernels would never be loaded.
+#cgo LDFLAGS: -lnng_aten -Wl,--push-state -Wl,--no-as-needed -lc10 -ltorch -ltorch_cpu -Wl,--pop-state
 #include "aten.h"
 
 extern void nngoRelease(uintptr_t);
