@@ -13,11 +13,11 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-import hubserver
 import pytest
 import torch
 import transformers
 
+import hubserver
 from nnsight_go import hub
 from nnsight_go.errors import ModelLoadError
 

@@ -40,8 +40,8 @@ def rule(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         if not train or p == 0:
             return target
         return target * func(torch.ones_like(_blank(target)), p, True)
-    filled = target is not None and name in _FILL and name not in ("dropout_", "rrelu_") and type(target) is Proxy
-    if filled and not any(type(x) is Proxy for x in (*args[1:], *kwargs.values())):
+    by_value = name in ("dropout_", "rrelu_") or any(type(x) is Proxy for x in (*args[1:], *kwargs.values()))
+    if type(target) is Proxy and name in _FILL and not by_value:
         target.copy_(func(_blank(target), *args[1:], **kwargs))
         return target
     return compute(rec, func, args, kwargs)

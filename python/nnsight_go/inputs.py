@@ -93,9 +93,9 @@ def _ids(given: Any) -> Rows:
             )
         given = given.tolist()
     if isinstance(given, list | tuple):
-        items = [x.tolist() if isinstance(x, torch.Tensor) else x for x in given]
+        items: list[Any] = [x.tolist() if isinstance(x, torch.Tensor) else x for x in given]
         if all(_is_id(x) for x in items):
-            return [items] if items else []
+            return [[int(x) for x in items]] if items else []
         if all(isinstance(x, list | tuple) and all(map(_is_id, x)) for x in items):
             return [list(x) for x in items]
     _refuse(f"a {type(given).__name__} cannot be the input of a trace", f"Give {_FORMS}.")
