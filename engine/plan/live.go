@@ -40,7 +40,8 @@ func (a aliases) join(x, y Slot) { a[a.find(x)] = a.find(y) }
 
 // dropDead removes instructions whose result nobody uses and whose changes nobody can see. A
 // change can be seen through anything that may share storage with its target, and always in a
-// tensor that is not the run's own.
+// tensor that is not the run's own. A guard stays: a change that comes too late is an error, and
+// the more so where nobody would notice.
 func dropDead(s *Schedule) {
 	alias := newAliases(s.Slots)
 	for i := range s.Instrs {
@@ -67,7 +68,8 @@ func dropDead(s *Schedule) {
 	for i := len(s.Instrs) - 1; i >= 0; i-- {
 		in := &s.Instrs[i]
 		live := in.Out != NoSlot && used[in.Out] || in.Op == OpCall && isRandom(in.Name) && in.Node != graph.NoID
-		if in.Mutate || in.Op == OpGuard {
+		live = live || in.Op == OpGuard
+		if in.Mutate {
 			in.target(func(r Slot) { live = live || seen[alias.find(r)] })
 		}
 		if in.Op == OpExpect {
@@ -82,7 +84,7 @@ func dropDead(s *Schedule) {
 	s.Instrs = append(s.Instrs[:0], s.Instrs[kept:]...)
 }
 
-// target calls f for each slot the instruction changes in place (or guards).
+// target calls f for each slot the instruction changes in place.
 func (in *Instr) target(f func(Slot)) {
 	for i := range in.Kwargs {
 		if in.Kwargs[i].Name == "out" {
