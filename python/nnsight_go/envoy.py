@@ -199,6 +199,9 @@ class Envoy:
             raise AttributeError(name)
         if name in self._params:
             return self._native.parameter(f"{self._path}.{name}" if self._path else name)
+        ours = getattr(type(self), name, None)
+        if isinstance(ours, property) and ours.fget is not None:
+            return ours.fget(self)  # its own error, which Python took for a missing attribute, once more
         self._unknown(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
