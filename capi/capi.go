@@ -42,6 +42,9 @@ var (
 //export nngo_version
 func nngo_version(out, err *C.nng_buf) C.int {
 	return guard(err, func() error {
+		if out == nil {
+			return missing("out")
+		}
 		return setJSON(out, map[string]any{
 			"abi": abi, "version": engine.Version, "torch": aten.TorchVersion(), "go": runtime.Version(),
 			"architectures": engine.Architectures(), "cuda": aten.CUDAAvailable(),
@@ -52,6 +55,9 @@ func nngo_version(out, err *C.nng_buf) C.int {
 //export nngo_counters
 func nngo_counters(out, err *C.nng_buf) C.int {
 	return guard(err, func() error {
+		if out == nil {
+			return missing("out")
+		}
 		handles := 0
 		for _, t := range tables {
 			handles += t.count()
@@ -63,6 +69,9 @@ func nngo_counters(out, err *C.nng_buf) C.int {
 //export nngo_model_open
 func nngo_model_open(dir, options *C.char, out *C.nng_model, err *C.nng_buf) C.int {
 	return guard(err, func() error {
+		if dir == nil || out == nil {
+			return missing("dir or out")
+		}
 		var o struct {
 			DType  string `json:"dtype"`
 			Device string `json:"device"`
@@ -107,6 +116,9 @@ func nngo_model_close(model C.nng_model, err *C.nng_buf) C.int {
 //export nngo_model_describe
 func nngo_model_describe(model C.nng_model, out, err *C.nng_buf) C.int {
 	return guard(err, func() error {
+		if out == nil {
+			return missing("out")
+		}
 		m, e := models.get(uint64(model))
 		if e != nil {
 			return e
@@ -118,6 +130,9 @@ func nngo_model_describe(model C.nng_model, out, err *C.nng_buf) C.int {
 //export nngo_model_param
 func nngo_model_param(model C.nng_model, name *C.char, tensor *unsafe.Pointer, err *C.nng_buf) C.int {
 	return guard(err, func() error {
+		if name == nil || tensor == nil {
+			return missing("name or tensor")
+		}
 		m, e := models.get(uint64(model))
 		if e != nil {
 			return e
@@ -135,6 +150,9 @@ func nngo_model_param(model C.nng_model, name *C.char, tensor *unsafe.Pointer, e
 func nngo_run_new(model C.nng_model, wire *C.uint8_t, size C.int64_t, consts *unsafe.Pointer, nconsts C.int64_t,
 	out *C.nng_run, err *C.nng_buf) C.int {
 	return guard(err, func() error {
+		if out == nil || size < 0 || wire == nil && size > 0 || nconsts < 0 || consts == nil && nconsts > 0 {
+			return missing("graph, consts or out")
+		}
 		m, e := models.get(uint64(model))
 		if e != nil {
 			return e
@@ -144,13 +162,13 @@ func nngo_run_new(model C.nng_model, wire *C.uint8_t, size C.int64_t, consts *un
 			return e
 		}
 		given := make([]aten.Tensor, 0, int(nconsts))
-		for _, p := range unsafe.Slice(consts, int(nconsts)) {
+		for i, p := range unsafe.Slice(consts, int(nconsts)) {
 			t, e := aten.Borrow(p)
 			if e != nil {
 				for _, t := range given {
 					t.Free()
 				}
-				return e
+				return fault.New(fault.Input, "constant %d is no tensor", i).WithCause(e)
 			}
 			given = append(given, t)
 		}
@@ -166,8 +184,12 @@ func nngo_run_new(model C.nng_model, wire *C.uint8_t, size C.int64_t, consts *un
 //export nngo_run_step
 func nngo_run_step(handle C.nng_run, budget C.int64_t, done *C.int32_t, err *C.nng_buf) C.int {
 	return guard(err, func() error {
+		if done == nil {
+			return missing("done")
+		}
 		return withRun(handle, func(r *host.Run) error {
-			ended, e := r.Step(time.Duration(budget) * time.Millisecond)
+			const most = 1 << 40 // milliseconds, so that nanoseconds fit too
+			ended, e := r.Step(time.Duration(min(budget, most)) * time.Millisecond)
 			if e != nil {
 				return e
 			}
@@ -196,6 +218,9 @@ func withRun(handle C.nng_run, f func(*host.Run) error) error {
 //export nngo_run_results
 func nngo_run_results(handle C.nng_run, out *C.nng_buf, tensors **unsafe.Pointer, ntensors *C.int64_t, err *C.nng_buf) C.int {
 	return guard(err, func() error {
+		if out == nil || tensors == nil || ntensors == nil {
+			return missing("out, tensors or ntensors")
+		}
 		return withRun(handle, func(r *host.Run) error {
 			results, given, e := r.Results()
 			if e != nil {
@@ -228,19 +253,22 @@ func nngo_run_free(handle C.nng_run, err *C.nng_buf) C.int {
 
 //export nngo_tensors_free
 func nngo_tensors_free(tensors *unsafe.Pointer, ntensors C.int64_t) {
-	if tensors == nil {
-		return
-	}
-	for _, p := range unsafe.Slice(tensors, int(ntensors)) {
-		nngo_tensor_free(p)
-	}
-	C.free(unsafe.Pointer(tensors))
+	guard(nil, func() error {
+		if tensors == nil {
+			return nil
+		}
+		for _, p := range unsafe.Slice(tensors, int(max(ntensors, 0))) {
+			aten.Adopt(p).Free()
+		}
+		C.free(unsafe.Pointer(tensors))
+		return nil
+	})
 }
 
 //export nngo_tensor_free
 func nngo_tensor_free(tensor unsafe.Pointer) {
-	if tensor != nil {
-		t := aten.Adopt(tensor)
-		t.Free()
-	}
+	guard(nil, func() error {
+		aten.Adopt(tensor).Free()
+		return nil
+	})
 }

@@ -18,8 +18,11 @@
  * NNG_EBUSY). Work is done on the calling thread, with that thread's torch state. None of the
  * functions needs or takes Python's global lock, and the engine never calls Python.
  *
- * Forks. In a child made by fork every function fails with NNG_EFORK, but the frees, which do
- * nothing there.
+ * Forks. In a child made by fork every function fails with NNG_EFORK, but nng_free, which works, and
+ * nng_tensor_free and nng_tensors_free, which do nothing there.
+ *
+ * Null. A null pointer where something is needed, or a negative size, is a failure with code
+ * NNG_EFAULT; err itself may be null where nobody wants to know why.
  *
  * Fault JSON: {"code": "OpError", "message": "...", "hint": "...", "path": "transformer.h.5",
  * "op": "aten::mm", "node": 3, "invoke": 0, "step": -1, "file": "x.py", "line": 7, "func": "f",
@@ -56,7 +59,8 @@ typedef uint64_t nng_tokenizer;
 void nng_free(nng_buf* buf);
 
 /* The version of this ABI (wire form included) and of the library, as JSON:
- * {"abi": 1, "version": "0.1.0", "torch": "2.15", "go": "go1.26", "architectures": ["GPT2LMHeadModel", ...]}. */
+ * {"abi": 1, "version": "0.1.0", "torch": "2.15", "go": "go1.26", "architectures": ["GPT2LMHeadModel", ...],
+ * "cuda": bool (torch sees a GPU)}. */
 int nng_version(nng_buf* out, nng_buf* err);
 
 /* Counters for tests, as JSON: {"tensors": n, "handles": n}: tensors the engine holds now
@@ -73,7 +77,8 @@ int nng_model_open(const char* dir, const char* options, nng_model* out, nng_buf
 /* Maps the weights, if they are not yet. */
 int nng_model_load(nng_model model, nng_buf* err);
 
-/* Closes the model; runs that still use it fail. Tensors handed out stay valid. */
+/* Closes the model: no run starts any more. Runs under way go on, and the last of them gives the
+ * weights back. Tensors handed out stay valid. */
 int nng_model_close(nng_model model, nng_buf* err);
 
 /* Describes the model, as JSON (see docs/architecture.md, "Model description"). Needs no weights. */
@@ -85,18 +90,24 @@ int nng_model_param(nng_model model, const char* name, void** tensor, nng_buf* e
 /* ---- runs ---- */
 
 /* Starts a run of a recorded graph (the wire form, docs/wire.md). consts are the tensors
- * that KindConst nodes number [borrowed: the run takes references of its own]. */
+ * that KindConst nodes number [borrowed: the run takes references of its own].
+ *
+ * Any bytes may be given: reading them and holding them to the model is safe. Running is as safe as
+ * whoever wrote the graph, since it may call any operator that PyTorch has in this process: some
+ * read and write files (aten::from_file), and private ones (aten::_*) may trust their arguments. */
 int nng_run_new(nng_model model, const uint8_t* graph, int64_t size, void* const* consts, int64_t nconsts, nng_run* out,
                 nng_buf* err);
 
-/* Works for about budget_ms milliseconds, then returns so that the caller may look at signals.
- * *done becomes 1 when the run has ended. A failed run has freed its tensors and can only be freed. */
+/* Works for about budget_ms milliseconds (0: to the end), then returns so that the caller may look at
+ * signals. It stops between two operators only. *done becomes 1 when the run has ended, else 0. A failed run has freed
+ * its tensors and can only be freed. */
 int nng_run_step(nng_run run, int64_t budget_ms, int32_t* done, nng_buf* err);
 
 /* The saved values of a run that is done: *out is MessagePack, a list with one entry a Save node in
  * program order, [node, value], where a value is an argument of the wire form whose references
  * [0, i] number the tensors; tensors[0..*ntensors) are those tensors, each [new], in an array freed
- * with nng_tensors_free. The values move out: a second call gives an empty list. */
+ * with nng_tensors_free. The values move out: a second call gives an empty list. A run that is not
+ * done, or that failed, is a failure with code NNG_EHANDLE. */
 int nng_run_results(nng_run run, nng_buf* out, void*** tensors, int64_t* ntensors, nng_buf* err);
 
 /* Ends a run, finished or not, and frees everything it still holds. */

@@ -41,6 +41,11 @@ func guard(err *C.nng_buf, body func() error) (code C.int) {
 	return C.NNG_EFAULT
 }
 
+// missing says that an argument without which a function can do nothing is null, or its size negative.
+func missing(what string) error {
+	return fault.New(fault.Input, "the arguments make no sense: %s is null, or its size is negative", what)
+}
+
 func setFault(err *C.nng_buf, e *fault.Error) {
 	if err == nil {
 		return

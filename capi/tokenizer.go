@@ -15,9 +15,12 @@ import (
 
 var tokenizers = newTable[*token.Tokenizer]("tokenizer")
 
-// withTokenizer runs the body of an export with the tokenizer of a handle.
-func withTokenizer(handle C.nng_tokenizer, err *C.nng_buf, body func(*token.Tokenizer) error) C.int {
+// withTokenizer runs the body of an export, which fills out, with the tokenizer of a handle.
+func withTokenizer(handle C.nng_tokenizer, out, err *C.nng_buf, body func(*token.Tokenizer) error) C.int {
 	return guard(err, func() error {
+		if out == nil {
+			return missing("out")
+		}
 		t, e := tokenizers.get(uint64(handle))
 		if e != nil {
 			return e
@@ -51,6 +54,9 @@ func idsArgument(ids *C.int64_t, n C.int64_t) ([]int64, error) {
 //export nngo_tokenizer_open
 func nngo_tokenizer_open(dir *C.char, out *C.nng_tokenizer, err *C.nng_buf) C.int {
 	return guard(err, func() error {
+		if dir == nil || out == nil {
+			return missing("dir or out")
+		}
 		t, e := token.Open(C.GoString(dir))
 		if e != nil {
 			return e
@@ -73,12 +79,12 @@ func nngo_tokenizer_close(handle C.nng_tokenizer, err *C.nng_buf) C.int {
 
 //export nngo_tokenizer_describe
 func nngo_tokenizer_describe(handle C.nng_tokenizer, out, err *C.nng_buf) C.int {
-	return withTokenizer(handle, err, func(t *token.Tokenizer) error { return setJSON(out, t) })
+	return withTokenizer(handle, out, err, func(t *token.Tokenizer) error { return setJSON(out, t) })
 }
 
 //export nngo_tokenizer_encode
 func nngo_tokenizer_encode(handle C.nng_tokenizer, text *C.char, size C.int64_t, addSpecial C.int32_t, out, err *C.nng_buf) C.int {
-	return withTokenizer(handle, err, func(t *token.Tokenizer) error {
+	return withTokenizer(handle, out, err, func(t *token.Tokenizer) error {
 		s, e := textArgument(text, size)
 		if e != nil {
 			return e
@@ -93,7 +99,7 @@ func nngo_tokenizer_encode(handle C.nng_tokenizer, text *C.char, size C.int64_t,
 
 //export nngo_tokenizer_ids
 func nngo_tokenizer_ids(handle C.nng_tokenizer, text *C.char, size C.int64_t, addSpecial C.int32_t, out, err *C.nng_buf) C.int {
-	return withTokenizer(handle, err, func(t *token.Tokenizer) error {
+	return withTokenizer(handle, out, err, func(t *token.Tokenizer) error {
 		s, e := textArgument(text, size)
 		if e != nil {
 			return e
@@ -109,7 +115,7 @@ func nngo_tokenizer_ids(handle C.nng_tokenizer, text *C.char, size C.int64_t, ad
 
 //export nngo_tokenizer_decode
 func nngo_tokenizer_decode(handle C.nng_tokenizer, ids *C.int64_t, n C.int64_t, skipSpecial C.int32_t, out, err *C.nng_buf) C.int {
-	return withTokenizer(handle, err, func(t *token.Tokenizer) error {
+	return withTokenizer(handle, out, err, func(t *token.Tokenizer) error {
 		v, e := idsArgument(ids, n)
 		if e != nil {
 			return e
@@ -125,7 +131,7 @@ func nngo_tokenizer_decode(handle C.nng_tokenizer, ids *C.int64_t, n C.int64_t, 
 
 //export nngo_tokenizer_tokens
 func nngo_tokenizer_tokens(handle C.nng_tokenizer, ids *C.int64_t, n C.int64_t, out, err *C.nng_buf) C.int {
-	return withTokenizer(handle, err, func(t *token.Tokenizer) error {
+	return withTokenizer(handle, out, err, func(t *token.Tokenizer) error {
 		v, e := idsArgument(ids, n)
 		if e != nil {
 			return e
@@ -140,7 +146,10 @@ func nngo_tokenizer_tokens(handle C.nng_tokenizer, ids *C.int64_t, n C.int64_t, 
 
 //export nngo_tokenizer_lookup
 func nngo_tokenizer_lookup(handle C.nng_tokenizer, tokens *C.char, out, err *C.nng_buf) C.int {
-	return withTokenizer(handle, err, func(t *token.Tokenizer) error {
+	return withTokenizer(handle, out, err, func(t *token.Tokenizer) error {
+		if tokens == nil {
+			return missing("tokens")
+		}
 		var names []string
 		if e := json.Unmarshal([]byte(C.GoString(tokens)), &names); e != nil {
 			return fault.New(fault.Input, "the tokens are not a JSON list of strings: %v", e)
@@ -161,7 +170,7 @@ func nngo_tokenizer_lookup(handle C.nng_tokenizer, tokens *C.char, out, err *C.n
 
 //export nngo_tokenizer_vocab
 func nngo_tokenizer_vocab(handle C.nng_tokenizer, out, err *C.nng_buf) C.int {
-	return withTokenizer(handle, err, func(t *token.Tokenizer) error {
+	return withTokenizer(handle, out, err, func(t *token.Tokenizer) error {
 		vocab, e := t.Vocab()
 		if e != nil {
 			return e
