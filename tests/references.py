@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from nnsight_go import LanguageModel
 
 
 def gpt2(**changes: Any) -> GPT2Config:
@@ -63,31 +67,84 @@ def tensors(value: Any, leaf: str = "") -> dict[str, torch.Tensor]:
     return items
 
 
-Seen = dict[tuple[str, str], dict[str, torch.Tensor]]
+Place = tuple[str, str]  # path of a module, "input" or "output"
+Seen = dict[Place, dict[str, torch.Tensor]]
+# What a hook does with the main tensor of an access point: changes it in place, or gives another.
+Edit = Callable[[Place, torch.Tensor], torch.Tensor | None]
 
 
-def hooked(model: PreTrainedModel, **inputs: torch.Tensor) -> Seen:
-    """All inputs and outputs of modules that transformers shows to hooks, in the order they are met."""
+def edits(by_name: Mapping[str, Callable[[torch.Tensor], torch.Tensor | None]]) -> Edit:
+    """An edit of several places: ``edits({"transformer.h.0.output": lambda x: x * 2})``."""
+
+    def edit(place: Place, value: torch.Tensor) -> torch.Tensor | None:
+        change = by_name.get(".".join(place))
+        return None if change is None else change(value)
+
+    return edit
+
+
+def hooked(model: PreTrainedModel, edit: Edit | None = None, **inputs: torch.Tensor) -> Seen:
+    """All inputs and outputs of modules that transformers shows to hooks, in the order they are met.
+
+    ``edit`` is called with the main tensor of each (the first argument, the first result).
+    """
     seen: Seen = {}
     handles = []
+    editing = False  # modules that an edit calls are no part of the forward pass
+
+    def changed(place: Place, value: Any) -> torch.Tensor | None:
+        nonlocal editing
+        if edit is None or not isinstance(value, torch.Tensor):
+            return None
+        editing = True
+        try:
+            return edit(place, value)
+        finally:
+            editing = False
+
     for path, module in model.named_modules():
 
-        def before(_: Any, args: Any, kwargs: Any, path: str = path) -> None:
+        def before(_: Any, args: Any, kwargs: Any, path: str = path) -> Any:
+            if editing:
+                return None
+            key = None if args else next(iter(kwargs))
+            new = changed((path, "input"), args[0] if args else kwargs[key])
+            if new is not None:
+                args, kwargs = ((new, *args[1:]), kwargs) if args else (args, kwargs | {key: new})
             seen[path, "input"] = tensors(args, "args") | tensors(kwargs, "kwargs")
+            return args, kwargs
 
-        def after(module: Any, args: Any, output: Any, path: str = path) -> None:
+        def after(module: Any, args: Any, output: Any, path: str = path) -> Any:
+            if editing:
+                return None
+            bare = isinstance(output, torch.Tensor)
+            new = changed((path, "output"), output if bare else output[0])
+            if new is not None and isinstance(output, tuple):
+                output = (new, *output[1:])
+            elif new is not None and not bare:
+                output[next(iter(output))] = new
+            elif new is not None:
+                output = new
             leaves = tensors(output)
             # decoder blocks return a bare tensor there and a tuple of one here
             block = isinstance(module, GradientCheckpointingLayer)
             seen[path, "output"] = {"0": leaves[""]} if block else leaves
+            return output
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after))
-    with torch.no_grad():
-        model(use_cache=False, **inputs)
-    for handle in handles:
-        handle.remove()
+    try:
+        with torch.no_grad():
+            model(use_cache=False, **inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
     return seen
+
+
+def main(seen: Seen, path: str, port: str = "output") -> torch.Tensor:
+    """The main tensor of an access point."""
+    return next(iter(seen[path, port].values()))
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -100,3 +157,56 @@ def prompt(config: transformers.PreTrainedConfig, tokens: int, seed: int = 1) ->
     """Random token ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, config.vocab_size, (tokens,), generator=generator).tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One directory, opened by transformers and by the engine."""
+
+    directory: pathlib.Path
+    hf: PreTrainedModel
+    model: LanguageModel
+    blocks: str  # path of the list of decoder blocks
+    attention: str  # name of the attention module in a block
+    final: str  # path of the last norm
+
+    def run(self, ids: list[int] | list[list[int]], edit: Edit | None = None) -> Seen:
+        """What plain hooks see of a prompt, or of rows of one length."""
+        rows = ids if isinstance(ids[0], list) else [ids]
+        return hooked(self.hf, edit, input_ids=torch.tensor(rows))
+
+    def ids(self, tokens: int = 7, seed: int = 1) -> list[int]:
+        """Random token ids."""
+        return prompt(self.hf.config, tokens, seed)
+
+    @property
+    def layers(self) -> Any:
+        """The decoder blocks, to be traced."""
+        return self.model.get(self.blocks)
+
+    @property
+    def width(self) -> int:
+        """The size of hidden states."""
+        return int(self.hf.config.hidden_size)
+
+
+def pair(config: transformers.PreTrainedConfig, directory: pathlib.Path) -> Pair:
+    """Writes a random model, and opens it twice."""
+    hf = reference(config)
+    hf.save_pretrained(directory)
+    names = {
+        "gpt2": ("transformer.h", "attn", "transformer.ln_f"),
+        "llama": ("model.layers", "self_attn", "model.norm"),
+    }
+    return Pair(directory, hf, LanguageModel(directory, dispatch=True), *names[config.model_type])
+
+
+def close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-4) -> None:
+    """Fails unless two tensors have the same sizes and dtype, and about the same values."""
+    assert type(got) is torch.Tensor, type(got)
+    assert got.shape == want.shape, (got.shape, want.shape)
+    assert got.dtype == want.dtype, (got.dtype, want.dtype)
+    if want.is_floating_point():
+        assert relative(got, want) <= tolerance, relative(got, want)
+    else:
+        assert torch.equal(got, want)

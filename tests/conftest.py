@@ -1,0 +1,40 @@
+"""Fixtures of many tests: small models, and that nothing stays behind in the engine."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from nnsight_go import _ffi
+from references import Pair, gpt2, llama, pair
+
+
+@pytest.fixture(scope="session")
+def gpt2_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A small GPT-2. Its parameters are shared by all tests: put back what you change."""
+    return pair(gpt2(), tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(scope="session")
+def llama_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A small Llama. Its parameters are shared by all tests: put back what you change."""
+    return pair(llama(), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def either(request: pytest.FixtureRequest) -> Pair:
+    """Both small models, one after the other."""
+    found: Pair = request.getfixturevalue(f"{request.param}_pair")
+    return found
+
+
+@pytest.fixture
+def nothing_stays(gpt2_pair: Pair, llama_pair: Pair) -> Iterator[None]:
+    """Fails where the engine holds more tensors or handles after the test than before it."""
+    gc.collect()
+    before = _ffi.counters()
+    yield
+    gc.collect()
+    assert _ffi.counters() == before

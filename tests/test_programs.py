@@ -1,0 +1,114 @@
+"""Random programs mean what the same lines mean inside of plain hooks on transformers' model.
+
+``NNSIGHT_GO_PROGRAMS=2000`` runs more of them, ``NNSIGHT_GO_PROGRAMS_FROM=150`` starts at another seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import linecache
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import einops
+import pytest
+import torch
+
+from programs import Invoke, Maker, Program, interpret, source
+from references import Pair, relative
+
+COUNT = int(os.environ.get("NNSIGHT_GO_PROGRAMS", "75"))
+FROM = int(os.environ.get("NNSIGHT_GO_PROGRAMS_FROM", "0"))
+
+
+class Autoencoder(torch.nn.Module):
+    """A sparse autoencoder of whatever width it meets first, as users bring them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dictionaries: dict[int, torch.nn.Linear] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        width = x.shape[-1]
+        if width not in self.dictionaries:
+            with torch.random.fork_rng():
+                torch.manual_seed(width)
+                self.dictionaries[width] = torch.nn.Linear(width, 2 * width).requires_grad_(False)
+        layer = self.dictionaries[width]
+        features = torch.relu(layer(x - layer.weight.mean(0)))
+        return features @ layer.weight + layer.weight.mean(0)
+
+
+@functools.cache
+def maker(pair: Pair) -> Maker:
+    return Maker(pair)
+
+
+def names(pair: Pair) -> dict[str, Any]:
+    """What programs find: libraries, an autoencoder, and constants of each width."""
+    torch.manual_seed(3)
+    constants = {f"c{width}": 0.5 * torch.randn(1, 1, width) for width in sorted(set(maker(pair).widths.values()))}
+    return {"torch": torch, "einops": einops, "sae": Autoencoder(), **constants}
+
+
+def outcome(program: Program, pair: Pair) -> tuple[str, str] | None:
+    """What is wrong with the trace of a program: a kind of failure and its text, or None."""
+    want = names(pair)
+    torch.manual_seed(0)
+    interpret(program, pair, maker(pair).order, want)
+    got = names(pair) | {"model": pair.model}
+    text = source(program)
+    linecache.cache["<program>"] = (len(text), None, text.splitlines(keepends=True), "<program>")
+    torch.manual_seed(0)
+    try:
+        with torch.no_grad():
+            exec(compile(text, "<program>", "exec"), got)
+    except Exception as e:
+        return type(e).__name__, str(e)
+    for name in program.saved:
+        mine, theirs = got[name], want[name]
+        if type(mine) is not torch.Tensor or mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+            return "kind", f"{name} is {type(mine)} {mine.shape} {mine.dtype}, not {theirs.shape} {theirs.dtype}"
+        if theirs.numel() and not relative(mine, theirs) <= 1e-3:
+            return "values", f"{name} is off by {relative(mine, theirs):.1e}"
+    return None
+
+
+def smaller(program: Program) -> Iterator[Program]:
+    """The program without one of its invokes or lines."""
+    for i, invoke in enumerate(program.invokes):
+        yield dataclasses.replace(program, invokes=program.invokes[:i] + program.invokes[i + 1 :])
+        for j in reversed(range(len(invoke.lines))):
+            less = Invoke(invoke.rows, invoke.lines[:j] + invoke.lines[j + 1 :])
+            yield dataclasses.replace(program, invokes=[*program.invokes[:i], less, *program.invokes[i + 1 :]])
+        if len(invoke.rows) > 1:
+            less = Invoke(invoke.rows[:1], invoke.lines)
+            yield dataclasses.replace(program, invokes=[*program.invokes[:i], less, *program.invokes[i + 1 :]])
+    for i in range(len(program.saved)):
+        yield dataclasses.replace(program, saved=program.saved[:i] + program.saved[i + 1 :])
+
+
+def shrink(program: Program, pair: Pair, failure: tuple[str, str]) -> tuple[Program, tuple[str, str]]:
+    """A smaller program that fails in the same way."""
+    for less in smaller(program):
+        bound = {line.text.split(" = ")[0] for invoke in less.invokes for line in invoke.lines}
+        less = dataclasses.replace(less, saved=[name for name in less.saved if name in bound])
+        try:
+            found = outcome(less, pair)
+        except Exception:
+            continue  # it makes no sense without that line
+        if found is not None and found[0] == failure[0]:
+            return shrink(less, pair, found)
+    return program, failure
+
+
+@pytest.mark.usefixtures("nothing_stays")
+@pytest.mark.parametrize("seed", range(FROM, FROM + COUNT))
+def test_program(either: Pair, seed: int) -> None:
+    program = maker(either).make(seed)
+    failure = outcome(program, either)
+    if failure is not None:
+        program, failure = shrink(program, either, failure)
+        pytest.fail(f"{failure[1]}\n\n{source(program)}", pytrace=False)
