@@ -10,6 +10,8 @@
 #include <memory>
 #include <vector>
 
+#include "boundary.h"
+
 namespace {
 
 using at::Tensor;
@@ -126,6 +128,10 @@ int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls) {
     }
     return 0;
   });
+}
+
+PyObject* nngpy_boundary(PyObject* function, PyObject* cut) {
+  return guarded<PyObject*>(nullptr, [&] { return boundary::make(function, cut); });
 }
 
 void nngpy_tensor_free(void* tensor) { delete static_cast<Tensor*>(tensor); }

@@ -120,6 +120,8 @@ def py() -> ctypes.PyDLL:
     library.nngpy_adopt.argtypes = [ctypes.py_object, _POINTERS, ctypes.py_object]
     library.nngpy_adopt.restype = ctypes.c_int
     library.nngpy_tensor_free.argtypes, library.nngpy_tensor_free.restype = [ctypes.c_void_p], None
+    library.nngpy_boundary.argtypes = [ctypes.py_object, ctypes.py_object]
+    library.nngpy_boundary.restype = ctypes.py_object
     assert isinstance(library, ctypes.PyDLL)
     return library
 

@@ -31,6 +31,7 @@ class NnsightError(Exception):
     other_line: int | None = None
     cause: str | None = None
     hint: str | None = None
+    late = False  # raised after the line it names had been left: operations run later than they are written
 
     def __init__(self, message: str = "", **fields: Any) -> None:
         self.message = message
@@ -78,6 +79,12 @@ def _source(label: str, file: str | None, line: int | None) -> list[str]:
     if text:
         out.append(f"      {text}")
     return out
+
+
+def users(error: Exception) -> Exception:
+    """Marks an error that a user's own operation raised in here: its traceback needs no frames of ours."""
+    error.__dict__["_nng_users"] = True
+    return error
 
 
 class NotSavedError(NnsightError, ValueError):
@@ -160,4 +167,6 @@ def from_fault(fault: dict[str, Any]) -> NnsightError:
     """Makes the exception that a fault of the engine describes (its JSON form: ``nng.h``)."""
     cls = CLASSES.get(fault.get("code", ""), InternalError)
     fields = {k: v for k, v in fault.items() if k in _FIELDS and v not in (None, "", -1)}
-    return cls(fault.get("message", "the engine failed without saying why"), **fields)
+    error = cls(fault.get("message", "the engine failed without saying why"), **fields)
+    error.late = error.file is not None
+    return error

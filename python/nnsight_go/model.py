@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import _ffi, envoy, hub, positions, renaming
+from . import _ffi, envoy, hub, positions, renaming, tracebacks
 from .envoy import Envoy
 from .errors import InputError, ModelLoadError, RemoteError
 from .native import Native
@@ -69,6 +69,11 @@ class LanguageModel(Envoy):
             its architecture is not one that the engine knows.
         InputError: an argument cannot be used.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> LanguageModel:
+        """Readies what every model needs, once a process."""
+        tracebacks.install()
+        return super().__new__(cls)
 
     def __init__(
         self,

@@ -113,6 +113,12 @@ def _no_tensor(name: str) -> Callable[..., Any]:
     return refuse
 
 
+ARITHMETIC = [
+    f"__{name}__"
+    for name in "mul rmul sub rsub truediv rtruediv floordiv matmul rmatmul pow mod neg abs invert iadd imul".split()
+]
+
+
 class Items(tuple[Any, ...]):
     """The values of an access point that is a tuple: ``block.output[0]`` are its hidden states.
 
@@ -188,8 +194,8 @@ class Items(tuple[Any, ...]):
     def __reduce__(self) -> tuple[Any, ...]:
         return tuple, (self._items,)
 
-    for _name in "mul rmul sub rsub truediv rtruediv floordiv matmul rmatmul pow mod neg abs invert iadd imul".split():
-        locals()[f"__{_name}__"] = _no_tensor(f"__{_name}__")
+    for _name in ARITHMETIC:
+        locals()[_name] = _no_tensor(_name)
     del _name
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from . import draws
-from .errors import InternalError, NnsightError
+from .errors import InternalError, NnsightError, users
 from .positions import fields, here
 from .proxy import Proxy
 from .recorder import Recorder, Results, current, proxies
@@ -214,7 +214,10 @@ def compute(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     target = args[0] if args and type(args[0]) is Proxy and name.endswith("_") and not name.endswith("__") else None
     if target is not None:
         values[target._id] = values[target._id].clone()
-    out = func(*_replaced(args, values), **_replaced(kwargs, values))
+    try:
+        out = func(*_replaced(args, values), **_replaced(kwargs, values))
+    except Exception as e:
+        raise users(e) from None
     if target is None:
         return out
     target.copy_(out)  # the change belongs to the proxy
