@@ -32,7 +32,7 @@ import (
 type Trace struct {
 	model  *engine.Model
 	graph  graph.Graph
-	consts []aten.Tensor
+	consts []torch.Tensor
 	saved  map[graph.ID]*Value
 	lines  map[fault.Pos]int32
 	begun  []fault.Pos // the line of each invoke
@@ -173,17 +173,16 @@ func (m *Module) Call(args ...any) *Value {
 func (t *Trace) Run(ctx context.Context) error {
 	runtime.LockOSThread() // torch's grad mode and thread pool belong to threads
 	defer runtime.UnlockOSThread()
-	consts := t.consts
-	t.consts = nil
 	if t.err == nil && t.ran {
 		t.err = fault.New(fault.Graph, "this trace has run").WithHint("Record a new one.")
 	}
 	t.ran = true
 	if t.err != nil {
-		for _, c := range consts {
-			c.Free()
-		}
 		return t.err
+	}
+	consts, err := t.lend()
+	if err != nil {
+		return err
 	}
 	run, err := t.model.Start(&t.graph, consts)
 	if err != nil {
@@ -205,21 +204,42 @@ func (t *Trace) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, r := range results {
-		if r.Value.Kind != graph.ArgRef {
-			continue
+	defer func() {
+		for _, x := range tensors {
+			x.Free()
 		}
+	}()
+	for _, r := range results { // all of them before any is filled
+		if r.Value.Kind != graph.ArgRef {
+			e := fault.New(fault.Op, "what this line saves is no tensor").WithHint("Of several results, save each (Item).")
+			e.Pos = t.graph.PosOf(&t.graph.Nodes[r.Node])
+			return e
+		}
+	}
+	for _, r := range results {
 		shared, err := tensors[r.Value.Ref].Share()
 		if err != nil {
 			return err
 		}
-		t.saved[r.Node].result = shared.Gotorch()
-		t.saved[r.Node].filled = true
-	}
-	for _, x := range tensors {
-		x.Free()
+		t.saved[r.Node].result, t.saved[r.Node].filled = shared.Gotorch(), true
 	}
 	return nil
+}
+
+// lend makes handles of the run's own on the tensors that the trace uses from outside.
+func (t *Trace) lend() ([]aten.Tensor, error) {
+	consts := make([]aten.Tensor, 0, len(t.consts))
+	for _, c := range t.consts {
+		x, err := aten.FromGotorch(c)
+		if err != nil {
+			for _, x := range consts {
+				x.Free()
+			}
+			return nil, err
+		}
+		consts = append(consts, x)
+	}
+	return consts, nil
 }
 
 // Tensor is a saved value after Run. It panics, as gotorch does, where the value was not saved or

@@ -151,6 +151,22 @@ func TestErrors(t *testing.T) {
 		}, fault.Op, "proxy_test.go"},
 		"argument": {func(tr *proxy.Trace) { tr.Invoke("w01").Module("lm_head").Output("").Add(struct{}{}).Save() },
 			fault.Graph, "cannot be an argument"},
+		"backwards": {func(tr *proxy.Trace) {
+			first, second := tr.Invoke("w01"), tr.Invoke("w02")
+			v := second.Module("lm_head").Output("")
+			first.Call("mul", v, 2).Save()
+		}, fault.Graph, "to later ones only"},
+		"nothing": {func(tr *proxy.Trace) {
+			var v *proxy.Value
+			tr.Invoke("w01").Module("lm_head").Output("").Add(v).Save()
+		}, fault.Graph, "cannot be an argument"},
+		"empty tensor": {func(tr *proxy.Trace) {
+			tr.Invoke("w01").Module("lm_head").Output("").Add(torch.Tensor{}).Save()
+		}, fault.Graph, "empty gotorch tensor"},
+		"no tensor": {func(tr *proxy.Trace) {
+			in := tr.Invoke("w01")
+			in.Call("topk", in.Module("lm_head").Output(""), 2).Save()
+		}, fault.Op, "Of several results, save each"},
 		"other trace": {func(tr *proxy.Trace) {
 			v := proxy.New(m).Invoke("w01").Module("lm_head").Output("")
 			tr.Invoke("w01").Module("lm_head").Output("").Add(v).Save()
@@ -182,6 +198,24 @@ func TestCancel(t *testing.T) {
 	tr := proxy.New(m)
 	tr.Invoke("w01").Module("lm_head").Output("").Save()
 	require.Equal(t, fault.Cancelled, fault.As(tr.Run(ctx)).Code)
+}
+
+// A trace that is never run, or that fails, holds nothing of the engine's.
+func TestConstantsAreLent(t *testing.T) {
+	m := open(t, enginetest.GPT2)
+	live := aten.Live()
+	record := func() *proxy.Trace {
+		tr := proxy.New(m)
+		in := tr.Invoke("w01")
+		in.Module("lm_head").Output("").Add(torch.Full([]int64{24}, 1, false)).Save()
+		return tr
+	}
+	record()
+	require.Equal(t, live, aten.Live())
+	tr := record()
+	tr.Invoke("w99 w99").Module("no.such").Output("").Save()
+	require.Error(t, tr.Run(context.Background()))
+	require.Equal(t, live, aten.Live())
 }
 
 func TestManyTracesLeakNothing(t *testing.T) {

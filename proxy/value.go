@@ -3,7 +3,6 @@ package proxy
 import (
 	"reflect"
 
-	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
 	torch "github.com/wangkuiyi/gotorch"
@@ -104,6 +103,9 @@ func (in *Invoke) arg(v any) graph.Arg {
 	case nil:
 		return graph.Null()
 	case *Value:
+		if x == nil {
+			break
+		}
 		if x.invoke.trace != in.trace {
 			in.trace.fail(fault.New(fault.Graph, "a value of one trace is used in another").
 				WithHint("Save it, run the first trace, and pass its Tensor."))
@@ -145,12 +147,11 @@ func (in *Invoke) arg(v any) graph.Arg {
 
 // constant captures a tensor of the program.
 func (in *Invoke) constant(x torch.Tensor) graph.Arg {
-	t, err := aten.FromGotorch(x)
-	if err != nil {
-		in.trace.fail(err)
+	if x.T == nil {
+		in.trace.fail(fault.New(fault.Graph, "an empty gotorch tensor cannot be an argument of an operator"))
 		return graph.Null()
 	}
-	in.trace.consts = append(in.trace.consts, t)
+	in.trace.consts = append(in.trace.consts, x)
 	v := in.add(graph.Node{Kind: graph.KindConst, Index: int32(len(in.trace.consts) - 1)})
 	return graph.Ref(v.id)
 }

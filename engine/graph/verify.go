@@ -9,7 +9,7 @@ import (
 
 // Verify holds a trace to the rules of the representation and to the model it speaks of: nodes have
 // the arguments their kind wants, values are used after they are defined, invokes and constants
-// are there, masks fit their rows, and modules, access points and their tensors exist. nconsts is
+// are there and values go to later invokes only, masks fit their rows, and modules, access points and their tensors exist. nconsts is
 // how many constants travel beside the graph.
 //
 // Errors have code Graph where the graph itself is wrong, Input where an invoke's rows are, and
@@ -162,6 +162,16 @@ func verifyInTrace(g *Graph, m *Model, n *Node, nconsts int) *fault.Error {
 	}
 	if n.Step < 0 {
 		return fault.New(fault.Graph, "it names step %d", n.Step)
+	}
+	later := NoID
+	n.Refs(func(id ID) {
+		if g.Nodes[id].Invoke > n.Invoke {
+			later = id
+		}
+	})
+	if later != NoID {
+		return fault.New(fault.Graph, "a line of invoke %d uses value %d, which is of invoke %d", n.Invoke, later, g.Nodes[later].Invoke).
+			WithHint("Values go from an invoke to later ones only: change the order of the two.")
 	}
 	switch n.Kind {
 	case KindConst:

@@ -61,6 +61,7 @@ func TestVerify(t *testing.T) {
 		"nesting":          {func(g *graph.Graph) { g.Nodes[2].Args[1] = nested }, fault.Graph, 2, "nested more than 64 deep"},
 		"invoke":           {func(g *graph.Graph) { g.Nodes[2].Invoke = 3 }, fault.Graph, 2, "it belongs to invoke 3 of 3"},
 		"negative invoke":  {func(g *graph.Graph) { g.Nodes[2].Invoke = -1 }, fault.Graph, 2, "it belongs to invoke -1 of 3"},
+		"a later invoke":   {func(g *graph.Graph) { g.Nodes[0].Invoke = 2 }, fault.Graph, 1, "a line of invoke 0 uses value 0, which is of invoke 2"},
 		"step":             {func(g *graph.Graph) { g.Nodes[0].Step = -1 }, fault.Graph, 0, "it names step -1"},
 		"constant":         {func(g *graph.Graph) { g.Nodes[6].Index = 1 }, fault.Graph, 6, "it names constant 1 of 1"},
 		"gradient":         {func(g *graph.Graph) { g.Nodes[0].Port = graph.PortGrad }, fault.Graph, 0, "gradients of access points are not supported yet"},

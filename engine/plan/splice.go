@@ -55,6 +55,8 @@ func Splice(g *graph.Graph, models Models) (*Schedule, error) {
 	for i := range s.reach {
 		s.reach[i], s.reacher[i] = -1, -1
 	}
+	room := min(len(models.Causal.Nodes)/2+2*len(g.Nodes), 1<<14) // about what a trace to the last layer takes
+	s.out.Instrs, s.alias = make([]Instr, 0, room), make(aliases, 0, room)
 	for i := range s.passes {
 		model := models.of(&forwards[i])
 		s.passes[i] = pass{forward: i, model: model, env: make([]Slot, len(model.Nodes)), lastCall: -1,
