@@ -19,7 +19,7 @@ const gpt2Small = `{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", 
 // BenchmarkTrace measures one trace with one save. The small model's time is what a trace costs
 // beside its operators' work: planning, and calling some 200 of them.
 func BenchmarkTrace(b *testing.B) {
-	small := fmt.Sprintf(`{"architectures": ["GPT2LMHeadModel"], "n_layer": 12, "n_head": 2, "n_embd": 16, "n_positions": 64, "vocab_size": 24}`)
+	small := `{"architectures": ["GPT2LMHeadModel"], "n_layer": 12, "n_head": 2, "n_embd": 16, "n_positions": 64, "vocab_size": 24}`
 	ids := make([]int64, 10)
 	for _, c := range []struct{ name, config string }{{"small", small}, {"gpt2", gpt2Small}} {
 		if c.config == gpt2Small && os.Getenv("NNSIGHT_GO_BENCH_LARGE") == "" {

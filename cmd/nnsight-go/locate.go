@@ -45,7 +45,7 @@ func locate(lib, python string) (places, error) {
 	default:
 		dir, err := askPython(python, "nnsight_go")
 		if err != nil {
-			return p, fmt.Errorf("found no engine: %w\nInstall it (pip install nnsight-go), run this inside a source checkout, or set NNSIGHT_GO_LIB.", err)
+			return p, fmt.Errorf("found no engine: %w\nInstall it (pip install nnsight-go), run this inside a source checkout, or set NNSIGHT_GO_LIB", err)
 		}
 		p.lib = filepath.Join(dir, "_lib")
 	}

@@ -2,7 +2,6 @@ package host
 
 import (
 	"encoding/json"
-	"strconv"
 
 	"github.com/nnsight-go/nnsight-go/engine/graph"
 )
@@ -137,20 +136,4 @@ func points(m *graph.Model, dtype string) []PointInfo {
 		out[i] = info
 	}
 	return out
-}
-
-// size prints a count of bytes for a person.
-func size(bytes int64) string {
-	const unit = 1024
-	if bytes < unit {
-		return strconv.FormatInt(bytes, 10) + " B"
-	}
-	f, suffix := float64(bytes)/unit, "KiB"
-	for _, s := range []string{"MiB", "GiB", "TiB"} {
-		if f < unit {
-			break
-		}
-		f, suffix = f/unit, s
-	}
-	return strconv.FormatFloat(f, 'f', 1, 64) + " " + suffix
 }
