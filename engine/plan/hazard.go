@@ -57,6 +57,9 @@ func hazards(g *graph.Graph, m *graph.Model) [][]graph.ID {
 					waits[n] = append(waits[n], before.node)
 				}
 			}
+			if now.mutates { // it comes after all that touched before, so to wait for it is to wait for them
+				touched[r] = touched[r][:0]
+			}
 			touched[r] = append(touched[r], now)
 		}
 	}
@@ -67,11 +70,10 @@ func hazards(g *graph.Graph, m *graph.Model) [][]graph.ID {
 func sharing(g *graph.Graph, m *graph.Model) aliases {
 	alias := newAliases(len(g.Nodes))
 	type bound struct {
-		invoke int32
-		mark   graph.ID
-		value  graph.ID
+		mark  graph.ID
+		value graph.ID
 	}
-	var bounds []bound // what access points of an invoke hold: values read or written there
+	bounds := map[int32][]bound{} // what access points of an invoke hold: values read or written there
 	for n := range g.Nodes {
 		node := &g.Nodes[n]
 		switch node.Kind {
@@ -85,15 +87,15 @@ func sharing(g *graph.Graph, m *graph.Model) aliases {
 				continue
 			}
 			if node.Kind == graph.KindWrite {
-				node.Refs(func(id graph.ID) { bounds = append(bounds, bound{node.Invoke, mark, id}) })
+				node.Refs(func(id graph.ID) { bounds[node.Invoke] = append(bounds[node.Invoke], bound{mark, id}) })
 				continue
 			}
-			for _, b := range bounds {
-				if b.invoke == node.Invoke && (holds(m, mark, b.mark) || holds(m, b.mark, mark)) {
+			for _, b := range bounds[node.Invoke] {
+				if holds(m, mark, b.mark) || holds(m, b.mark, mark) {
 					alias.join(graph.ID(n), b.value)
 				}
 			}
-			bounds = append(bounds, bound{node.Invoke, mark, graph.ID(n)})
+			bounds[node.Invoke] = append(bounds[node.Invoke], bound{mark, graph.ID(n)})
 		}
 	}
 	return alias

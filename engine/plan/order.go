@@ -1,6 +1,8 @@
 package plan
 
 import (
+	"slices"
+
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
 )
@@ -26,6 +28,10 @@ func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID) (forwardOf
 	depth := make([]int, len(g.Nodes))
 	origins := make([][]int, len(g.Nodes)) // access points whose value a node's result may alias
 	at := make([]int, len(forwardOf))      // how far each invoke's pass has gone
+	own := make([][]int, len(forwardOf))   // the nodes of each invoke
+	for n := range g.Nodes {
+		own[g.Nodes[n].Invoke] = append(own[g.Nodes[n].Invoke], n)
+	}
 	uses := func(n int, f func(graph.ID)) {
 		g.Nodes[n].Refs(f)
 		for _, id := range waits[n] {
@@ -34,17 +40,16 @@ func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID) (forwardOf
 	}
 	place := func(invoke int32) error {
 		at[invoke] = -1
-		for n := range g.Nodes {
+		waited := -1 // how far the pass has gone when the values it takes from other invokes are there
+		for _, n := range own[invoke] {
 			node := &g.Nodes[n]
-			if node.Invoke != invoke {
-				continue
-			}
 			uses(n, func(id graph.ID) {
 				from := &g.Nodes[id]
 				if from.Invoke != invoke && forwardOf[from.Invoke] == forwardOf[invoke] {
-					at[invoke] = max(at[invoke], depth[id])
+					waited = max(waited, depth[id])
 				}
 			})
+			at[invoke] = max(at[invoke], waited)
 			var written []int
 			switch node.Kind {
 			case graph.KindRead:
@@ -73,7 +78,7 @@ func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID) (forwardOf
 				}
 			}
 			for _, p := range written {
-				if p < at[invoke] && crossed(g, uses, depth, forwardOf, n, p) {
+				if p < waited { // it stands past p because it waited, not by its own reads
 					return errNextForward
 				}
 				at[invoke] = max(at[invoke], p)
@@ -83,11 +88,7 @@ func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID) (forwardOf
 		return nil
 	}
 	for i := range forwardOf {
-		for n := range g.Nodes {
-			node := &g.Nodes[n]
-			if node.Invoke != int32(i) {
-				continue
-			}
+		for _, n := range own[i] {
 			uses(n, func(id graph.ID) { forwardOf[i] = max(forwardOf[i], forwardOf[g.Nodes[id].Invoke]) })
 		}
 		err := place(int32(i))
@@ -102,45 +103,20 @@ func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID) (forwardOf
 			return nil, err
 		}
 	}
-	for i := range g.Invokes {
-		if g.Invokes[i].WholeBatch() {
-			for j := range g.Invokes {
-				if forwardOf[j] != 0 {
-					e := fault.New(fault.Input, "invoke %d has no input and so sees the whole batch, "+
-						"but invoke %d needs a forward pass of its own", i, j).
-						WithHint("It writes at a layer that lies before the value it takes from another invoke; "+
-							"give invoke %d a prompt, or use a second trace.", i)
-					e.Invoke = i
-					return nil, e
-				}
-			}
-		}
+	later := slices.IndexFunc(forwardOf, func(f int) bool { return f != 0 })
+	whole := slices.IndexFunc(g.Invokes, func(v graph.Invoke) bool { return v.WholeBatch() })
+	if later >= 0 && whole >= 0 {
+		e := fault.New(fault.Input, "invoke %d has no input and so sees the whole batch, "+
+			"but invoke %d needs a forward pass of its own", whole, later).
+			WithHint("It writes at a layer that lies before the value it takes from another invoke; "+
+				"give invoke %d a prompt, or use a second trace.", whole)
+		e.Invoke = whole
+		return nil, e
 	}
 	return forwardOf, nil
 }
 
 var errNextForward = fault.New(fault.Internal, "needs the next forward pass")
-
-// crossed reports whether the invoke of node n stands past access point p because it waited for a
-// value of another invoke, rather than by its own reads.
-func crossed(g *graph.Graph, uses func(int, func(graph.ID)), depth, forwardOf []int, n, p int) bool {
-	invoke := g.Nodes[n].Invoke
-	for k := 0; k <= n; k++ {
-		node := &g.Nodes[k]
-		if node.Invoke != invoke {
-			continue
-		}
-		past := false
-		uses(k, func(id graph.ID) {
-			from := g.Nodes[id].Invoke
-			past = past || from != invoke && forwardOf[from] == forwardOf[invoke] && depth[id] > p
-		})
-		if past {
-			return true
-		}
-	}
-	return false
-}
 
 // locate adds a node's place to an error.
 func locate(err error, g *graph.Graph, n int) error {
