@@ -33,8 +33,10 @@ def either(request: pytest.FixtureRequest) -> Pair:
 @pytest.fixture
 def nothing_stays(gpt2_pair: Pair, llama_pair: Pair) -> Iterator[None]:
     """Fails where the engine holds more tensors or handles after the test than before it."""
-    gc.collect()
     before = _ffi.counters()
     yield
-    gc.collect()
-    assert _ffi.counters() == before
+    after = _ffi.counters()
+    if any(after[key] > before[key] for key in before):
+        gc.collect()  # slow, and seldom needed: most of what a trace makes is in no cycle
+        after = _ffi.counters()
+    assert all(after[key] <= before[key] for key in before), (before, after)

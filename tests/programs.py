@@ -25,6 +25,7 @@ PATHS: dict[str, list[str]] = {
     model.layers.{}.post_attention_layernorm model.layers.{}.mlp model.layers.{}.mlp.gate_proj
     model.layers.{}.mlp.act_fn model.layers.{}.mlp.up_proj model.layers.{}.mlp.down_proj model.norm lm_head""".split(),
 }
+ATTENTION = (".attn", ".self_attn")  # these and blocks give tuples
 IDS = ("transformer.wte", "model.embed_tokens")  # their inputs are token ids
 
 
@@ -62,7 +63,7 @@ def written(place: Place) -> str:
     """An access point as a user writes it."""
     path, port = place
     parts = [f"[{part}]" if part.isdigit() else f".{part}" for part in path.split(".")]
-    tuples = path.split(".")[-1].isdigit() or path.endswith("attn")
+    tuples = path.split(".")[-1].isdigit() or path.endswith(ATTENTION)
     return f"model{''.join(parts)}.{port}" + ("[0]" if port == "output" and tuples else "")
 
 
@@ -353,7 +354,7 @@ class _Making:
     def call(self) -> None:
         """A module of the model on a value."""
         modules = [p for p, port in self.maker.places if port == "output" and not p.split(".")[-1].isdigit()]
-        modules = [p for p in modules if "drop" not in p and not p.endswith("attn") and p not in IDS]
+        modules = [p for p in modules if "drop" not in p and not p.endswith(ATTENTION) and p not in IDS]
         path = self.rng.choice(modules)
         fit = [v for v in self.variables if v.width == self.maker.widths[path, "input"]]
         if not fit:
