@@ -83,6 +83,7 @@ class Recorder:
     def __init__(self, native: Native) -> None:
         self.native = native
         self.device = native.device
+        self.default_dtype = torch.get_default_dtype()
         self.nodes: list[tuple[Any, ...]] = []
         self.made: list[tuple[Callable[..., Any], Any, Any] | None] = []
         self.metas: dict[int, Any] = {}
@@ -287,6 +288,13 @@ class Recorder:
             self.alive(proxy)
             meta = shapes.infer(self, proxy._id)
         return meta  # type: ignore[no-any-return]
+
+    def unknown(self, id: int, error: Exception) -> torch.Tensor:
+        """The meta tensor of a node that meta tensors could not tell: sizes depend on data, or the call is wrong.
+
+        The engine knows, and says where.
+        """
+        return shapes.meta_of(self.force([Proxy._make(self, id)])[0])
 
     def device_of(self, id: int) -> torch.device:
         """The device of a node's result."""

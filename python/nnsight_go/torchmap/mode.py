@@ -1,0 +1,73 @@
+"""What catches torch calls, and hands each to its rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..errors import InternalError
+from ..proxy import Proxy
+from ..recorder import current, proxies
+from ..wire import Unrecordable
+from . import rules, transforms
+from .computing import compute
+
+_default_dtype, _transform = torch.get_default_dtype, transforms.active
+
+
+class Mode(TorchFunctionMode):
+    """Catches, inside a block, calls that mention a proxy where torch does not look for one.
+
+    Those are factories (``torch.tensor([p, q])``), numbers (``torch.full(size, p)``) and real tensors
+    that are given proxies.
+    """
+
+    def __enter__(self) -> Mode:
+        transforms.prepare()
+        self._stance = transforms.uncompiled()
+        self._stance.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._stance.__exit__(*exception)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if (types and Proxy in types) or _mentions(args) or (kwargs and _mentions(kwargs.values())):
+            return dispatch(func, types, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def _mentions(items: Any) -> bool:
+    for x in items:
+        kind = type(x)
+        if kind is Proxy or ((kind is list or kind is tuple) and _mentions(x)):
+            return True
+    return False
+
+
+def dispatch(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Records a torch call that mentions proxies, and gives proxies for its results."""
+    rec = current.recorder
+    if rec is None:
+        for p in proxies((args, kwargs)):
+            p._rec.refuse(p)
+        raise InternalError(f"{func} was called on a proxy outside of a trace")
+    try:
+        rule = rules.known[func]
+    except KeyError:
+        rule = rules.known[func] = rules.choose(func)
+    except TypeError:  # a function that cannot be hashed
+        rule = rules.choose(func)
+    try:
+        # a graph runs after its lines: what a line means only there and then is computed there and then
+        if _transform() is not None or _default_dtype() is not rec.default_dtype:
+            return rules.at_once(rule)(rec, func, args, kwargs)
+        return rule(rec, func, args, kwargs)
+    except Unrecordable:
+        return compute(rec, func, args, kwargs)

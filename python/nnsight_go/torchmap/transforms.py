@@ -1,0 +1,88 @@
+"""Transforms of functions, which do not call torch in a way that a proxy sees.
+
+``torch.func.grad`` and ``vmap`` wrap tensors from C++, so they must be given real ones: a proxy that
+enters a transform is computed first, and so is one that a function under a transform mentions.
+Compiled functions run uncompiled while a block is recorded, so that what they call is recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..proxy import Proxy
+
+active: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+"""Gives None where no transform is running on this thread."""
+
+_lock = threading.Lock()
+_prepared = False
+_blocks = 0  # that hold compiled functions back, of all threads
+_stance: Any = None
+
+
+def prepare() -> None:
+    """Lets transforms take proxies, once a process."""
+    global _prepared
+    if _prepared:
+        return
+    with _lock:
+        if not _prepared:
+            from torch._functorch import eager_transforms, vmap
+
+            for module, name in ((vmap, "_add_batch_dim"), (eager_transforms, "_wrap_for_grad")):
+                setattr(module, name, _on_real(getattr(module, name)))
+            _prepared = True
+
+
+def _on_real(function: Callable[..., Any]) -> Callable[..., Any]:
+    def on_real(x: Any, *args: Any) -> Any:
+        return function(real(x) if type(x) is Proxy else x, *args)
+
+    return on_real
+
+
+def real(proxy: Proxy) -> torch.Tensor:
+    """The value of a proxy, computed outside of the transform that asks for it."""
+    proxy._rec.alive(proxy)
+    with outside():
+        return proxy._rec.force([proxy])[0]
+
+
+@contextlib.contextmanager
+def outside() -> Iterator[None]:
+    """Suspends the transforms that are running, so that values can be computed."""
+    if active() is None:
+        yield
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled functions run as they were written while this is entered, by any thread."""
+    global _blocks, _stance
+    compiler = sys.modules.get("torch._dynamo.decorators")
+    if compiler is None:  # nothing can have been compiled
+        yield
+        return
+    with _lock:
+        _blocks += 1
+        if _blocks == 1:
+            _stance = compiler.set_stance("force_eager")
+            _stance.__enter__()
+    try:
+        yield
+    finally:
+        with _lock:
+            _blocks -= 1
+            if _blocks == 0:
+                _stance.__exit__(None, None, None)
