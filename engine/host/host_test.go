@@ -506,6 +506,53 @@ func TestEditsStayOutOfAssignedValues(t *testing.T) {
 	require.Equal(t, slices.Repeat([]float32{0.25}, 16), data, "the tensor from outside")
 }
 
+// A value that was assigned to an access point is the activation from then on.
+func TestAssignedValueChangedInPlace(t *testing.T) {
+	m := open(t, enginetest.GPT2)
+	trace := func(record func(p *program, v, other graph.Arg)) ([][]float32, error) {
+		p := &program{}
+		p.on(ids(3))
+		v := p.call("mul", p.read("transformer.h.1.mlp", ""), graph.Float(0.5))
+		other := p.call("clone", v)
+		p.write("transformer.h.1.mlp", "", v)
+		record(p, v, other)
+		p.save(p.read("lm_head", ""))
+		r, err := m.Start(&p.Graph, nil)
+		if err != nil {
+			return nil, err
+		}
+		defer r.Free()
+		if _, err := r.Step(0); err != nil {
+			return nil, err
+		}
+		_, tensors, err := r.Results()
+		require.NoError(t, err)
+		data, err := tensors[len(tensors)-1].Float32s()
+		for _, x := range tensors {
+			x.Free()
+		}
+		return [][]float32{data}, err
+	}
+	late := func(p *program) { p.save(p.read("transformer.h.2", "0")) }
+	want, err := trace(func(p *program, v, other graph.Arg) { p.fill(v, 3) })
+	require.NoError(t, err)
+	got, err := trace(func(p *program, v, other graph.Arg) { p.fill(other, 3); p.write("transformer.h.1.mlp", "", other) })
+	require.NoError(t, err)
+	require.Equal(t, want, got)
+	_, err = trace(func(p *program, v, other graph.Arg) { late(p); p.fill(v, 3) })
+	require.Equal(t, fault.OutOfOrder, fault.As(err).Code, "nothing would feel it: %v", err)
+	plain, err := trace(func(p *program, v, other graph.Arg) { late(p) })
+	require.NoError(t, err)
+	for _, harmless := range []func(p *program, v, other graph.Arg){
+		func(p *program, v, other graph.Arg) { late(p); p.fill(other, 3) },
+		func(p *program, v, other graph.Arg) { p.write("transformer.h.1.mlp", "", other); late(p); p.fill(v, 3) },
+	} {
+		got, err := trace(harmless)
+		require.NoError(t, err)
+		require.Equal(t, plain, got)
+	}
+}
+
 func TestScalarForAllRows(t *testing.T) {
 	m := open(t, enginetest.GPT2)
 	live := aten.Live()

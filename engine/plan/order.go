@@ -32,6 +32,7 @@ func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID) (forwardOf
 	for n := range g.Nodes {
 		own[g.Nodes[n].Invoke] = append(own[g.Nodes[n].Invoke], n)
 	}
+	alias := newAliases(len(g.Nodes)) // values that may share storage
 	uses := func(n int, f func(graph.ID)) {
 		g.Nodes[n].Refs(f)
 		for _, id := range waits[n] {
@@ -40,6 +41,7 @@ func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID) (forwardOf
 	}
 	place := func(invoke int32) error {
 		at[invoke] = -1
+		var bound []binding
 		waited := -1 // how far the pass has gone when the values it takes from other invokes are there
 		for _, n := range own[invoke] {
 			node := &g.Nodes[n]
@@ -65,16 +67,25 @@ func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID) (forwardOf
 					return locate(err, g, n)
 				}
 				written = []int{p}
-			case graph.KindSetIndex, graph.KindCall, graph.KindIndex, graph.KindItem:
+				bound = append(bound, binding{p, node.Args[0].Ref})
+			case graph.KindSetIndex, graph.KindCall, graph.KindIndex, graph.KindItem, graph.KindModule:
 				if arg := mutated(node); arg != nil {
 					arg.Refs(func(id graph.ID) {
 						if g.Nodes[id].Invoke == invoke {
 							written = union(written, origins[id])
 						}
+						for _, b := range bound {
+							if alias.find(b.value) == alias.find(id) {
+								written = union(written, []int{b.point})
+							}
+						}
 					})
 				}
 				if node.Kind != graph.KindCall || !isFresh(node.Op) {
-					node.Refs(func(id graph.ID) { origins[n] = union(origins[n], origins[id]) })
+					node.Refs(func(id graph.ID) {
+						origins[n] = union(origins[n], origins[id])
+						alias.join(graph.ID(n), id)
+					})
 				}
 			}
 			for _, p := range written {
@@ -114,6 +125,13 @@ func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID) (forwardOf
 		return nil, e
 	}
 	return forwardOf, nil
+}
+
+// binding is an access point that a line assigned a value to: to change the value in place is to
+// write there once more.
+type binding struct {
+	point int
+	value graph.ID
 }
 
 var errNextForward = fault.New(fault.Internal, "needs the next forward pass")

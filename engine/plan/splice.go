@@ -60,7 +60,7 @@ func Splice(g *graph.Graph, models Models) (*Schedule, error) {
 	for i := range s.passes {
 		model := models.of(&forwards[i])
 		s.passes[i] = pass{forward: i, model: model, env: make([]Slot, len(model.Nodes)), lastCall: -1,
-			inputs: map[string]Slot{}, copies: map[copyKey]*rowCopy{}, spread: map[Slot]bool{}, bound: map[Slot]bool{}}
+			inputs: map[string]Slot{}, copies: map[copyKey]*rowCopy{}, spread: map[Slot]bool{}, foreign: map[Slot]bool{}}
 		for k := range s.passes[i].env {
 			s.passes[i].env[k] = NoSlot
 		}
@@ -109,6 +109,7 @@ type splicer struct {
 	val     []graph.Arg // by user node: its value, a tree of slots
 	done    []bool      // by user node: placed, or never needed
 	origins [][]origin  // by user node: the activations its value may be a view of
+	bound   []bound     // what invokes assigned to access points: activations, too
 	reach   []int       // by invoke: the furthest access point it has named
 	reacher []int       // by invoke: the node that named it
 	alias   aliases     // of slots: may share storage
@@ -132,12 +133,19 @@ type pass struct {
 	links    []link
 	dirty    bool
 	spread   map[Slot]bool // values computed from one that all rows shared and that now has a row each
-	bound    map[Slot]bool // values of the user's that were assigned to an access point as they are
+	foreign  map[Slot]bool // values of the user's that were assigned to an access point as they are
 }
 
 type copyKey struct {
 	invoke int32
 	slot   Slot
+}
+
+// bound is the value that an invoke assigned to an access point last.
+type bound struct {
+	invoke int32
+	mark   graph.ID
+	origin
 }
 
 // rowCopy is an invoke's own copy of its part of an activation.
@@ -538,7 +546,7 @@ func (s *splicer) flush(p *pass) {
 			s.rebase(p, c.base, s.spreadRows(p, c.base))
 		}
 		for _, base := range p.sameFor(c.invoke, c.base) {
-			if p.bound[base] { // the user may hold it, or it may be an expanded view: edit a copy
+			if p.foreign[base] { // the user may hold it, or it may be an expanded view: edit a copy
 				own := s.emit(Instr{Op: OpClone, Args: []graph.Arg{graph.Ref(base)}, Out: s.slot(), Mode: s.mode, Fresh: true})
 				p.spread[own] = p.spread[base]
 				s.rebase(p, base, own)
@@ -621,6 +629,8 @@ func (s *splicer) write(p *pass, n int) error {
 	if err != nil {
 		return err
 	}
+	s.bound = slices.DeleteFunc(s.bound, func(b bound) bool { return b.invoke == node.Invoke && b.mark == mark })
+	s.bound = append(s.bound, bound{node.Invoke, mark, origin{pass: p, slot: value.Ref, ready: pointReady(&p.model.Points[point])}})
 	f := &s.out.Forwards[p.forward]
 	e := s.extents[node.Invoke]
 	if e.covers(f) {
@@ -629,7 +639,7 @@ func (s *splicer) write(p *pass, n int) error {
 			s.emit(Instr{Op: OpExpect, Args: []graph.Arg{value}, Want: want, Out: NoSlot, Mode: s.mode, Path: node.Path})
 		}
 		p.env[mark] = value.Ref
-		p.bound[value.Ref] = true
+		p.foreign[value.Ref] = true
 		return nil
 	}
 	if c := p.copyOf(node.Invoke, old); c != nil && c.slot == value.Ref {
@@ -678,12 +688,22 @@ func (s *splicer) inherit(n int) {
 func (s *splicer) guard(id graph.ID) {
 	args := []graph.Arg{}
 	var by []graph.ID
-	for _, o := range s.origins[id] {
+	late := func(o origin) {
 		if o.pass.lastCall >= o.ready {
 			args = append(args, graph.Ref(o.slot))
 			by = append(by, o.pass.movedBy)
 		}
 	}
+	for _, o := range s.origins[id] {
+		late(o)
+	}
+	s.val[id].Refs(func(slot Slot) {
+		for _, b := range s.bound {
+			if s.alias.find(b.slot) == s.alias.find(slot) && !slices.Contains(s.origins[id], b.origin) {
+				late(b.origin)
+			}
+		}
+	})
 	if len(args) == 0 {
 		return
 	}
