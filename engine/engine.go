@@ -7,10 +7,12 @@
 package engine
 
 import (
+	"errors"
 	"path/filepath"
 	"sync"
 
 	"github.com/nnsight-go/nnsight-go/engine/arch"
+	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/host"
 	"github.com/nnsight-go/nnsight-go/engine/token"
 )
@@ -26,6 +28,7 @@ type Model struct {
 	*host.Native
 	mu        sync.Mutex
 	tokenizer *token.Tokenizer
+	closed    bool
 }
 
 // Open opens a model: a directory, the name of the built-in model, or a repository id that is in
@@ -50,6 +53,9 @@ func Architectures() []string { return arch.Names() }
 func (m *Model) Tokenizer() (*token.Tokenizer, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.closed {
+		return nil, fault.New(fault.Handle, "this model has been closed").WithHint("Open it again.")
+	}
 	if m.tokenizer == nil {
 		t, err := token.Open(filepath.Clean(m.Directory()))
 		if err != nil {
@@ -78,15 +84,16 @@ func (m *Model) Decode(ids []int64) (string, error) {
 	return t.Decode(ids, false)
 }
 
-// Close frees the model and its tokenizer. Runs under way end first.
+// Close frees the model and its tokenizer. Runs under way go on, and the last of them gives the
+// weights back; nothing else can be done with a closed model.
 func (m *Model) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.closed = true
+	var failed error
 	if m.tokenizer != nil {
-		if err := m.tokenizer.Close(); err != nil {
-			return err
-		}
+		failed = m.tokenizer.Close()
 		m.tokenizer = nil
 	}
-	return m.Native.Close()
+	return errors.Join(failed, m.Native.Close())
 }
