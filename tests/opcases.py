@@ -9,6 +9,24 @@ import torch
 
 from conformance import Call, eager
 
+
+def database() -> list[Any]:
+    """PyTorch's database of operators. Importing it changes torch for the process, which is put back."""
+    from torch._C import ScriptFunction, ScriptMethod
+
+    calls = ScriptFunction.__call__, ScriptMethod.__call__
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    ScriptFunction.__call__, ScriptMethod.__call__ = calls
+    torch.backends.__allow_nonbracketed_mutation_flag = True
+    return list(op_db)
+
+
+def name_of(op: Any) -> str:
+    """``nn.functional.dropout``, and the variant where an operator has several entries."""
+    return f"{op.name}.{op.variant_test_name}" if op.variant_test_name else str(op.name)
+
+
 # Results whose numbers are whatever memory held.
 _UNINITIALISED = ("empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided", "empty_permuted")
 
@@ -20,11 +38,11 @@ def dtype_of(op: Any) -> torch.dtype | None:
     return next((d for d in (*order, *sorted(supported, key=str)) if d in supported), None)
 
 
-def cases(op: Any, most: int) -> dict[str, list[Call]] | None:
-    """The calls of an entry by variant, of its first ``most`` samples; None where nothing runs on the CPU."""
+def cases(op: Any, most: int) -> dict[str, list[Call]]:
+    """The calls of an entry by variant, of its first ``most`` samples; none where nothing runs on the CPU."""
     dtype = dtype_of(op)
     if dtype is None:
-        return None
+        return {}
     torch.manual_seed(0)
     samples = list(itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=False), most))
     values = op.name not in _UNINITIALISED
