@@ -83,6 +83,15 @@ def edits(by_name: Mapping[str, Callable[[torch.Tensor], torch.Tensor | None]]) 
     return edit
 
 
+def in_place(change: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], None]:
+    """An edit that changes its tensor and assigns nothing, whatever it returns."""
+
+    def edit(value: torch.Tensor) -> None:
+        change(value)
+
+    return edit
+
+
 def hooked(model: PreTrainedModel, edit: Edit | None = None, **inputs: torch.Tensor) -> Seen:
     """All inputs and outputs of modules that transformers shows to hooks, in the order they are met.
 
