@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from . import calls, positions, structures, wire
+from . import calls, positions, skipping, structures, wire
 from .errors import InputError, ModulePathError
 from .points import Point
 from .positions import here
@@ -133,6 +133,8 @@ class Envoy:
     def _read(self, port: int) -> Any:
         rec = self._recorder(("input", "output")[port])
         point = self._point(port)
+        if rec.skipped:
+            skipping.check(rec, self._path, port)
         invoke = rec.touch(point)
         key = (invoke, self._path, port)
         if key not in rec.bound:
@@ -149,6 +151,17 @@ class Envoy:
         invoke = rec.touch(point, writing=True)
         name = f"model.{point.text}" if self._path else point.text
         rec.bound[invoke, self._path, port] = structures.assign(rec, point, point.tree, name, old, value)
+
+    def skip(self, value: Any) -> None:
+        """Leaves the module's work out: ``value`` is what it gives, and nothing inside it is computed.
+
+        Args:
+            value: as for assigning ``.output``: a tensor, or a tuple of the same structure.
+
+        Raises:
+            OutOfOrderError: the module, or one inside it, has already run.
+        """
+        skipping.skip(self, value)
 
     # ---- calling ----
 

@@ -16,6 +16,8 @@ from .envoy import Envoy
 from .errors import InputError, ModelLoadError, RemoteError
 from .native import Native
 from .positions import here
+from .scanning import ScanRecorder
+from .sessions import Session
 from .tokenizer import Tokenizer
 from .tracing import Tracer
 
@@ -129,6 +131,30 @@ class LanguageModel(Envoy):
                 **positions.fields(here()),
             )
         return Tracer(self, inputs, kwargs)
+
+    def scan(self, *inputs: Any, **kwargs: Any) -> Tracer:
+        """A trace that computes nothing: shapes and dtypes are known, saved values are tensors on the meta device.
+
+        Needs no weights. Takes what ``trace`` takes.
+
+        Raises:
+            OpError: at the end of the block, where an operation's shapes do not fit.
+        """
+        return Tracer(self, inputs, kwargs, ScanRecorder)
+
+    def session(self) -> Session:
+        """Several traces in which values flow from one to the next without being saved.
+
+        ::
+
+            with model.session():
+                with model.trace("Hello"):
+                    h = model.transformer.h[5].output[0]
+                with model.trace("World"):
+                    model.transformer.h[5].output[0][:, -1] = h[:, -1]
+                    logits = model.lm_head.output.save()
+        """
+        return Session()
 
     # ---- what belongs to the model ----
 

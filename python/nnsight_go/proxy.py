@@ -38,6 +38,8 @@ class Proxy(torch.Tensor):
         proxy: Any = _make_subclass(Proxy, _PLACEHOLDER)
         proxy._rec = rec
         proxy._id = id
+        if rec.living is not None:
+            rec.living.add(proxy)
         return proxy  # type: ignore[no-any-return]
 
     @classmethod

@@ -23,6 +23,7 @@ from .wire import Kind, argument
 
 if TYPE_CHECKING:
     from .native import Native
+    from .sessions import Living
 
 # A tensor from outside up to this many bytes is copied when the block uses it; a larger one is used
 # as it is, and must not change until the block has run.
@@ -94,6 +95,10 @@ class Recorder:
         self.captures: list[_Capture] = []
         self.bound: dict[tuple[int, str, int], Any] = {}
         self.closed: str | None = None
+        self.at_end: list[Callable[[], None]] = []  # checks and last reads, before the graph runs
+        self.when_done: list[Callable[[], None]] = []  # what is to be done once the saved values are there
+        self.living: Living | None = None  # where values outlive the trace: those in use when it ends
+        self.skipped: dict[tuple[int, str], Place] = {}  # modules whose work an invoke has replaced
         self._captured: dict[int, _Capture] = {}
         self._const_nodes: dict[tuple[int, int], int] = {}
         self._reach: dict[int, tuple[Point, Place]] = {}
@@ -352,14 +357,30 @@ class Recorder:
         """Notes that a value, or every proxy in a container, is wanted after the block."""
         self._saved[id(value)] = value
 
+    def conclude(self) -> None:
+        """Does what is to be done at the end of the block, before the graph runs."""
+        for act in self.at_end:
+            act()
+
+    def saved(self) -> list[Any]:
+        """What the block has saved, proxies and containers."""
+        return list(self._saved.values())
+
     def finish(self) -> None:
         """Runs the graph and turns every saved proxy into its tensor."""
-        saved = list({id(p): p for p in proxies(list(self._saved.values()))}.values())
+        self.conclude()
+        wanted = self.saved()
+        if self.living is not None:
+            self.made, self.metas, self.bound, self._forced = [], {}, {}, (-1, {})  # these hold proxies too
+            wanted += self.living.now()
+        saved = list({id(p): p for p in proxies(wanted)}.values())
         for p in saved:
             self.alive(p)
         if saved:
             self._run([p._id for p in saved], adopt=saved)
         self.close("it was not saved")
+        for act in self.when_done:
+            act()
 
     def close(self, why: str) -> None:
         """Ends the recording: proxies that were not saved raise ``NotSavedError`` from now on."""
@@ -367,6 +388,7 @@ class Recorder:
         self.made, self.captures = [], []  # nodes stay: they hold no tensors, and errors name values by them
         self.metas, self.bound, self._captured, self._saved = {}, {}, {}, {}
         self._const_nodes, self._reach, self._forced, self.moved = {}, {}, (-1, {}), {}
+        self.at_end = []
 
     def alive(self, proxy: Proxy) -> None:
         """Raises where a proxy can no longer be used, or not here."""

@@ -89,8 +89,8 @@ _MOST = 4096
 _seen: dict[Any, Any] = {}
 
 
-# PyTorch's kernels on meta tensors give other sizes here than those on the CPU.
-_WRONG_ON_META = frozenset((torch.native_batch_norm, torch._native_batch_norm_legit))
+# PyTorch's kernels on meta tensors give other sizes or dtypes here than those on the CPU.
+_WRONG_ON_META = frozenset((torch.native_batch_norm, torch._native_batch_norm_legit, torch.native_layer_norm))
 
 
 def _remembered(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -17,8 +17,12 @@ from .errors import InternalError, NnsightError
 
 # By class: what a user calls, sets or reads.
 _ENTRANCES: dict[str, dict[str, list[str]]] = {
-    "envoy": {"Envoy": ["output", "input", "inputs", "__call__", "get", "__getattr__", "__setattr__", "__getitem__"]},
-    "model": {"LanguageModel": ["__init__", "trace", "tokenizer"]},
+    "envoy": {
+        "Envoy": [
+            "output", "input", "inputs", "__call__", "skip", "get", "__getattr__", "__setattr__", "__getitem__",
+        ]
+    },
+    "model": {"LanguageModel": ["__init__", "trace", "scan", "tokenizer"]},
     "proxy": {
         "Proxy": [
             "__torch_function__", "save", "value", "shape", "dtype", "ndim", "device", "__len__", "__iter__",
@@ -30,7 +34,13 @@ _ENTRANCES: dict[str, dict[str, list[str]]] = {
         "Fields": ["__getitem__", "__setitem__", "__getattr__", "__setattr__"],
     },
     "torchmap": {"Mode": ["__torch_function__"]},
-    "tracing": {"Tracer": ["__enter__", "__exit__", "invoke"], "Invoker": ["__enter__", "__exit__"]},
+    "barrier": {"Barrier": ["__call__"]},
+    "cache": {"Cache": ["__getattr__", "__missing__"], "View": ["__getattr__", "__getitem__"]},
+    "sessions": {"Session": ["__enter__"]},
+    "tracing": {
+        "Tracer": ["__enter__", "__exit__", "invoke", "stop", "barrier", "cache", "result"],
+        "Invoker": ["__enter__", "__exit__"],
+    },
 }  # fmt: skip
 
 _lock = threading.Lock()

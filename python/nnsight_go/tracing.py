@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import inputs, positions, saving, torchmap
+import torch
+
+from . import inputs, positions, saving, sessions, torchmap
+from .barrier import Barrier
+from .cache import Cache, gather
 from .errors import InputError
 from .positions import here
 from .recorder import Recorder, current
+from .stopping import Stop
 
 if TYPE_CHECKING:
+    from .envoy import Envoy
     from .model import LanguageModel
 
 
@@ -20,10 +27,12 @@ class Tracer:
     Use it as a context manager, once.
     """
 
-    def __init__(self, model: LanguageModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, model: LanguageModel, args: tuple[Any, ...], kwargs: dict[str, Any], kind: type[Recorder] = Recorder
+    ) -> None:
         self.model = model
         self._input = inputs.read(model._tokenizer_for_text, args, kwargs) if args or kwargs else None
-        self._recorder = Recorder(model._native)
+        self._recorder = kind(model._native)
         self._mode: torchmap.Mode | None = None
         self._used = False
 
@@ -38,21 +47,25 @@ class Tracer:
             raise InputError("a trace runs once", hint="Call model.trace(...) again.", **positions.fields(here()))
         self._used = True
         saving.mount()
+        if sessions.opened.session is not None:
+            self._recorder.living = sessions.Living()
         if self._input is not None:
             self._recorder.open_invoke(*self._input)
         self._mode = torchmap.Mode()
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        self._mode.__enter__()
         current.recorder = self._recorder
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    ) -> bool:
         rec = self._recorder
         assert self._mode is not None
-        self._mode.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        self._mode.__exit__(kind, error, traceback)
         try:
-            if kind is None:
+            stopped = isinstance(error, Stop) and error.recorder is rec
+            if kind is None or stopped:
+                rec.close_invoke()
                 rec.finish()
             else:
                 rec.close(f"its block was left by {kind.__name__}")
@@ -61,6 +74,56 @@ class Tracer:
             raise
         finally:
             current.recorder = None
+        return stopped
+
+    def stop(self) -> NoReturn:
+        """Leaves the block there and then: the lines behind it are not run. In an invoke, it ends that invoke."""
+        raise Stop(self._recorder)
+
+    @property
+    def result(self) -> Any:
+        """What the model gives: ``model.output``."""
+        return self.model.output
+
+    def barrier(self, n: int) -> Barrier:
+        """A meeting point of ``n`` invokes: each calls it. Values flow to later invokes without it.
+
+        Raises:
+            InputError: at the end of the block, if it was not reached by all of them.
+        """
+        return Barrier(self._recorder, n)
+
+    def cache(
+        self,
+        modules: Iterable[Envoy | str] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        include_output: bool = True,
+        include_inputs: bool = False,
+    ) -> Cache:
+        """Collects what modules give, as it is after all edits: of this invoke, or of all invokes that follow.
+
+        Args:
+            modules: which, as modules or paths; by default every one that runs.
+            device: where the values are to be.
+            dtype: of floating-point values.
+            detach: take them out of autograd.
+            include_output: collect outputs.
+            include_inputs: collect inputs.
+
+        Returns:
+            Entries by ``"model."`` and the module's path, filled when the trace ends.
+        """
+
+        def convert(value: torch.Tensor) -> torch.Tensor:
+            value = value.detach() if detach else value
+            if dtype is not None and value.dtype.is_floating_point:
+                value = value.to(dtype)
+            return value if device is None else value.to(device)
+
+        return gather(self._recorder, self.model, modules, convert, include_output, include_inputs)
 
     def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
         """Begins one input of the trace: ``with tracer.invoke("Hello"):``.
@@ -105,5 +168,6 @@ class Invoker:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    ) -> bool:
         self._tracer._recorder.close_invoke()
+        return isinstance(error, Stop) and error.recorder is self._tracer._recorder

@@ -1,0 +1,58 @@
+"""``model.scan(prompt)``: shapes and dtypes of everything in a block, without weights and without running it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from typing import NoReturn
+
+import torch
+
+from . import _ffi, positions, shapes
+from .errors import InputError, OpError
+from .positions import here
+from .proxy import Proxy
+from .recorder import Recorder, proxies
+
+
+class ScanRecorder(Recorder):
+    """Records a block that is never run: what was saved becomes a tensor on the meta device."""
+
+    def force(self, wanted: Iterable[Proxy]) -> NoReturn:
+        """Refuses: there are no values."""
+        raise InputError(
+            "this line needs a value, and scan() knows only shapes and dtypes",
+            hint="Use model.trace(...) for values.",
+            **positions.fields(here()),
+        )
+
+    def unknown(self, id: int, error: Exception) -> NoReturn:
+        """Tells why the shape of a node is not known: the operation is wrong, or it depends on values."""
+        node = self.nodes[id]
+        name = str(node[4]) if isinstance(node[4], str) else None
+        by_values = isinstance(error, NotImplementedError)
+        raise OpError(
+            "the sizes of what this line gives depend on values, and scan() has none" if by_values else str(error),
+            op=name,
+            invoke=node[1],
+            **positions.fields(node[2]),
+        ) from error
+
+    def finish(self) -> None:
+        """Infers every shape, so that a wrong operation is found, and hands out the saved ones."""
+        self.conclude()
+        for node, made in enumerate(self.made):
+            if made is not None:
+                shapes.infer(self, node)
+        saved = list({id(p): p for p in proxies(self.saved())}.values())
+        metas = [self.meta(p) for p in saved]
+        py = _ffi.py()
+        pointers = (ctypes.c_void_p * len(metas))(*map(py.nngpy_unwrap, metas))
+        try:
+            py.nngpy_adopt(saved, pointers, torch.Tensor)
+        finally:
+            for pointer in pointers:
+                py.nngpy_tensor_free(pointer)
+        self.close("it was not saved")
+        for act in self.when_done:
+            act()

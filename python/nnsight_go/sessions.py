@@ -1,0 +1,58 @@
+"""``model.session()``: several traces in which values flow from one to the next without being saved."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from . import positions
+from .errors import InputError
+from .positions import here
+
+if TYPE_CHECKING:
+    from .proxy import Proxy
+
+
+class _Open(threading.local):
+    """The session that this thread is inside of."""
+
+    session: Session | None = None
+
+
+opened = _Open()
+
+
+class Session:
+    """Traces that share their values: at the end of each, every value that is still in use becomes its tensor."""
+
+    def __enter__(self) -> Session:
+        if opened.session is not None:
+            raise InputError(
+                "a session cannot begin inside another one",
+                hint="Put its traces into the one that is open.",
+                **positions.fields(here()),
+            )
+        opened.session = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        opened.session = None
+
+
+class Living:
+    """The proxies of a recording that are still in use somewhere."""
+
+    def __init__(self) -> None:
+        self._all: list[weakref.ref[Proxy]] = []
+
+    def add(self, proxy: Proxy) -> None:
+        """Notes a new proxy."""
+        self._all.append(weakref.ref(proxy))
+
+    def now(self) -> list[Proxy]:
+        """Those that somebody holds."""
+        return [proxy for ref in self._all if (proxy := ref()) is not None]
