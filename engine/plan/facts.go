@@ -74,6 +74,19 @@ func mutated(n *graph.Node) *graph.Arg {
 	return nil
 }
 
+// shares calls f for each value that a node's result may share storage with: what it changes in
+// place, or all it uses, unless its operator is known to give fresh memory. (set_ makes its target
+// share the storage of another.)
+func shares(n *graph.Node, f func(graph.ID)) {
+	switch {
+	case mutated(n) != nil && baseName(n.Op) != "set_":
+		mutated(n).Refs(f)
+	case n.Kind == graph.KindCall && isFresh(n.Op):
+	default:
+		n.Refs(f)
+	}
+}
+
 // random lists operators that draw from the generator: they run even when nothing reads their
 // result, so that later draws are what PyTorch's would be.
 var random = opSet("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "dropout",

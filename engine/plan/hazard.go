@@ -9,6 +9,7 @@ import (
 // hazards says which nodes of other invokes a node must wait for beside those whose values it
 // uses. Invokes share a forward pass, so their nodes are not run in the order they were written;
 // where they use one tensor and one of them changes it in place, that order must hold all the same.
+// A save does not wait: what it keeps is the tensor, as it is when the run ends.
 func hazards(g *graph.Graph, m *graph.Model) [][]graph.ID {
 	waits := make([][]graph.ID, len(g.Nodes))
 	crosses, mutates := false, false
@@ -44,6 +45,9 @@ func hazards(g *graph.Graph, m *graph.Model) [][]graph.ID {
 		if arg := mutated(node); arg != nil {
 			arg.Refs(func(id graph.ID) { written = append(written, alias.find(id)) })
 		}
+		if node.Kind == graph.KindSave {
+			continue
+		}
 		var groups []graph.ID
 		node.Refs(func(id graph.ID) {
 			if r := alias.find(id); shared[r] && changed[r] && !slices.Contains(groups, r) {
@@ -78,9 +82,7 @@ func sharing(g *graph.Graph, m *graph.Model) aliases {
 		node := &g.Nodes[n]
 		switch node.Kind {
 		case graph.KindCall, graph.KindIndex, graph.KindItem, graph.KindModule:
-			if node.Kind != graph.KindCall || !isFresh(node.Op) {
-				node.Refs(func(id graph.ID) { alias.join(graph.ID(n), id) })
-			}
+			shares(node, func(id graph.ID) { alias.join(graph.ID(n), id) })
 		case graph.KindRead, graph.KindWrite:
 			mark := markOf(m, node)
 			if mark == graph.NoID {

@@ -46,9 +46,7 @@ func dropDead(s *Schedule) {
 	alias := newAliases(s.Slots)
 	for i := range s.Instrs {
 		in := &s.Instrs[i]
-		if in.Out != NoSlot && !in.Fresh {
-			in.refs(func(r Slot) { alias.join(in.Out, r) })
-		}
+		in.shares(func(r Slot) { alias.join(in.Out, r) })
 	}
 	used := make([]bool, s.Slots)
 	seen := make([]bool, s.Slots) // by group
@@ -93,6 +91,17 @@ func (in *Instr) target(f func(Slot)) {
 		}
 	}
 	in.Args[0].Refs(f)
+}
+
+// shares calls f for each slot that the result, if there is one, may share storage with.
+func (in *Instr) shares(f func(Slot)) {
+	switch {
+	case in.Out == NoSlot:
+	case in.Mutate && baseName(in.Name) != "set_":
+		in.target(f)
+	case !in.Fresh:
+		in.refs(f)
+	}
 }
 
 func (in *Instr) refs(f func(Slot)) {

@@ -81,12 +81,10 @@ func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID) (forwardOf
 						}
 					})
 				}
-				if node.Kind != graph.KindCall || !isFresh(node.Op) {
-					node.Refs(func(id graph.ID) {
-						origins[n] = union(origins[n], origins[id])
-						alias.join(graph.ID(n), id)
-					})
-				}
+				shares(node, func(id graph.ID) {
+					origins[n] = union(origins[n], origins[id])
+					alias.join(graph.ID(n), id)
+				})
 			}
 			for _, p := range written {
 				if p < waited { // it stands past p because it waited, not by its own reads

@@ -208,10 +208,25 @@ func (s *splicer) run(p *pass) error {
 	}
 	for i := range s.queues {
 		if s.extents[i].forward == p.forward && len(s.queues[i]) > 0 {
-			return fault.New(fault.Internal, "node %d of invoke %d waits for a value that never comes", s.queues[i][0], i)
+			return s.stuck(s.queues[i][0])
 		}
 	}
 	return nil
+}
+
+// stuck says why a node cannot be placed in its invoke's pass: it uses a tensor that a line of another
+// invoke uses before it, one of the two changes the tensor, and that other line is of a later pass.
+func (s *splicer) stuck(n int) error {
+	node := &s.g.Nodes[n]
+	err := fault.New(fault.OutOfOrder, "this line of invoke %d would have to run after a line of another invoke that needs "+
+		"a forward pass of its own, since one of them changes in place what the other uses", node.Invoke)
+	for _, id := range s.waits[n] {
+		if !s.done[id] {
+			err.Other = s.g.PosOf(&s.g.Nodes[id])
+			break
+		}
+	}
+	return locate(err.WithHint("Move the line before those of the other invoke, or use a copy there (.clone())."), s.g, n)
 }
 
 // ready reports whether all values a node uses have been placed.
@@ -421,9 +436,7 @@ func (s *splicer) place(p *pass, n int) error {
 			s.val[n] = graph.Ref(in.Out)
 		}
 		s.emit(in)
-		if !in.Fresh {
-			s.inherit(n)
-		}
+		s.inherit(n)
 	case graph.KindModule:
 		return s.module(p, n)
 	default:
@@ -668,9 +681,9 @@ func (s *splicer) write(p *pass, n int) error {
 	return nil
 }
 
-// inherit says that a node's value may be a view of whatever its arguments are views of.
+// inherit says that a node's value may be a view of whatever it may share storage with is a view of.
 func (s *splicer) inherit(n int) {
-	s.g.Nodes[n].Refs(func(id graph.ID) {
+	shares(&s.g.Nodes[n], func(id graph.ID) {
 	next:
 		for _, o := range s.origins[id] {
 			for _, have := range s.origins[n] {
@@ -861,9 +874,7 @@ func (s *splicer) inner(p *pass, invoke int32, id graph.ID, env []Slot, start in
 
 func (s *splicer) emit(in Instr) Slot {
 	in.Node = s.node
-	if in.Out != NoSlot && !in.Fresh {
-		in.refs(func(r Slot) { s.alias.join(in.Out, r) })
-	}
+	in.shares(func(r Slot) { s.alias.join(in.Out, r) })
 	s.out.Instrs = append(s.out.Instrs, in)
 	return in.Out
 }

@@ -73,6 +73,7 @@ func Model(layers int) *graph.Model {
 
 // Parse reads a trace in a small notation, one node a line:
 //
+//	back 0                  the lines from here on belong to invoke 0
 //	invoke 2,3              an invoke of two rows, of two and three tokens ("whole": no input)
 //	h = l.1.output.0        a read (port and leaf follow the path)
 //	l.1.output.0 = h        a write
@@ -83,9 +84,10 @@ func Model(layers int) *graph.Model {
 func Parse(t testing.TB, text string) *graph.Graph {
 	g := &graph.Graph{}
 	names := map[string]graph.ID{}
+	invoke := -1
 	add := func(n graph.Node) graph.ID {
 		n.Pos = -1
-		n.Invoke = int32(len(g.Invokes) - 1)
+		n.Invoke = int32(invoke)
 		n.Mode = graph.ModeGrad
 		g.Nodes = append(g.Nodes, n)
 		return graph.ID(len(g.Nodes) - 1)
@@ -131,6 +133,10 @@ func Parse(t testing.TB, text string) *graph.Graph {
 				}
 			}
 			g.Invokes = append(g.Invokes, in)
+			invoke = len(g.Invokes) - 1
+		case strings.HasPrefix(line, "back "):
+			_, err := fmt.Sscan(line[len("back "):], &invoke)
+			require.NoError(t, err)
 		case strings.HasPrefix(line, "save "):
 			add(graph.Node{Kind: graph.KindSave, Args: []graph.Arg{arg(strings.Fields(line)[1])}})
 		case strings.HasSuffix(left, "[0, :]"):
