@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from nnsight_go import _ffi
-from references import Pair, gpt2, llama, pair
+from references import Pair, gpt2, llama, pair, tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +23,16 @@ def llama_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return pair(llama(), tmp_path_factory.mktemp("llama"))
 
 
+@pytest.fixture(scope="session")
+def text_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A small GPT-2 with a tokenizer."""
+    directory = tmp_path_factory.mktemp("text")
+    tokenizer().save_pretrained(directory)
+    made = pair(gpt2(vocab_size=300), directory)
+    assert made.model.tokenizer.vocab_size == 300  # opens it: it stays open with the model
+    return made
+
+
 @pytest.fixture(params=["gpt2", "llama"])
 def either(request: pytest.FixtureRequest) -> Pair:
     """Both small models, one after the other."""
@@ -31,7 +41,7 @@ def either(request: pytest.FixtureRequest) -> Pair:
 
 
 @pytest.fixture
-def nothing_stays(gpt2_pair: Pair, llama_pair: Pair) -> Iterator[None]:
+def nothing_stays(gpt2_pair: Pair, llama_pair: Pair, text_pair: Pair) -> Iterator[None]:
     """Fails where the engine holds more tensors or handles after the test than before it."""
     before = _ffi.counters()
     yield

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
@@ -208,6 +209,21 @@ def pair(config: transformers.PreTrainedConfig, directory: pathlib.Path) -> Pair
         "llama": ("model.layers", "self_attn", "model.norm"),
     }
     return Pair(directory, hf, LanguageModel(directory, dispatch=True), *names[config.model_type])
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 300 tokens, as transformers saves it."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<end>"], show_progress=False
+    )
+    bpe.train_from_iterator(
+        ["The Eiffel Tower is in the city of Paris", "The Colosseum is in the city of Rome"], trainer
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>", pad_token="<end>")
 
 
 def close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-4) -> None:
