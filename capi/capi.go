@@ -24,7 +24,7 @@ import (
 )
 
 // abi numbers the functions of nng.h and the wire form together.
-const abi = 1
+const abi = 2
 
 func main() {}
 
@@ -148,7 +148,7 @@ func nngo_model_param(model C.nng_model, name *C.char, tensor *unsafe.Pointer, e
 
 //export nngo_run_new
 func nngo_run_new(model C.nng_model, wire *C.uint8_t, size C.int64_t, consts *unsafe.Pointer, nconsts C.int64_t,
-	out *C.nng_run, err *C.nng_buf) C.int {
+	end C.int32_t, out *C.nng_run, err *C.nng_buf) C.int {
 	return guard(err, func() error {
 		if out == nil || size < 0 || wire == nil && size > 0 || nconsts < 0 || consts == nil && nconsts > 0 {
 			return missing("graph, consts or out")
@@ -161,24 +161,52 @@ func nngo_run_new(model C.nng_model, wire *C.uint8_t, size C.int64_t, consts *un
 		if e != nil {
 			return e
 		}
-		given := make([]aten.Tensor, 0, int(nconsts))
-		for i, p := range unsafe.Slice(consts, int(nconsts)) {
-			t, e := aten.Borrow(p)
-			if e != nil {
-				for _, t := range given {
-					t.Free()
-				}
-				return fault.New(fault.Input, "constant %d is no tensor", i).WithCause(e)
-			}
-			given = append(given, t)
+		given, e := borrow(consts, nconsts)
+		if e != nil {
+			return e
 		}
-		r, e := m.Start(g, given)
+		r, e := m.Begin(g, given, end != 0)
 		if e != nil {
 			return e
 		}
 		*out = C.nng_run(runs.add(&run{host: r}))
 		return nil
 	})
+}
+
+//export nngo_run_more
+func nngo_run_more(handle C.nng_run, wire *C.uint8_t, size C.int64_t, consts *unsafe.Pointer, nconsts C.int64_t,
+	end C.int32_t, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		if size < 0 || wire == nil && size > 0 || nconsts < 0 || consts == nil && nconsts > 0 {
+			return missing("graph or consts")
+		}
+		return withRun(handle, func(r *host.Run) error {
+			given, e := borrow(consts, nconsts)
+			if e != nil {
+				return e
+			}
+			return r.Extend(func(g *graph.Graph) error {
+				return graph.DecodeMore(g, unsafe.Slice((*byte)(wire), int(size)))
+			}, given, end != 0)
+		})
+	})
+}
+
+// borrow takes references of its own on the caller's tensors.
+func borrow(consts *unsafe.Pointer, nconsts C.int64_t) ([]aten.Tensor, error) {
+	given := make([]aten.Tensor, 0, int(nconsts))
+	for i, p := range unsafe.Slice(consts, int(nconsts)) {
+		t, e := aten.Borrow(p)
+		if e != nil {
+			for _, t := range given {
+				t.Free()
+			}
+			return nil, fault.New(fault.Input, "constant %d is no tensor", i).WithCause(e)
+		}
+		given = append(given, t)
+	}
+	return given, nil
 }
 
 //export nngo_run_step
@@ -247,6 +275,25 @@ func nngo_run_free(handle C.nng_run, err *C.nng_buf) C.int {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		r.host.Free()
+		return nil
+	})
+}
+
+//export nngo_graph_text
+func nngo_graph_text(wire *C.uint8_t, size C.int64_t, mermaid C.int32_t, out, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		if out == nil || size < 0 || wire == nil && size > 0 {
+			return missing("graph or out")
+		}
+		g, e := graph.Decode(unsafe.Slice((*byte)(wire), int(size)))
+		if e != nil {
+			return e
+		}
+		text := g.String
+		if mermaid != 0 {
+			text = g.Mermaid
+		}
+		setBuf(out, []byte(text()))
 		return nil
 	})
 }

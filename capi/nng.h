@@ -59,7 +59,7 @@ typedef uint64_t nng_tokenizer;
 void nng_free(nng_buf* buf);
 
 /* The version of this ABI (wire form included) and of the library, as JSON:
- * {"abi": 1, "version": "0.1.0", "torch": "2.15", "go": "go1.26", "architectures": ["GPT2LMHeadModel", ...],
+ * {"abi": 2, "version": "0.1.0", "torch": "2.15", "go": "go1.26", "architectures": ["GPT2LMHeadModel", ...],
  * "cuda": bool (torch sees a GPU)}. */
 int nng_version(nng_buf* out, nng_buf* err);
 
@@ -89,14 +89,23 @@ int nng_model_param(nng_model model, const char* name, void** tensor, nng_buf* e
 
 /* ---- runs ---- */
 
-/* Starts a run of a recorded graph (the wire form, docs/wire.md). consts are the tensors
- * that KindConst nodes number [borrowed: the run takes references of its own].
+/* Starts a run of a recorded graph (the wire form, docs/wire.md). consts are the tensors that
+ * KindConst nodes number [borrowed: the run takes references of its own]. With end 0 the graph may go
+ * on: what it saves is computed, and nng_run_more adds to it.
  *
  * Any bytes may be given: reading them and holding them to the model is safe. Running is as safe as
  * whoever wrote the graph, since it may call any operator that PyTorch has in this process: some
- * read and write files (aten::from_file), and private ones (aten::_*) may trust their arguments. */
-int nng_run_new(nng_model model, const uint8_t* graph, int64_t size, void* const* consts, int64_t nconsts, nng_run* out,
-                nng_buf* err);
+ * read and write files (aten::from_file), and some end the process when their arguments make no
+ * sense (aten::quantized_lstm_cell, many backward functions). */
+int nng_run_new(nng_model model, const uint8_t* graph, int64_t size, void* const* consts, int64_t nconsts, int32_t end,
+                nng_run* out, nng_buf* err);
+
+/* Adds to the graph of a run that is done and has not come to its end: a graph in wire form whose
+ * invokes, nodes and positions are numbered on from those the run has, and the constants that are new.
+ * nng_run_step then goes on, and nng_run_results gives the values of the save nodes that were added.
+ * A run for which this fails has freed its tensors and can only be freed. */
+int nng_run_more(nng_run run, const uint8_t* graph, int64_t size, void* const* consts, int64_t nconsts, int32_t end,
+                 nng_buf* err);
 
 /* Works for about budget_ms milliseconds (0: to the end), then returns so that the caller may look at
  * signals. It stops between two operators only. *done becomes 1 when the run has ended, else 0. A failed run has freed
@@ -119,6 +128,9 @@ void nng_tensors_free(void** tensors, int64_t ntensors);
 
 /* Frees one tensor [new]. */
 void nng_tensor_free(void* tensor);
+
+/* Prints a graph in wire form: as text, or (mermaid not 0) as a Mermaid flow chart. Needs no model. */
+int nng_graph_text(const uint8_t* graph, int64_t size, int32_t mermaid, nng_buf* out, nng_buf* err);
 
 /* ---- tokenizers ---- */
 

@@ -53,9 +53,14 @@ int nng_model_param(nng_model model, const char* name, void** tensor, nng_buf* e
   return forked ? refuse(err) : nngo_model_param(model, (char*)name, tensor, err);
 }
 
-int nng_run_new(nng_model model, const uint8_t* graph, int64_t size, void* const* consts, int64_t nconsts, nng_run* out,
-                nng_buf* err) {
-  return forked ? refuse(err) : nngo_run_new(model, (uint8_t*)graph, size, (void**)consts, nconsts, out, err);
+int nng_run_new(nng_model model, const uint8_t* graph, int64_t size, void* const* consts, int64_t nconsts, int32_t end,
+                nng_run* out, nng_buf* err) {
+  return forked ? refuse(err) : nngo_run_new(model, (uint8_t*)graph, size, (void**)consts, nconsts, end, out, err);
+}
+
+int nng_run_more(nng_run run, const uint8_t* graph, int64_t size, void* const* consts, int64_t nconsts, int32_t end,
+                 nng_buf* err) {
+  return forked ? refuse(err) : nngo_run_more(run, (uint8_t*)graph, size, (void**)consts, nconsts, end, err);
 }
 
 int nng_run_step(nng_run run, int64_t budget_ms, int32_t* done, nng_buf* err) {
@@ -67,6 +72,10 @@ int nng_run_results(nng_run run, nng_buf* out, void*** tensors, int64_t* ntensor
 }
 
 int nng_run_free(nng_run run, nng_buf* err) { return forked ? refuse(err) : nngo_run_free(run, err); }
+
+int nng_graph_text(const uint8_t* graph, int64_t size, int32_t mermaid, nng_buf* out, nng_buf* err) {
+  return forked ? refuse(err) : nngo_graph_text((uint8_t*)graph, size, mermaid, out, err);
+}
 
 void nng_tensors_free(void** tensors, int64_t ntensors) {
   if (!forked) nngo_tensors_free(tensors, ntensors);
