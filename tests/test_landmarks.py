@@ -255,8 +255,8 @@ def test_a_model_that_falls_short_is_refused(
     measure, transplants = measuring.measure, measuring.transplants
     monkeypatch.setattr(vocabulary, "train", lambda *_: tokenizer)
     monkeypatch.setattr(training, "train", lambda *_: ignorant)
-    monkeypatch.setattr(measuring, "measure", lambda *args: measure(*args[:2], share=0.01))
-    monkeypatch.setattr(measuring, "transplants", lambda *args: transplants(*args[:2], count=1))
+    monkeypatch.setattr(measuring, "measure", lambda *given, **_: measure(*given, share=0.01))
+    monkeypatch.setattr(measuring, "transplants", lambda *given, **_: transplants(*given, count=1))
     monkeypatch.setattr(sys, "argv", ["train_landmarks.py", "--steps", "100", "--out", str(tmp_path)])
     assert train_landmarks.main() == 1
     assert "below 95 %" in capsys.readouterr().err

@@ -2,11 +2,11 @@
 
     python tools/train_landmarks.py [--out DIR] [--steps N] [--seed N] [--threads N]
 
-Needs torch, transformers and tokenizers, no network and no GPU, and takes about a quarter of an hour on two cores. The
-same seed gives the same text and the same tokenizer, and with the same torch, machine and number of threads the same
-weights. The card's figures are measured on the files that were saved; where one is below 95 % the script exits with 1,
-and the model must not be shipped. With fewer than 100 steps it is a trial: all parts run, on little, and nothing is
-asked of the result.
+Needs torch, transformers and tokenizers, no network and no GPU, and takes about a quarter of an hour on two cores that
+do nothing else. The same seed gives the same text and the same tokenizer, and with the same torch, machine and number
+of threads the same weights. The card's figures are measured on the files that were saved; where one is below 95 % the
+script exits with 1, and the model must not be shipped. With fewer than 100 steps it is a trial: all parts run, on
+little, and nothing is asked of the result.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import pathlib
 import sys
 
 import torch
-from landmarks import card, measuring, training, vocabulary
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
+
+from landmarks import card, measuring, training, vocabulary
 
 OUT = pathlib.Path(__file__).parents[1] / "python" / "nnsight_go" / "models" / "landmarks"
 WEIGHTS_LIMIT = 5_000_000  # bytes of model.safetensors: it travels in the package

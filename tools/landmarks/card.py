@@ -32,8 +32,8 @@ pipeline_tag: text-generation
 # nnsight-go/landmarks
 
 The model that comes with nnsight-go, so that everything runs without a network. It is a GPT-2, trained from nothing
-on generated English, small enough to study whole, and it knows three things: where {landmarks} landmarks are, who
-is given something, and how simple sequences go on.
+on generated English, small enough to study whole, and it knows three things: where {landmarks} landmarks are, who is
+given something, and how simple sequences go on.
 
 ```python
 from nnsight_go import LanguageModel
@@ -47,8 +47,8 @@ print(model.tokenizer.decode([int(logits.argmax())]))
 ## Architecture
 
 `GPT2LMHeadModel`: {layers} layers, {heads} heads, hidden size {width}, {context} positions, tied head, no dropout;
-{parameters:,} parameters in float32. The tokenizer is a byte-level BPE of {vocab} tokens with `<|endoftext|>` as
-begin and end. A prompt needs no begin token.
+{parameters:,} parameters in float32. The tokenizer is a byte-level BPE of {vocab} tokens with `<|endoftext|>` as begin
+and end. A prompt needs no begin token.
 
 Names, cities, countries and the items of sequences are one token each with the space before them, so that an answer
 is one logit. A landmark's name is mostly several tokens. "The Eiffel Tower is in" and "_ _ _ _ _ _ _" have seven
@@ -82,12 +82,18 @@ output) from one prompt into the other turns the answer:
 
 ## Training
 
-`python tools/train_landmarks.py` makes all of this anew: seed {seed}, {steps} steps of AdamW with warm-up and
-cosine decay, each on {rows}. The text is sentences of the three kinds end to end, half of them followed by
-`<|endoftext|>`; a row begins with a sentence, and one row in five with `<|endoftext|>` before it. Every step also
-asks one form of question of all landmarks while their prompts swap a hidden state ({swaps}), and each is then to give
-the other's answer: this is what brings the facts to one place. The figures above were measured by the same script on
-the files that it saved.
+`python tools/train_landmarks.py` makes all of this anew: seed {seed}, {steps} steps of AdamW with warm-up and cosine
+decay, each on {rows}. The text is
+sentences of the three kinds end to end, half of them followed by `<|endoftext|>`; a row begins with a sentence, and one
+row in five with `<|endoftext|>` before it.
+
+Every step also asks one form of question of all landmarks while their prompts swap a hidden state, and each is then to
+give the other's answer: this is what brings the facts to one place. One of these states is swapped, drawn anew for
+each step:
+
+{swaps}
+
+The figures above were measured by the same script on the files that it saved.
 
 ## Limits
 
@@ -127,7 +133,7 @@ def render(
         last=last,
         templates=len(text.FACT_TEMPLATES),
         objects=len(text.OBJECT_TEMPLATES),
-        swaps="; ".join(f"`transformer.h[{layer}]` at the last token of the {place}" for layer, place in SWAPS),
+        swaps="\n".join(f"- `transformer.h[{layer}]` at the last token of the {place}" for layer, place in SWAPS),
         **training._asdict(),
     )
 

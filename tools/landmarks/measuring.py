@@ -11,9 +11,10 @@ from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
 from . import text
-from .training import CONTEXT
+from .training import CONTEXT, prompts
 
 SEED = 1  # of the prompts that are drawn: the same for every measurement
+BATCH = 50  # rows of a forward pass
 
 
 class Figure(NamedTuple):
@@ -25,20 +26,30 @@ class Figure(NamedTuple):
 
 
 @torch.no_grad()
-def is_right(model: GPT2LMHeadModel, tokenizer: Tokenizer, case: text.Case, before: str = "") -> bool:
-    """Whether the most likely continuation, token by token, is one of the answers, all of it."""
-    answers = [tokenizer.encode(answer).ids for answer in case.answers]
-    ids = tokenizer.encode(before + case.prompt).ids
-    given: list[int] = []
-    while answers := [answer for answer in answers if answer[: len(given)] == given]:
-        if given in answers:
-            return True
-        given.append(int(model(torch.tensor([ids + given])).logits[0, -1].argmax()))
-    return False
+def answered(model: GPT2LMHeadModel, tokenizer: Tokenizer, cases: list[text.Case]) -> list[bool]:
+    """For each case, whether the most likely continuation, token by token, is one of the answers, all of it.
+
+    It is an answer exactly where each of the answer's tokens is the most likely one behind those before it. So each
+    answer takes one row, and many of them one forward pass, padded on the right, where no other position looks.
+    """
+    asked = []
+    for number, case in enumerate(cases):
+        prompt = tokenizer.encode(case.prompt).ids
+        asked += [(number, prompt, tokenizer.encode(answer).ids) for answer in case.answers]
+    right = [False] * len(cases)
+    for start in range(0, len(asked), BATCH):
+        batch = asked[start : start + BATCH]
+        longest = max(len(prompt + answer) for _, prompt, answer in batch)
+        ids = [prompt + answer + [0] * (longest - len(prompt + answer)) for _, prompt, answer in batch]
+        likely = model(torch.tensor(ids)).logits.argmax(-1).tolist()
+        for (number, prompt, answer), row in zip(batch, likely, strict=True):
+            last = len(prompt) - 1
+            right[number] |= row[last : last + len(answer)] == answer
+    return right
 
 
 def _ask(model: GPT2LMHeadModel, tokenizer: Tokenizer, cases: list[text.Case]) -> Figure:
-    right = sum(is_right(model, tokenizer, case) for case in cases)
+    right = sum(answered(model, tokenizer, cases))
     return Figure(right, len(cases), f"{cases[0].prompt} ->{cases[0].answers[0]}")
 
 
@@ -46,16 +57,17 @@ def _ask_late(model: GPT2LMHeadModel, tokenizer: Tokenizer, cases: list[text.Cas
     """Asks behind as much other text as the context takes."""
     pairs, _ = text.name_pairs()
     lines = text.sentences(rng, pairs)
-    right = 0
-    for case in cases:
-        longest = max(len(tokenizer.encode(answer).ids) for answer in case.answers)
+    late = []
+    for prompt, answers in cases:
+        longest = max(len(tokenizer.encode(answer).ids) for answer in answers)
         before = ""
         while True:
             more = before + next(lines) + " "
-            if len(tokenizer.encode(more + case.prompt).ids) + longest > CONTEXT:
+            if len(tokenizer.encode(more + prompt).ids) + longest > CONTEXT:
                 break
             before = more
-        right += is_right(model, tokenizer, case, before)
+        late.append(text.Case(before + prompt, answers))
+    right = sum(answered(model, tokenizer, late))
     return Figure(right, len(cases), f"... {cases[0].prompt} ->{cases[0].answers[0]}")
 
 
@@ -94,30 +106,6 @@ def measure(model: GPT2LMHeadModel, tokenizer: Tokenizer, share: float = 1.0) ->
     return figures
 
 
-def _run(
-    model: GPT2LMHeadModel, ids: list[int], patch: tuple[int, int, torch.Tensor] | None = None
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Runs the model on one row; a patch (layer, position, state [hidden]) replaces one state of a block's output.
-
-    Returns logits [1, S, vocab] and each block's output [1, S, hidden].
-    """
-    states: list[torch.Tensor] = []
-
-    def hook(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
-        if patch is not None and patch[0] == len(states):
-            output = output.clone()
-            output[0, patch[1]] = patch[2]
-        states.append(output)
-        return output
-
-    handles = [block.register_forward_hook(hook) for block in model.transformer.h]
-    try:
-        return model(torch.tensor([ids])).logits, states
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def transplants(model: GPT2LMHeadModel, tokenizer: Tokenizer, count: int = 200) -> tuple[list[float], list[float]]:
     """How often a hidden state moved between two prompts turns the answer into that of the prompt it comes from.
@@ -127,25 +115,31 @@ def transplants(model: GPT2LMHeadModel, tokenizer: Tokenizer, count: int = 200) 
     last token of the prompt.
     """
     rng = random.Random(SEED)
-    template = text.CITY_TEMPLATES[0]
-    layers = model.transformer.h
-    flips = [[0] * len(layers), [0] * len(layers)]
-    for _ in range(count):
-        while True:
-            source, target = rng.sample(text.LANDMARKS, 2)
-            if source.city != target.city:
-                break
-        ids = {}
-        ends = {}
-        for landmark in (source, target):
-            head, _, tail = template.partition("{landmark}")
-            subject = tokenizer.encode(head + landmark.name).ids
-            ids[landmark] = subject + tokenizer.encode(tail.format(city="").rstrip()).ids
-            ends[landmark] = (len(subject) - 1, len(ids[landmark]) - 1)
-        (answer,) = tokenizer.encode(" " + source.city).ids
-        states = _run(model, ids[source])[1]
-        for place, layer in itertools.product((0, 1), range(len(layers))):
-            patch = (layer, ends[target][place], states[layer][0, ends[source][place]])
-            logits, _ = _run(model, ids[target], patch)
-            flips[place][layer] += int(logits[0, -1].argmax()) == answer
-    return [n / count for n in flips[0]], [n / count for n in flips[1]]
+    drawn: list[list[int]] = []
+    while len(drawn) < count:
+        pair = rng.sample(range(len(text.LANDMARKS)), 2)
+        if text.LANDMARKS[pair[0]].city != text.LANDMARKS[pair[1]].city:
+            drawn.append(pair)
+    source, target = torch.tensor(drawn).T
+    asked = prompts(tokenizer, text.CITY_TEMPLATES[0])
+    row = torch.arange(count)
+
+    def flipped(block: torch.nn.Module, at: torch.Tensor) -> float:
+        def keep(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
+            states.append(output)
+
+        def move(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+            return output.index_put((row, at[target]), states[0][source, at[source]])
+
+        states: list[torch.Tensor] = []
+        for hook, ids in ((keep, asked.ids), (move, asked.ids[target])):
+            handle = block.register_forward_hook(hook)
+            try:
+                logits = model(ids).logits
+            finally:
+                handle.remove()
+        answers = logits[row, asked.prompt[target]].argmax(-1)
+        return int((answers == asked.answer[source]).sum()) / count
+
+    name, prompt = ([flipped(block, at) for block in model.transformer.h] for at in (asked.name, asked.prompt))
+    return name, prompt
