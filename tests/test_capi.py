@@ -46,10 +46,12 @@ ARGUMENTS: dict[str, list[Any]] = {
     "model_close": [U64],
     "model_describe": [U64, "out"],
     "model_param": [U64, STR, ctypes.POINTER(PTR)],
-    "run_new": [U64, STR, I64, ctypes.POINTER(PTR), I64, ctypes.POINTER(U64)],
+    "run_new": [U64, STR, I64, ctypes.POINTER(PTR), I64, I32, ctypes.POINTER(U64)],
+    "run_more": [U64, STR, I64, ctypes.POINTER(PTR), I64, I32],
     "run_step": [U64, I64, ctypes.POINTER(I32)],
     "run_results": [U64, "out", ctypes.POINTER(ctypes.POINTER(PTR)), ctypes.POINTER(I64)],
     "run_free": [U64],
+    "graph_text": [STR, I64, I32, "out"],
     "tokenizer_open": [STR, ctypes.POINTER(U64)],
     "tokenizer_close": [U64],
     "tokenizer_describe": [U64, "out"],
@@ -121,12 +123,12 @@ class Library:
         self.ok("tokenizer_open", str(directory).encode(), ctypes.byref(handle))
         return handle.value
 
-    def start(self, model: int, data: bytes, *tensors: torch.Tensor) -> tuple[int, Any]:
+    def start(self, model: int, data: bytes, *tensors: torch.Tensor, end: int = 1) -> tuple[int, Any]:
         """Starts a run; gives the code, and the handle or the fault."""
         handle = U64()
         given = (PTR * len(tensors))(*[_ffi.py().nngpy_unwrap(t) for t in tensors])
         pointer = ctypes.cast(given, ctypes.POINTER(PTR))
-        code, fault = self("run_new", model, data, len(data), pointer, len(tensors), ctypes.byref(handle))
+        code, fault = self("run_new", model, data, len(data), pointer, len(tensors), end, ctypes.byref(handle))
         for p in given:
             _ffi.py().nngpy_tensor_free(p)
         return code, handle.value if code == OK else fault
@@ -239,11 +241,12 @@ USES: dict[str, list[tuple[str, Callable[[], list[Any]]]]] = {
         ("model_load", list),
         ("model_describe", list),
         ("model_param", lambda: [b"lm_head.weight", ctypes.byref(PTR())]),
-        ("run_new", lambda: [LOGITS, len(LOGITS), NULL, 0, ctypes.byref(U64())]),
+        ("run_new", lambda: [LOGITS, len(LOGITS), NULL, 0, 1, ctypes.byref(U64())]),
         ("model_close", list),
     ],
     "run": [
         ("run_step", lambda: [0, ctypes.byref(I32())]),
+        ("run_more", lambda: [LOGITS, len(LOGITS), NULL, 0, 1]),
         ("run_results", lambda: [ctypes.byref(ctypes.POINTER(PTR)()), ctypes.byref(I64())]),
         ("run_free", list),
     ],
@@ -297,6 +300,79 @@ def test_stale_handles_and_second_frees(lib: Library, directory: pathlib.Path) -
                 assert f"this {kind} has been closed" in fault["message"]
 
 
+# ---- runs that go on ----
+
+BLOCK = wire([4, "transformer.h.0", 1, 0, "0"], [8, [0, 0]])
+# the block set to zero, and the logits after that: nodes 2 to 5
+ZEROED = msgspec.msgpack.encode(
+    [
+        1,
+        [],
+        [
+            [0, 0, -1, 0, "aten::zero_", [[0, 0]], None],
+            [4, 0, -1, 0, "lm_head", 1, 0, ""],
+            [8, 0, -1, 0, [0, 3]],
+            [8, 0, -1, 0, [0, 0]],
+        ],
+        [],
+    ]
+)
+
+
+def test_a_run_goes_on(lib: Library, model: int) -> None:
+    lib.ok("model_load", model)
+    before = lib.counters()
+    code, hasty = lib.start(model, BLOCK, end=0)
+    assert code == OK
+    assert lib("run_more", hasty, ZEROED, len(ZEROED), NULL, 0, 1)[1]["message"].startswith("this run is not done")
+    lib.ok("run_free", hasty)
+    code, run = lib.start(model, BLOCK, end=0)
+    assert lib.step(run) == (OK, 1)
+    saved, (block,) = lib.results(run)
+    assert saved == [[1, [0, 0]]]
+    assert block.abs().max() > 0
+    lib.ok("run_more", run, ZEROED, len(ZEROED), NULL, 0, 1)
+    assert lib.step(run) == (OK, 1)
+    saved, (logits, zeroed) = lib.results(run)
+    assert [node for node, _ in saved] == [4, 5]
+    assert zeroed.data_ptr() == block.data_ptr(), "the tensor that was handed over before"
+    assert zeroed.abs().max() == 0
+    whole = wire(
+        [4, "transformer.h.0", 1, 0, "0"], [0, "aten::zero_", [[0, 0]], None], [4, "lm_head", 1, 0, ""], [8, [0, 2]]
+    )
+    code, alone = lib.start(model, whole)
+    assert code == OK
+    lib.step(alone)
+    assert torch.equal(lib.results(alone)[1][0], logits)
+    code, fault = lib("run_more", run, ZEROED, len(ZEROED), NULL, 0, 1)
+    assert (code, fault["message"]) == (EHANDLE, "this run has ended")
+    for handle in (run, alone):
+        lib.ok("run_free", handle)
+    assert lib.counters() == before
+    assert lib("run_step", run, 0, ctypes.byref(I32()))[0] == EHANDLE
+
+
+def test_what_is_added_is_held_to_the_rules(lib: Library, model: int) -> None:
+    lib.ok("model_load", model)
+    before = lib.counters()["tensors"]
+    forward = msgspec.msgpack.encode([1, [], [[8, 0, -1, 0, [0, 7]]], []])
+    for more in (forward, b"junk", wire([4, "nowhere", 1, 0, ""])):
+        code, run = lib.start(model, BLOCK, end=0)
+        assert code == OK
+        assert lib.step(run) == (OK, 1)
+        lib.results(run)
+        assert lib("run_more", run, more, len(more), NULL, 0, 0)[0] == EFAULT
+        assert lib.counters()["tensors"] == before, "a run that failed has freed what it held"
+        lib.ok("run_free", run)
+
+
+def test_graphs_are_printed(lib: Library) -> None:
+    text = lib.ok("graph_text", LOGITS, len(LOGITS), 0).decode()
+    assert "read lm_head.output" in text
+    assert "flowchart" in lib.ok("graph_text", LOGITS, len(LOGITS), 1).decode()
+    assert lib("graph_text", b"junk", 4, 0)[1]["code"] == "GraphError"
+
+
 def test_close_with_a_run_under_way(lib: Library, directory: pathlib.Path) -> None:
     model = lib.open(directory)
     code, run = lib.start(model, LOGITS)
@@ -318,16 +394,19 @@ def test_a_run_belongs_to_one_call_at_a_time(lib: Library, model: int) -> None:
     data = busy(300)
     code, run = lib.start(model, data, torch.eye(512))
     assert code == OK
-    outcome: list[Any] = []
-    worker = threading.Thread(target=lambda: outcome.append(lib.step(run)))
+
+    def work() -> None:
+        while lib.step(run)[0] == EBUSY:  # the other one was there first
+            pass
+
+    worker = threading.Thread(target=work)
     worker.start()
     seen = None
     while worker.is_alive() and seen is None:
+        time.sleep(0.01)  # by far the longer part, so that the worker gets its turn
         code, fault = lib.step(run, 1)
         if code != OK:
             seen = code, fault
-        if not outcome and seen is None:
-            time.sleep(0.001)
     freed = lib("run_free", run)[0]  # waits for the call under way
     worker.join()
     assert seen is not None and seen[0] == EBUSY and "another thread" in seen[1]["message"]
@@ -375,12 +454,12 @@ def test_negative_sizes(lib: Library, directory: pathlib.Path, model: int) -> No
         (NULL, 3, NULL, 0),
         (LOGITS, len(LOGITS), NULL, 2),
     ]:
-        code, fault = lib("run_new", model, *given, ctypes.byref(handle))
+        code, fault = lib("run_new", model, *given, 1, ctypes.byref(handle))
         assert (code, fault["code"]) == (EFAULT, "InputError")
-    assert lib("run_new", model, NULL, 0, NULL, 0, ctypes.byref(handle))[1]["code"] == "GraphError"
+    assert lib("run_new", model, NULL, 0, NULL, 0, 1, ctypes.byref(handle))[1]["code"] == "GraphError"
     nothing = (PTR * 1)(None)
     code, fault = lib(
-        "run_new", model, LOGITS, len(LOGITS), ctypes.cast(nothing, ctypes.POINTER(PTR)), 1, ctypes.byref(handle)
+        "run_new", model, LOGITS, len(LOGITS), ctypes.cast(nothing, ctypes.POINTER(PTR)), 1, 1, ctypes.byref(handle)
     )
     assert (code, fault["code"]) == (EFAULT, "InputError")
     for name, given in {"tokenizer_ids": (b"w1", -1, 1), "tokenizer_decode": ((I64 * 1)(), -1, 0)}.items():
@@ -549,7 +628,7 @@ def test_fork(lib: Library, directory: pathlib.Path, model: int) -> None:
             fine = all(
                 code == EFORK and fault["code"] == "ForkError" and "spawn" in fault["hint"] for code, fault in told
             )
-            status = 0 if fine and len(told) == 20 else 2
+            status = 0 if fine and len(told) == len(calls) + 4 else 2
         finally:
             os._exit(status)
     deadline = time.monotonic() + 60

@@ -17,7 +17,7 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/plan"
 )
 
-// Machine is one run of a schedule over values of type V.
+// Machine is one run of a schedule, or of several that follow each other, over values of type V.
 type Machine[V any] struct {
 	schedule *plan.Schedule
 	slots    []V
@@ -28,7 +28,21 @@ type Machine[V any] struct {
 
 // New makes a machine at the start of a schedule. Every source must be bound before Next.
 func New[V any](s *plan.Schedule) *Machine[V] {
-	return &Machine[V]{schedule: s, slots: make([]V, s.Slots), held: make([]bool, s.Slots)}
+	m := &Machine[V]{}
+	m.Extend(s, nil)
+	return m
+}
+
+// Extend lets a machine that is done go on with the next schedule of the same plan, whose sources
+// must be bound before Next. Values that have died since are appended to dead, for the caller to release.
+func (m *Machine[V]) Extend(s *plan.Schedule, dead []V) []V {
+	m.schedule, m.pc = s, 0
+	m.slots = append(m.slots, make([]V, s.Slots-len(m.slots))...)
+	m.held = append(m.held, make([]bool, s.Slots-len(m.held))...)
+	for _, slot := range s.Freed {
+		dead = m.drop(slot, dead)
+	}
+	return dead
 }
 
 // Bind gives a source its value.
@@ -87,7 +101,7 @@ type Result struct {
 	Value graph.Arg
 }
 
-// Results gives the saved values of a finished run, in program order. They stay the machine's
+// Results gives the saved values of a finished schedule, in program order. They stay the machine's
 // until Abort.
 func (m *Machine[V]) Results() []Result {
 	if !m.Done() {

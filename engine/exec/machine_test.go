@@ -53,12 +53,30 @@ const headWeight = 3
 // drive runs a schedule over matrices, checking on the way that nothing is freed twice and that
 // nothing is left at the end but what was saved.
 func drive(t *testing.T, s *plan.Schedule) []matrix {
+	m := exec.New[matrix](s)
+	saved := walk(t, m, s)
+	finished(t, m, s)
+	return saved
+}
+
+// finished checks that nothing is left of a run but what its last schedule saved.
+func finished(t *testing.T, m *exec.Machine[matrix], s *plan.Schedule) {
+	alive := map[graph.ID]bool{}
+	for _, r := range m.Results() {
+		if !s.Borrowed[r.Value.Ref] {
+			alive[r.Value.Ref] = true
+		}
+	}
+	require.Len(t, m.Abort(nil), len(alive), "values left at the end")
+}
+
+// walk runs a schedule that the machine has got.
+func walk(t *testing.T, m *exec.Machine[matrix], s *plan.Schedule) []matrix {
 	defer func() {
 		if t.Failed() {
 			t.Log(s)
 		}
 	}()
-	m := exec.New[matrix](s)
 	for _, src := range s.Sources {
 		m.Bind(src.Slot, source(s, src))
 	}
@@ -119,13 +137,6 @@ func drive(t *testing.T, s *plan.Schedule) []matrix {
 		require.NoError(t, err)
 		saved = append(saved, v)
 	}
-	alive := map[graph.ID]bool{}
-	for _, r := range m.Results() {
-		if !s.Borrowed[r.Value.Ref] {
-			alive[r.Value.Ref] = true
-		}
-	}
-	require.Len(t, m.Abort(nil), len(alive), "values left at the end")
 	return saved
 }
 
@@ -324,6 +335,67 @@ func TestRandomTraces(t *testing.T) {
 	}
 	require.Positive(t, passes, "no trace needed a second pass: the generator is too tame")
 	t.Logf("%d traces, %d of them in several passes", ran, passes)
+}
+
+// TestPausedTraces asks for values of random traces before they have been written to their end. It
+// holds them against the trace as far as it has been written, and those of the end against the whole,
+// with each invoke run alone.
+func TestPausedTraces(t *testing.T) {
+	const layers = 3
+	m := plantest.Model(layers)
+	models := plan.Models{Causal: m, Masked: m}
+	pauses, restarts, passes := 0, 0, 0
+	for seed := range uint64(4000) {
+		r := rand.New(rand.NewPCG(seed, 2))
+		text := randomTrace(r, layers)
+		whole := plantest.Parse(t, text)
+		p, machine := plan.New(models), (*exec.Machine[matrix])(nil)
+		// extend runs the first n nodes and gives the values saved since the last time.
+		extend := func(n int, end bool) []matrix {
+			g := &graph.Graph{Nodes: whole.Nodes[:n], Invokes: whole.Invokes[:whole.Nodes[n-1].Invoke+1]}
+			if end {
+				g.Invokes = whole.Invokes
+			}
+			s, err := p.Extend(g, end)
+			if err == plan.ErrRestart {
+				restarts++
+				p, machine = plan.New(models), nil
+				s, err = p.Extend(g, end)
+			}
+			require.NoError(t, err, "seed %d, %d nodes:\n%s", seed, n, text)
+			if machine == nil {
+				machine = exec.New[matrix](s)
+			} else {
+				machine.Extend(s, nil)
+			}
+			saved := walk(t, machine, s)
+			if end {
+				finished(t, machine, s)
+			}
+			passes = max(passes, len(s.Forwards))
+			return saved
+		}
+		var again []graph.Node // saves of all values that were asked for
+		for n, node := range whole.Nodes {
+			if node.Kind == graph.KindSave {
+				again = append(again, node)
+			}
+			if node.Kind != graph.KindSave || r.IntN(3) == 0 {
+				continue
+			}
+			pauses++
+			want := oracle(t, &graph.Graph{Nodes: whole.Nodes[:n+1], Invokes: whole.Invokes}, layers)
+			got := extend(n+1, false)
+			require.Equal(t, want[len(want)-1], got[len(got)-1], "seed %d, %d nodes:\n%s", seed, n+1, text)
+		}
+		want := oracle(t, plantest.Parse(t, text), layers)
+		whole.Nodes = append(whole.Nodes, again...)
+		got := extend(len(whole.Nodes), true)
+		require.Equal(t, want, got[len(got)-len(again):], "seed %d:\n%s", seed, text)
+	}
+	require.Positive(t, restarts, "no trace had to be planned anew: the generator is too tame")
+	require.Greater(t, passes, 1)
+	t.Logf("%d pauses, %d plans begun anew, up to %d passes", pauses, restarts, passes)
 }
 
 func TestMachineEnds(t *testing.T) {

@@ -1,6 +1,7 @@
 package graph
 
 import (
+	"slices"
 	"unicode/utf8"
 
 	"github.com/nnsight-go/nnsight-go/engine/fault"
@@ -11,12 +12,24 @@ import (
 // is a graph within the limits (MaxNodes and its neighbours) whose references point backwards, or an
 // error of code Graph that names the node. It says nothing about a model: see [Verify].
 func Decode(data []byte) (*Graph, error) {
-	d := decoder{what: "graph", rest: data, node: NoID}
-	g := d.graph()
-	if err := d.end(); err != nil {
+	g := &Graph{Nodes: []Node{}, Invokes: []Invoke{}, Positions: []fault.Pos{}}
+	if err := DecodeMore(g, data); err != nil {
 		return nil, err
 	}
 	return g, nil
+}
+
+// DecodeMore reads what continues a graph: invokes, nodes and positions in wire form, whose numbers go
+// on where those of the graph end. Where it fails the graph stays as it was.
+func DecodeMore(g *Graph, data []byte) error {
+	d := decoder{what: "graph", rest: data, node: NoID}
+	more := *g
+	d.graph(&more)
+	if err := d.end(); err != nil {
+		return err
+	}
+	*g = more
+	return nil
 }
 
 // decoder reads MessagePack from front to back. The first error stops it: from then on every method
@@ -172,40 +185,40 @@ func (d *decoder) name(what string) string {
 	return s
 }
 
-func (d *decoder) graph() *Graph {
-	g := &Graph{}
+// graph reads the parts of a graph and appends them to g.
+func (d *decoder) graph(g *Graph) {
 	d.parts("the graph", 4)
 	if v := d.int("the version"); d.err == nil && v != wireVersion {
 		d.fail("it is of version %d; this engine reads version %d", v, wireVersion)
 		d.err.Hint = "Use the same version of nnsight-go on both sides."
 	}
-	n := d.list("invokes", MaxInvokes, minInvoke)
-	g.Invokes = make([]Invoke, 0, n)
+	n := d.list("invokes", MaxInvokes-len(g.Invokes), minInvoke)
+	g.Invokes = slices.Grow(g.Invokes, n)
 	for i := 0; i < n && d.err == nil; i++ {
 		g.Invokes = append(g.Invokes, d.invoke())
 	}
-	n = d.list("nodes", MaxNodes, minNode-1) // a node without parts of its own is refused with its number
-	g.Nodes = make([]Node, n)
-	for i := 0; i < n && d.err == nil; i++ {
+	n = d.list("nodes", MaxNodes-len(g.Nodes), minNode-1) // a node without parts of its own is refused with its number
+	from := len(g.Nodes)
+	g.Nodes = append(g.Nodes, make([]Node, n)...)
+	for i := from; i < len(g.Nodes) && d.err == nil; i++ {
 		d.node, d.refs = ID(i), int64(i)
 		d.oneNode(&g.Nodes[i], len(g.Invokes))
 	}
 	d.node = NoID
-	n = d.list("positions", MaxPositions, minPosition)
-	g.Positions = make([]fault.Pos, 0, n)
+	n = d.list("positions", MaxPositions-len(g.Positions), minPosition)
+	g.Positions = slices.Grow(g.Positions, n)
 	for i := 0; i < n && d.err == nil; i++ {
 		d.parts("a position", 3)
 		g.Positions = append(g.Positions, fault.Pos{
 			File: d.name("a file's name"), Line: int(d.small("a line", 0, 1<<31-1)), Func: d.name("a function's name"),
 		})
 	}
-	for i := 0; i < len(g.Nodes) && d.err == nil; i++ {
+	for i := from; i < len(g.Nodes) && d.err == nil; i++ {
 		if d.node = ID(i); int(g.Nodes[i].Pos) >= len(g.Positions) {
 			d.fail("its line is position %d of %d", g.Nodes[i].Pos, len(g.Positions))
 		}
 	}
 	d.node = NoID
-	return g
 }
 
 func (d *decoder) invoke() Invoke {

@@ -16,15 +16,18 @@ import (
 // ModulePath where it names what the model does not have; they carry the node, the invoke, the
 // step and the user's line. The order of reads and writes, token ids and operators' schemas are
 // checked later, by those who know.
-func Verify(g *Graph, m *Model, nconsts int) error {
-	for i := range g.Invokes {
+func Verify(g *Graph, m *Model, nconsts int) error { return VerifyMore(g, m, nconsts, 0, 0) }
+
+// VerifyMore is Verify for a graph whose first invokes and nodes have been verified before.
+func VerifyMore(g *Graph, m *Model, nconsts, invokes, nodes int) error {
+	for i := invokes; i < len(g.Invokes); i++ {
 		if err := verifyInvoke(&g.Invokes[i]); err != nil {
 			err.Invoke = i
 			return err
 		}
 	}
 	v := verifier{nodes: g.Nodes}
-	for i := range g.Nodes {
+	for i := nodes; i < len(g.Nodes); i++ {
 		n := &g.Nodes[i]
 		err := v.node(ID(i))
 		if err == nil {

@@ -14,6 +14,7 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/enginetest"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/plan"
 	"github.com/stretchr/testify/require"
 )
 
@@ -168,10 +169,12 @@ func TestRunsLeaveNothingBehind(t *testing.T) {
 		"results untold": func() { r := start(logits(1)); _, err := r.Step(0); require.NoError(t, err); r.Free() },
 		"a panic": func() {
 			r := start(logits(1, 2, 3))
-			r.schedule.Instrs[9].Args = nil
-			r.schedule.Instrs[9].Op = 2 // a setindex, which looks at its arguments
+			_, err := r.Step(1)
+			require.NoError(t, err)
+			in := r.machine.Next()
+			in.Op, in.Args = plan.OpSetIndex, nil // which looks at its arguments
 			require.Panics(t, func() { _, _ = r.Step(0) })
-			_, err := r.Step(0)
+			_, err = r.Step(0)
 			require.ErrorContains(t, err, "has ended")
 		},
 	} {

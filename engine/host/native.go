@@ -117,6 +117,10 @@ func (m *Native) match() error {
 	return nil
 }
 
+func errClosed() error {
+	return fault.New(fault.Handle, "this model has been closed").WithHint("Open it again.")
+}
+
 // Load maps the weights and makes the computed buffers. Calling it again does nothing.
 func (m *Native) Load() error {
 	m.mu.Lock()
@@ -125,11 +129,11 @@ func (m *Native) Load() error {
 }
 
 func (m *Native) load() error {
-	if m.closed {
-		return fault.New(fault.Handle, "this model has been closed").WithHint("Open it again.")
-	}
-	if m.loaded {
+	if m.loaded && m.params != nil { // a closed model keeps them for its runs
 		return nil
+	}
+	if m.closed {
+		return errClosed()
 	}
 	defer plainMode()()
 	params := map[string]aten.Tensor{}
@@ -237,6 +241,9 @@ func (m *Native) Models() plan.Models {
 func (m *Native) Parameter(name string) (aten.Tensor, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.closed {
+		return aten.Tensor{}, errClosed()
+	}
 	if err := m.load(); err != nil {
 		return aten.Tensor{}, err
 	}
@@ -286,35 +293,37 @@ func (m *Native) Describe() *Description {
 	return d
 }
 
-// Start checks a trace and makes a run of it, loading the weights if need be. It takes over
+// Start checks a whole trace and makes a run of it, loading the weights if need be. It takes over
 // consts, also where it fails.
-func (m *Native) Start(g *graph.Graph, consts []aten.Tensor) (r *Run, err error) {
-	defer func() {
-		if r == nil { // an error, or a panic
-			for _, t := range consts {
-				t.Free()
-			}
+func (m *Native) Start(g *graph.Graph, consts []aten.Tensor) (*Run, error) {
+	return m.Begin(g, consts, true)
+}
+
+// Begin makes a run of a trace that may go on: without end, [Run.Extend] adds to it once it is done.
+// The run takes over the graph, and consts also where it fails.
+func (m *Native) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, error) {
+	r := &Run{model: m, graph: &graph.Graph{}, plan: plan.New(m.Models())}
+	if err := m.enter(); err != nil {
+		for _, t := range consts {
+			t.Free()
 		}
-	}()
-	if err := graph.Verify(g, m.graphs.Causal, len(consts)); err != nil {
 		return nil, err
 	}
-	if err := m.checkInputs(g); err != nil {
+	if err := r.Extend(func(own *graph.Graph) error { *own = *g; return nil }, consts, end); err != nil {
 		return nil, err
 	}
-	schedule, err := plan.Splice(g, m.Models())
-	if err != nil {
-		return nil, err
-	}
-	if err := checkSizes(schedule); err != nil {
-		return nil, err
-	}
+	return r, nil
+}
+
+// enter counts a run in, which keeps the weights until it is done.
+func (m *Native) enter() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if err := m.load(); err != nil {
-		return nil, err
+	if m.closed {
+		return errClosed()
 	}
-	return newRun(m, g, schedule, consts)
+	m.runs++
+	return nil
 }
 
 // done notes that a run has ended.
@@ -339,10 +348,10 @@ func checkSizes(s *plan.Schedule) error {
 	return nil
 }
 
-// checkInputs refuses tokens the model cannot take, before any work.
-func (m *Native) checkInputs(g *graph.Graph) error {
+// checkInputs refuses tokens the model cannot take, before any work, in the invokes from a number on.
+func (m *Native) checkInputs(g *graph.Graph, from int) error {
 	context, vocab := m.arch.Context(), int64(m.arch.Vocab())
-	for i := range g.Invokes {
+	for i := from; i < len(g.Invokes); i++ {
 		for r, row := range g.Invokes[i].Rows {
 			var err *fault.Error
 			if len(row) > context {

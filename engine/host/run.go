@@ -16,16 +16,18 @@ import (
 // Run is one trace on its way through a model. It belongs to one goroutine at a time, and each
 // Step runs on the calling OS thread with that thread's torch state, which it puts back.
 type Run struct {
-	model    *Native
-	graph    *graph.Graph
-	schedule *plan.Schedule
-	machine  *exec.Machine[value]
-	consts   []aten.Tensor
-	frame    aten.Frame
-	dead     []value
-	odd      []oddWrite // replacements whose sizes differ from what the model computed
-	freed    bool
-	taken    bool // its results have been handed over
+	model   *Native
+	graph   *graph.Graph
+	plan    *plan.Plan
+	machine *exec.Machine[value]
+	consts  []aten.Tensor
+	frame   aten.Frame
+	dead    []value
+	odd     []oddWrite // replacements whose sizes differ from what the model computed
+	from    int        // nodes before it were there at the last Extend
+	end     bool       // its program is complete
+	freed   bool
+	taken   bool // its results have been handed over
 }
 
 // value is what a slot holds: nearly always a tensor.
@@ -49,36 +51,81 @@ type oddWrite struct {
 	want, got []int64
 }
 
-// newRun binds a schedule's sources; the caller holds the model's lock. The run takes over consts
-// unless it fails.
-func newRun(m *Native, g *graph.Graph, s *plan.Schedule, consts []aten.Tensor) (*Run, error) {
-	defer plainMode()()
-	machine := exec.New[value](s)
+// Extend adds to a run that is done what its program says next, and readies it for Step. grow appends
+// to the graph; consts are the constants that are new. With end the program is complete. The run takes
+// over consts. Where Extend fails the run has ended, and freed what it held.
+func (r *Run) Extend(grow func(*graph.Graph) error, consts []aten.Tensor, end bool) (err error) {
+	r.consts = append(r.consts, consts...)
 	ok := false
 	defer func() {
-		if !ok { // the inputs made so far
-			release(machine.Abort(nil))
+		if !ok { // an error, or a panic
+			r.Free()
 		}
 	}()
+	switch {
+	case r.freed || r.end:
+		return fault.New(fault.Handle, "this run has ended")
+	case r.machine != nil && !r.machine.Done():
+		return fault.New(fault.Handle, "this run is not done yet").WithHint("Step it until it is.")
+	}
+	m, invokes := r.model, len(r.graph.Invokes)
+	r.from, r.end, r.taken = len(r.graph.Nodes), end, false
+	if err := grow(r.graph); err != nil {
+		return err
+	}
+	if err := graph.VerifyMore(r.graph, m.graphs.Causal, len(r.consts), invokes, r.from); err != nil {
+		return err
+	}
+	if err := m.checkInputs(r.graph, invokes); err != nil {
+		return err
+	}
+	schedule, err := r.plan.Extend(r.graph, end)
+	if err == plan.ErrRestart {
+		release(r.machine.Abort(nil))
+		r.machine, r.odd, r.plan = nil, nil, plan.New(m.Models())
+		schedule, err = r.plan.Extend(r.graph, end)
+	}
+	if err != nil {
+		return err
+	}
+	if err := checkSizes(schedule); err != nil {
+		return err
+	}
+	if err := m.Load(); err != nil {
+		return err
+	}
+	if r.machine == nil {
+		r.machine = exec.New[value](schedule)
+	} else {
+		release(r.machine.Extend(schedule, nil))
+	}
+	if err := r.bind(schedule); err != nil {
+		return err
+	}
+	ok = true
+	return nil
+}
+
+// bind gives a schedule's sources their values.
+func (r *Run) bind(s *plan.Schedule) error {
+	defer plainMode()()
 	for _, src := range s.Sources {
 		var t aten.Tensor
 		var err error
 		switch src.Kind {
 		case graph.KindParam:
-			t, err = m.param(src.Name)
+			t, err = r.model.param(src.Name)
 		case graph.KindConst:
-			t = consts[src.Index]
+			t = r.consts[src.Index]
 		case graph.KindInput:
-			t, err = m.input(&s.Forwards[src.Forward], src.Name)
+			t, err = r.model.input(&s.Forwards[src.Forward], src.Name)
 		}
 		if err != nil {
-			return nil, err
+			return err
 		}
-		machine.Bind(src.Slot, value{tensor: t})
+		r.machine.Bind(src.Slot, value{tensor: t})
 	}
-	ok = true
-	m.runs++
-	return &Run{model: m, graph: g, schedule: s, machine: machine, consts: consts}, nil
+	return nil
 }
 
 // Step works for about budget and reports whether the run is done; 0 means to the end. A run that
@@ -121,9 +168,9 @@ func release(dead []value) {
 	}
 }
 
-// Results hands over the saved values: a tree for each Save node and the tensors the trees number,
-// which are now the caller's. A tensor saved twice is there once. A second call gives nothing; a run
-// that has not got to its end has no results.
+// Results hands over the values of the Save nodes that the last Extend brought: a tree for each and the
+// tensors the trees number, which are now the caller's. A tensor saved twice is there once. A second
+// call gives nothing; a run that is not done has no results. One whose program is complete ends here.
 func (r *Run) Results() ([]graph.Result, []aten.Tensor, error) {
 	switch {
 	case r.taken:
@@ -161,9 +208,14 @@ func (r *Run) Results() ([]graph.Result, []aten.Tensor, error) {
 	}
 	var out []graph.Result
 	for _, saved := range r.machine.Results() {
+		if int(saved.Node) < r.from { // handed over before the run was planned anew
+			continue
+		}
 		out = append(out, graph.Result{Node: saved.Node, Value: replace(saved.Value, hand)})
 	}
-	r.Free()
+	if r.end {
+		r.Free()
+	}
 	if failed != nil {
 		for _, t := range tensors {
 			t.Free()
@@ -210,7 +262,9 @@ func (r *Run) Free() {
 		return
 	}
 	r.freed = true
-	release(r.machine.Abort(nil))
+	if r.machine != nil {
+		release(r.machine.Abort(nil))
+	}
 	for _, t := range r.consts {
 		t.Free()
 	}

@@ -48,21 +48,21 @@ func (e extent) window(f *Forward, shape graph.Shape) Window {
 	return w
 }
 
-// layout places invokes in forward passes. forwardOf[i] is the pass that invoke i needs (from
-// [orderInvokes]); an invoke without input sees all rows of its pass.
-func layout(invokes []graph.Invoke, forwardOf []int) ([]Forward, []extent, error) {
-	count := 1
-	for _, f := range forwardOf {
-		count = max(count, f+1)
+// layout places the members among the invokes in new forward passes, numbered from base on:
+// forwardOf[i] is the pass that invoke i needs (from [orderInvokes]). An invoke without input sees all
+// rows of its pass. Where the members lie goes into extents.
+func layout(invokes []graph.Invoke, members, forwardOf []int, base int, extents []extent) ([]Forward, error) {
+	count := 0
+	for _, i := range members {
+		count = max(count, forwardOf[i]-base+1)
 	}
 	forwards := make([]Forward, count)
-	extents := make([]extent, len(invokes))
 	whole := make([]bool, count)
-	for i := range invokes {
-		f := &forwards[forwardOf[i]]
-		extents[i].forward = forwardOf[i]
+	for _, i := range members {
+		f := &forwards[forwardOf[i]-base]
+		extents[i] = extent{forward: forwardOf[i]}
 		if invokes[i].WholeBatch() {
-			whole[forwardOf[i]] = true
+			whole[forwardOf[i]-base] = true
 			continue
 		}
 		extents[i].row, extents[i].rows = f.Batch(), int64(len(invokes[i].Rows))
@@ -71,7 +71,7 @@ func layout(invokes []graph.Invoke, forwardOf []int) ([]Forward, []extent, error
 				err := fault.New(fault.Input, "row %d of invoke %d has no tokens", r, i).
 					WithHint("Give a prompt of at least one token.")
 				err.Invoke = i
-				return nil, nil, err
+				return nil, err
 			}
 			var mask []int64
 			if len(invokes[i].Masks) > 0 {
@@ -80,7 +80,7 @@ func layout(invokes []graph.Invoke, forwardOf []int) ([]Forward, []extent, error
 					err := fault.New(fault.Input, "row %d of invoke %d has %d tokens and an attention mask of %d",
 						r, i, len(row), len(mask))
 					err.Invoke = i
-					return nil, nil, err
+					return nil, err
 				}
 			}
 			f.Rows = append(f.Rows, row)
@@ -91,8 +91,7 @@ func layout(invokes []graph.Invoke, forwardOf []int) ([]Forward, []extent, error
 	for k := range forwards {
 		f := &forwards[k]
 		if len(f.Rows) == 0 {
-			return nil, nil, fault.New(fault.Input, "the trace has no input").
-				WithHint("Give the trace or one of its invokes a prompt.")
+			return nil, errNoInput()
 		}
 		ragged := false
 		for r, row := range f.Rows {
@@ -104,8 +103,8 @@ func layout(invokes []graph.Invoke, forwardOf []int) ([]Forward, []extent, error
 		}
 		f.Masked = f.Masked || ragged && whole[k]
 	}
-	for i := range invokes {
-		f := &forwards[extents[i].forward]
+	for _, i := range members {
+		f := &forwards[forwardOf[i]-base]
 		if invokes[i].WholeBatch() {
 			extents[i].rows, extents[i].toks = f.Batch(), f.Seq
 			continue
@@ -114,11 +113,15 @@ func layout(invokes []graph.Invoke, forwardOf []int) ([]Forward, []extent, error
 			f.Masked = f.Masked || int64(len(row)) != extents[i].toks
 		}
 	}
-	for i := range extents {
-		f := &forwards[extents[i].forward]
+	for _, i := range members {
+		f := &forwards[forwardOf[i]-base]
 		if f.Masked {
 			extents[i].tok = f.Seq - extents[i].toks
 		}
 	}
-	return forwards, extents, nil
+	return forwards, nil
+}
+
+func errNoInput() error {
+	return fault.New(fault.Input, "the trace has no input").WithHint("Give the trace or one of its invokes a prompt.")
 }

@@ -1,21 +1,6 @@
 package plan
 
-import (
-	"slices"
-
-	"github.com/nnsight-go/nnsight-go/engine/graph"
-)
-
-// finish drops the instructions nobody can observe and says where each value dies.
-func finish(s *Schedule) {
-	s.Borrowed = make([]bool, s.Slots)
-	for _, src := range s.Sources {
-		s.Borrowed[src.Slot] = src.Kind != graph.KindInput
-	}
-	slices.SortFunc(s.Saved, func(a, b Saved) int { return int(a.Node - b.Node) }) // program order
-	dropDead(s)
-	markLastUses(s)
-}
+import "github.com/nnsight-go/nnsight-go/engine/graph"
 
 // aliases groups slots that may share storage (union-find).
 type aliases []Slot
@@ -38,28 +23,23 @@ func (a aliases) find(s Slot) Slot {
 
 func (a aliases) join(x, y Slot) { a[a.find(x)] = a.find(y) }
 
-// dropDead removes instructions whose result nobody uses and whose changes nobody can see. A
-// change can be seen through anything that may share storage with its target, and always in a
-// tensor that is not the run's own. A guard stays: a change that comes too late is an error, and
-// the more so where nobody would notice.
-func dropDead(s *Schedule) {
-	alias := newAliases(s.Slots)
-	for i := range s.Instrs {
-		in := &s.Instrs[i]
-		in.shares(func(r Slot) { alias.join(in.Out, r) })
-	}
+// dropDead removes instructions whose result nobody uses and whose changes nobody can see; keep
+// says which slots are used afterwards. A change can be seen through anything that may share storage
+// with its target, and always in a tensor that is not the run's own. A guard stays: a change that comes
+// too late is an error, and the more so where nobody would notice.
+func dropDead(s *Schedule, keep []bool, alias aliases) {
 	used := make([]bool, s.Slots)
 	seen := make([]bool, s.Slots) // by group
 	use := func(r Slot) {
 		used[r] = true
 		seen[alias.find(r)] = true
 	}
-	for i := range s.Saved {
-		s.Saved[i].Value.Refs(use)
-	}
-	for _, src := range s.Sources {
-		if s.Borrowed[src.Slot] {
-			seen[alias.find(src.Slot)] = true
+	for slot := range keep {
+		if keep[slot] {
+			use(Slot(slot))
+		}
+		if s.Borrowed[slot] {
+			seen[alias.find(Slot(slot))] = true
 		}
 	}
 	kept := len(s.Instrs)
@@ -113,9 +93,9 @@ func (in *Instr) refs(f func(Slot)) {
 	}
 }
 
-// markLastUses notes after which instruction each slot is dead. Saved slots live until the
-// results are taken; borrowed ones are not the run's to free.
-func markLastUses(s *Schedule) {
+// markLastUses notes after which instruction each slot is dead. Those to keep live on; borrowed ones
+// are not the run's to free. What is alive from before and has no use any more is dead at once.
+func markLastUses(s *Schedule, keep, alive []bool) {
 	last := make([]int, s.Slots)
 	for i := range last {
 		last[i] = -1
@@ -127,14 +107,27 @@ func markLastUses(s *Schedule) {
 		}
 		in.refs(func(r Slot) { last[r] = i })
 	}
-	keep := make([]bool, s.Slots)
-	for i := range s.Saved {
-		s.Saved[i].Value.Refs(func(r Slot) { keep[r] = true })
-	}
+	s.used = make([]bool, s.Slots)
 	for slot, i := range last {
-		if i >= 0 && !keep[slot] && !s.Borrowed[slot] {
+		s.used[slot] = i >= 0
+		switch {
+		case keep[slot] || s.Borrowed[slot]:
+		case i >= 0:
 			s.Instrs[i].Frees = append(s.Instrs[i].Frees, Slot(slot))
+		case alive[slot]:
+			s.Freed = append(s.Freed, Slot(slot))
 		}
 	}
-	s.Sources = slices.DeleteFunc(s.Sources, func(src Source) bool { return last[src.Slot] < 0 && !keep[src.Slot] })
+}
+
+// bindings gives the sources that this schedule needs for the first time; they are alive from now on.
+func bindings(sources []Source, s *Schedule, keep, alive []bool) []Source {
+	var now []Source
+	for _, src := range sources {
+		if !alive[src.Slot] && (s.used[src.Slot] || keep[src.Slot]) {
+			now = append(now, src)
+			alive[src.Slot] = true
+		}
+	}
+	return now
 }

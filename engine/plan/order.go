@@ -22,9 +22,9 @@ func accessPoint(m *graph.Model, n *graph.Node) (int, error) {
 // invoke i. Invokes share a pass unless an invoke would have to write at a layer the pass has
 // left behind by the time a value of an earlier invoke is there.
 //
-// depth[n] is how far its pass has gone, in access points, when node n can run.
-func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID) (forwardOf []int, err error) {
-	forwardOf = make([]int, max(len(g.Invokes), 1))
+// Only the members are placed, in passes from base on; the others stand in earlier ones already, or
+// wait. depth[n] is how far its pass has gone, in access points, when node n can run.
+func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID, forwardOf, members []int, base int) error {
 	depth := make([]int, len(g.Nodes))
 	origins := make([][]int, len(g.Nodes)) // access points whose value a node's result may alias
 	at := make([]int, len(forwardOf))      // how far each invoke's pass has gone
@@ -96,7 +96,8 @@ func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID) (forwardOf
 		}
 		return nil
 	}
-	for i := range forwardOf {
+	for _, i := range members {
+		forwardOf[i] = base
 		for _, n := range own[i] {
 			uses(n, func(id graph.ID) { forwardOf[i] = max(forwardOf[i], forwardOf[g.Nodes[id].Invoke]) })
 		}
@@ -109,20 +110,21 @@ func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID) (forwardOf
 			err = nil
 		}
 		if err != nil {
-			return nil, err
+			return err
 		}
 	}
-	later := slices.IndexFunc(forwardOf, func(f int) bool { return f != 0 })
-	whole := slices.IndexFunc(g.Invokes, func(v graph.Invoke) bool { return v.WholeBatch() })
+	later := slices.IndexFunc(members, func(i int) bool { return forwardOf[i] != base })
+	whole := slices.IndexFunc(members, func(i int) bool { return g.Invokes[i].WholeBatch() })
 	if later >= 0 && whole >= 0 {
+		later, whole = members[later], members[whole]
 		e := fault.New(fault.Input, "invoke %d has no input and so sees the whole batch, "+
 			"but invoke %d needs a forward pass of its own", whole, later).
 			WithHint("It writes at a layer that lies before the value it takes from another invoke; "+
 				"give invoke %d a prompt, or use a second trace.", whole)
 		e.Invoke = whole
-		return nil, e
+		return e
 	}
-	return forwardOf, nil
+	return nil
 }
 
 // binding is an access point that a line assigned a value to: to change the value in place is to
@@ -136,6 +138,9 @@ var errNextForward = fault.New(fault.Internal, "needs the next forward pass")
 
 // locate adds a node's place to an error.
 func locate(err error, g *graph.Graph, n int) error {
+	if err == ErrRestart {
+		return err
+	}
 	e := fault.As(err)
 	node := &g.Nodes[n]
 	e.Node, e.Invoke, e.Step = n, int(node.Invoke), int(node.Step)

@@ -59,8 +59,6 @@ func TestErrors(t *testing.T) {
 		"no input":       {"invoke whole\nh = l.1.output.0\nsave h", fault.Input, "no input"},
 		"plain value":    {"invoke 2\nl.1.output.0 = 3", fault.Op, "cannot become a plain value"},
 		"wrong argument": {"invoke 2\nh = l.1.output.0\ny = call head h h\nsave y", fault.Op, "does not take these arguments"},
-		"change after a later pass": {"invoke 2\nh = l.2.output.0\ninvoke 2\nl.0.output.0 = h\ny = head.output\nsave y\nback 0\nh[0, :] = 0\nsave h",
-			fault.OutOfOrder, "needs a forward pass of its own"},
 		"whole batch": {"invoke 2\nh = l.2.output.0\nsave h\ninvoke 2\nl.0.output.0 = h\ny = head.output\nsave y\ninvoke whole\nz = head.output\nsave z",
 			fault.Input, "sees the whole batch"},
 	} {

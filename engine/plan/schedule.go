@@ -87,11 +87,14 @@ type Saved struct {
 // Schedule is a run, ready to be walked.
 type Schedule struct {
 	Slots    int
-	Sources  []Source
+	Freed    []Slot   // slots of an earlier schedule of the run that are dead before this one begins
+	Sources  []Source // those that no earlier schedule of the run has had
 	Instrs   []Instr
 	Saved    []Saved
 	Forwards []Forward
 	Borrowed []bool // by slot: parameters and constants, which a run never frees
+
+	used []bool // by slot: an instruction names it
 }
 
 // String prints the schedule, one instruction a line.

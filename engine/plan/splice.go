@@ -22,69 +22,6 @@ func (m Models) of(f *Forward) *graph.Model {
 	return m.Causal
 }
 
-// Splice joins a verified trace with the model it speaks of. Each invoke's nodes keep their
-// order; the forward pass of an invoke advances to an access point when the first node needs it,
-// and no further than the last one does.
-//
-// Several invokes in one pass each see a copy of their own rows. What an invoke changed is written
-// back before the pass moves on.
-func Splice(g *graph.Graph, models Models) (*Schedule, error) {
-	waits := hazards(g, models.Causal)
-	forwardOf, err := orderInvokes(g, models.Causal, waits)
-	if err != nil {
-		return nil, err
-	}
-	forwards, extents, err := layout(g.Invokes, forwardOf)
-	if err != nil {
-		return nil, err
-	}
-	s := &splicer{
-		g:       g,
-		waits:   waits,
-		extents: extents,
-		out:     &Schedule{Forwards: forwards},
-		passes:  make([]pass, len(forwards)),
-		queues:  make([][]int, len(extents)),
-		val:     make([]graph.Arg, len(g.Nodes)),
-		done:    make([]bool, len(g.Nodes)),
-		origins: make([][]origin, len(g.Nodes)),
-		reach:   make([]int, len(extents)),
-		reacher: make([]int, len(extents)),
-		params:  map[string]Slot{},
-	}
-	for i := range s.reach {
-		s.reach[i], s.reacher[i] = -1, -1
-	}
-	room := min(len(models.Causal.Nodes)/2+2*len(g.Nodes), 1<<14) // about what a trace to the last layer takes
-	s.out.Instrs, s.alias = make([]Instr, 0, room), make(aliases, 0, room)
-	for i := range s.passes {
-		model := models.of(&forwards[i])
-		s.passes[i] = pass{forward: i, model: model, env: make([]Slot, len(model.Nodes)), lastCall: -1,
-			inputs: map[string]Slot{}, copies: map[copyKey]*rowCopy{}, spread: map[Slot]bool{}, foreign: map[Slot]bool{}}
-		for k := range s.passes[i].env {
-			s.passes[i].env[k] = NoSlot
-		}
-	}
-	if len(g.Nodes) > 0 {
-		s.mode = g.Nodes[0].Mode
-	}
-	live := liveNodes(g)
-	for n := range g.Nodes {
-		if live[n] {
-			s.queues[g.Nodes[n].Invoke] = append(s.queues[g.Nodes[n].Invoke], n)
-		} else {
-			s.done[n] = true
-		}
-	}
-	for i := range s.passes {
-		if err := s.run(&s.passes[i]); err != nil {
-			return nil, err
-		}
-	}
-	finish(s.out)
-	return s.out, nil
-}
-
 // liveNodes says which of the user's nodes anyone can observe.
 func liveNodes(g *graph.Graph) []bool {
 	live := make([]bool, len(g.Nodes))
@@ -97,26 +34,6 @@ func liveNodes(g *graph.Graph) []bool {
 		}
 	}
 	return live
-}
-
-type splicer struct {
-	g       *graph.Graph
-	waits   [][]graph.ID // by user node: nodes of other invokes that must come first
-	out     *Schedule
-	extents []extent
-	passes  []pass
-	queues  [][]int     // by invoke: its live nodes that have not been placed yet
-	val     []graph.Arg // by user node: its value, a tree of slots
-	done    []bool      // by user node: placed, or never needed
-	origins [][]origin  // by user node: the activations its value may be a view of
-	bound   []bound     // what invokes assigned to access points: activations, too
-	reach   []int       // by invoke: the furthest access point it has named
-	reacher []int       // by invoke: the node that named it
-	alias   aliases     // of slots: may share storage
-	params  map[string]Slot
-	consts  map[int32]Slot
-	mode    graph.Mode
-	node    graph.ID // the user's node being placed, for the instructions it causes
 }
 
 // pass is the state of one forward pass while it is spliced.
@@ -165,24 +82,25 @@ type origin struct {
 	ready int  // model nodes from here on run after it
 }
 
-// run places everything of one forward pass.
-func (s *splicer) run(p *pass) error {
+// run places what can be placed of one forward pass, which advances as far as invokes that drive it
+// need, and reports whether that was anything.
+func (s *Plan) run(p *pass, drives []bool) (moved bool, err error) {
 	for {
 		progress, waiting := true, -1
 		for progress {
 			progress, waiting = false, -1
 			for i := range s.queues {
-				if s.extents[i].forward != p.forward {
+				if len(s.queues[i]) == 0 || s.extents[i].forward != p.forward {
 					continue
 				}
 				for len(s.queues[i]) > 0 {
 					n := s.queues[i][0]
 					need, err := s.needs(p, n)
 					if err != nil {
-						return locate(err, s.g, n)
+						return false, locate(err, s.g, n)
 					}
 					if need > p.cursor {
-						if waiting < 0 || need < waiting {
+						if drives[i] && (waiting < 0 || need < waiting) {
 							waiting = need
 						}
 						break
@@ -191,46 +109,26 @@ func (s *splicer) run(p *pass) error {
 						break
 					}
 					if err := s.place(p, n); err != nil {
-						return locate(err, s.g, n)
+						return false, locate(err, s.g, n)
 					}
 					s.queues[i] = s.queues[i][1:]
 					s.done[n] = true
-					progress = true
+					progress, moved = true, true
 				}
 			}
 		}
 		if waiting < 0 {
-			break
+			return moved, nil
 		}
 		if err := s.advance(p, waiting); err != nil {
-			return err
+			return false, err
 		}
+		moved = true
 	}
-	for i := range s.queues {
-		if s.extents[i].forward == p.forward && len(s.queues[i]) > 0 {
-			return s.stuck(s.queues[i][0])
-		}
-	}
-	return nil
-}
-
-// stuck says why a node cannot be placed in its invoke's pass: it uses a tensor that a line of another
-// invoke uses before it, one of the two changes the tensor, and that other line is of a later pass.
-func (s *splicer) stuck(n int) error {
-	node := &s.g.Nodes[n]
-	err := fault.New(fault.OutOfOrder, "this line of invoke %d would have to run after a line of another invoke that needs "+
-		"a forward pass of its own, since one of them changes in place what the other uses", node.Invoke)
-	for _, id := range s.waits[n] {
-		if !s.done[id] {
-			err.Other = s.g.PosOf(&s.g.Nodes[id])
-			break
-		}
-	}
-	return locate(err.WithHint("Move the line before those of the other invoke, or use a copy there (.clone())."), s.g, n)
 }
 
 // ready reports whether all values a node uses have been placed.
-func (s *splicer) ready(n int) bool {
+func (s *Plan) ready(n int) bool {
 	ok := true
 	s.g.Nodes[n].Refs(func(id graph.ID) { ok = ok && s.done[id] })
 	for _, id := range s.waits[n] {
@@ -240,7 +138,7 @@ func (s *splicer) ready(n int) bool {
 }
 
 // needs is how far the pass must have come before node n can be placed: a model node's number.
-func (s *splicer) needs(p *pass, n int) (int, error) {
+func (s *Plan) needs(p *pass, n int) (int, error) {
 	node := &s.g.Nodes[n]
 	if node.Kind != graph.KindRead && node.Kind != graph.KindWrite {
 		return 0, nil
@@ -258,7 +156,7 @@ func (s *splicer) needs(p *pass, n int) (int, error) {
 	return pointReady(&p.model.Points[point]), nil
 }
 
-func (s *splicer) tooLate(node *graph.Node, by int) error {
+func (s *Plan) tooLate(node *graph.Node, by int) error {
 	err := fault.New(fault.OutOfOrder, "%s has already run when this line writes to it", describe(node.Path, node.Port))
 	if by >= 0 {
 		other := &s.g.Nodes[by]
@@ -284,7 +182,7 @@ func pointReady(p *graph.Point) int {
 }
 
 // advance places the model's nodes up to (not including) end.
-func (s *splicer) advance(p *pass, end int) error {
+func (s *Plan) advance(p *pass, end int) error {
 	for ; p.cursor < end; p.cursor++ {
 		n := &p.model.Nodes[p.cursor]
 		switch n.Kind {
@@ -305,7 +203,7 @@ func (s *splicer) advance(p *pass, end int) error {
 }
 
 // furthest is the user's node that named the furthest access point of a pass.
-func (s *splicer) furthest(p *pass) graph.ID {
+func (s *Plan) furthest(p *pass) graph.ID {
 	best, by := -1, graph.NoID
 	for i := range s.reach {
 		if s.extents[i].forward == p.forward && s.reach[i] > best {
@@ -316,8 +214,12 @@ func (s *splicer) furthest(p *pass) graph.ID {
 }
 
 // resolve gives the slot of a model node's value, placing what it takes to have it.
-func (s *splicer) resolve(p *pass, id graph.ID) (Slot, error) {
-	if p.env[id] != NoSlot {
+func (s *Plan) resolve(p *pass, id graph.ID) (Slot, error) {
+	switch p.env[id] {
+	case NoSlot:
+	case lost:
+		return NoSlot, ErrRestart
+	default:
 		return p.env[id], nil
 	}
 	n := &p.model.Nodes[id]
@@ -351,11 +253,11 @@ func (s *splicer) resolve(p *pass, id graph.ID) (Slot, error) {
 }
 
 // compute places a model node that computes, with its arguments looked up in env first.
-func (s *splicer) compute(p *pass, id graph.ID, env []Slot) error {
+func (s *Plan) compute(p *pass, id graph.ID, env []Slot) error {
 	n := &p.model.Nodes[id]
 	var failed error
 	look := func(ref graph.ID) graph.Arg {
-		if env[ref] != NoSlot {
+		if env[ref] >= 0 {
 			return graph.Ref(env[ref])
 		}
 		slot, err := s.resolve(p, ref)
@@ -387,7 +289,7 @@ func (s *splicer) compute(p *pass, id graph.ID, env []Slot) error {
 }
 
 // place places one of the user's nodes.
-func (s *splicer) place(p *pass, n int) error {
+func (s *Plan) place(p *pass, n int) error {
 	node := &s.g.Nodes[n]
 	s.node = graph.ID(n)
 	defer func() { s.node = graph.NoID }()
@@ -446,7 +348,7 @@ func (s *splicer) place(p *pass, n int) error {
 }
 
 // read hands the invoke the activation at an access point.
-func (s *splicer) read(p *pass, n int) error {
+func (s *Plan) read(p *pass, n int) error {
 	node := &s.g.Nodes[n]
 	mark, err := s.leaf(p, node)
 	if err != nil {
@@ -463,7 +365,7 @@ func (s *splicer) read(p *pass, n int) error {
 }
 
 // leaf finds the mark that a Read or Write names.
-func (s *splicer) leaf(p *pass, node *graph.Node) (graph.ID, error) {
+func (s *Plan) leaf(p *pass, node *graph.Node) (graph.ID, error) {
 	if node.Step != 0 {
 		return graph.NoID, fault.New(fault.OutOfOrder, "%s runs once in a forward pass; call %d was asked for",
 			describe(node.Path, node.Port), node.Step)
@@ -480,7 +382,7 @@ func (s *splicer) leaf(p *pass, node *graph.Node) (graph.ID, error) {
 
 // view is the value of a model node as an invoke sees it: the tensor itself where the invoke is
 // the whole batch, else a copy of its part, one a value.
-func (s *splicer) view(p *pass, invoke int32, id graph.ID) (Slot, error) {
+func (s *Plan) view(p *pass, invoke int32, id graph.ID) (Slot, error) {
 	slot, err := s.resolve(p, id)
 	if err != nil {
 		return NoSlot, err
@@ -490,7 +392,7 @@ func (s *splicer) view(p *pass, invoke int32, id graph.ID) (Slot, error) {
 	}
 	s.flush(p) // so that edits of others on the same rows show
 	slot = p.env[id]
-	f := &s.out.Forwards[p.forward]
+	f := &s.forwards[p.forward]
 	e := s.extents[invoke]
 	if e.covers(f) {
 		return slot, nil
@@ -544,21 +446,27 @@ func (p *pass) copyOf(invoke int32, slot Slot) *rowCopy {
 }
 
 // flush writes changed copies back into the batch.
-func (s *splicer) flush(p *pass) {
+func (s *Plan) flush(p *pass) {
 	if !p.dirty {
 		return
 	}
 	p.dirty = false
-	f := &s.out.Forwards[p.forward]
+	f := &s.forwards[p.forward]
 	for _, c := range p.order {
 		if !c.dirty || c.stale {
 			continue
 		}
 		c.dirty = false
+		if s.gone(c.base) { // nothing will look at these rows again
+			continue
+		}
 		if c.shape.Find(graph.DimBatch) < 0 && !p.spread[c.base] {
 			s.rebase(p, c.base, s.spreadRows(p, c.base))
 		}
 		for _, base := range p.sameFor(c.invoke, c.base) {
+			if s.gone(base) {
+				continue
+			}
 			if p.foreign[base] { // the user may hold it, or it may be an expanded view: edit a copy
 				own := s.emit(Instr{Op: OpClone, Args: []graph.Arg{graph.Ref(base)}, Out: s.slot(), Mode: s.mode, Fresh: true})
 				p.spread[own] = p.spread[base]
@@ -585,21 +493,21 @@ func (p *pass) ownRows(slot Slot, shape graph.Shape) bool {
 	return p.spread[slot] && shape.Find(graph.DimBatch) < 0
 }
 
-func (s *splicer) overlap(a, b int32) bool {
+func (s *Plan) overlap(a, b int32) bool {
 	x, y := s.extents[a], s.extents[b]
 	return x.row < y.row+y.rows && y.row < x.row+x.rows
 }
 
 // spreadRows copies a value that all rows share so that each row has its own.
-func (s *splicer) spreadRows(p *pass, slot Slot) Slot {
-	w := Window{Batch: s.out.Forwards[p.forward].Batch()}
+func (s *Plan) spreadRows(p *pass, slot Slot) Slot {
+	w := Window{Batch: s.forwards[p.forward].Batch()}
 	out := s.emit(Instr{Op: OpSpread, Args: []graph.Arg{graph.Ref(slot)}, Window: w, Out: s.slot(), Mode: s.mode, Fresh: true})
 	p.spread[out] = true
 	return out
 }
 
 // rebase makes everything that named an activation's slot name another one.
-func (s *splicer) rebase(p *pass, from, to Slot) {
+func (s *Plan) rebase(p *pass, from, to Slot) {
 	for k := range p.env {
 		if p.env[k] == from {
 			p.env[k] = to
@@ -623,7 +531,7 @@ func (s *splicer) rebase(p *pass, from, to Slot) {
 }
 
 // write rebinds an access point for the rows of an invoke.
-func (s *splicer) write(p *pass, n int) error {
+func (s *Plan) write(p *pass, n int) error {
 	node := &s.g.Nodes[n]
 	mark, err := s.leaf(p, node)
 	if err != nil {
@@ -644,7 +552,7 @@ func (s *splicer) write(p *pass, n int) error {
 	}
 	s.bound = slices.DeleteFunc(s.bound, func(b bound) bool { return b.invoke == node.Invoke && b.mark == mark })
 	s.bound = append(s.bound, bound{node.Invoke, mark, origin{pass: p, slot: value.Ref, ready: pointReady(&p.model.Points[point])}})
-	f := &s.out.Forwards[p.forward]
+	f := &s.forwards[p.forward]
 	e := s.extents[node.Invoke]
 	if e.covers(f) {
 		if p.env[mark] != value.Ref {
@@ -682,7 +590,7 @@ func (s *splicer) write(p *pass, n int) error {
 }
 
 // inherit says that a node's value may be a view of whatever it may share storage with is a view of.
-func (s *splicer) inherit(n int) {
+func (s *Plan) inherit(n int) {
 	shares(&s.g.Nodes[n], func(id graph.ID) {
 	next:
 		for _, o := range s.origins[id] {
@@ -698,7 +606,7 @@ func (s *splicer) inherit(n int) {
 
 // guard makes sure that a value about to be changed is not a view of an activation whose time has
 // passed: the change would come too late to be felt.
-func (s *splicer) guard(id graph.ID) {
+func (s *Plan) guard(id graph.ID) {
 	args := []graph.Arg{}
 	var by []graph.ID
 	late := func(o origin) {
@@ -727,7 +635,7 @@ func (s *splicer) guard(id graph.ID) {
 
 // soil notes that everything a value changed by an invoke may share storage with has changed. Other
 // invokes' rows do not feel it: to them the change comes before or after their whole pass.
-func (s *splicer) soil(p *pass, invoke int32, id graph.ID) {
+func (s *Plan) soil(p *pass, invoke int32, id graph.ID) {
 	s.val[id].Refs(func(changed Slot) {
 		group := s.alias.find(changed)
 		for _, c := range p.order {
@@ -751,7 +659,7 @@ func (p *pass) forget(key copyKey) {
 
 // module calls a module of the model on the user's values: the part of the forward pass between
 // its input and its output is placed once more, on them.
-func (s *splicer) module(p *pass, n int) error {
+func (s *Plan) module(p *pass, n int) error {
 	node := &s.g.Nodes[n]
 	in, okIn := p.model.Point(node.Path, graph.PortInput)
 	out, okOut := p.model.Point(node.Path, graph.PortOutput)
@@ -825,7 +733,7 @@ func (s *splicer) module(p *pass, n int) error {
 }
 
 // bindInputs gives the marks of a module's inputs the user's values, by position or by name.
-func (s *splicer) bindInputs(p *pass, node *graph.Node, in int, given map[string]Slot, env []Slot) error {
+func (s *Plan) bindInputs(p *pass, node *graph.Node, in int, given map[string]Slot, env []Slot) error {
 	tree := &p.model.Points[in].Tree
 	used := 0
 	bound := false
@@ -856,7 +764,7 @@ func (s *splicer) bindInputs(p *pass, node *graph.Node, in int, given map[string
 
 // inner is the value of a model node inside a module that is called by itself. Values from outside
 // the module (masks, position embeddings) are those of the pass, cut to the invoke's part.
-func (s *splicer) inner(p *pass, invoke int32, id graph.ID, env []Slot, start int) (Slot, error) {
+func (s *Plan) inner(p *pass, invoke int32, id graph.ID, env []Slot, start int) (Slot, error) {
 	if env[id] != NoSlot {
 		return env[id], nil
 	}
@@ -872,31 +780,30 @@ func (s *splicer) inner(p *pass, invoke int32, id graph.ID, env []Slot, start in
 	return s.view(p, invoke, id)
 }
 
-func (s *splicer) emit(in Instr) Slot {
+func (s *Plan) emit(in Instr) Slot {
 	in.Node = s.node
 	in.shares(func(r Slot) { s.alias.join(in.Out, r) })
 	s.out.Instrs = append(s.out.Instrs, in)
 	return in.Out
 }
 
-func (s *splicer) slot() Slot {
+func (s *Plan) slot() Slot {
 	s.alias = append(s.alias, Slot(s.out.Slots))
+	s.borrowed = append(s.borrowed, false)
 	s.out.Slots++
 	return Slot(s.out.Slots - 1)
 }
 
-func (s *splicer) source(src Source) Slot {
+func (s *Plan) source(src Source) Slot {
 	src.Slot = s.slot()
-	s.out.Sources = append(s.out.Sources, src)
+	s.sources = append(s.sources, src)
+	s.borrowed[src.Slot] = src.Kind != graph.KindInput
 	return src.Slot
 }
 
-func (s *splicer) constant(index int32) Slot {
+func (s *Plan) constant(index int32) Slot {
 	if slot, ok := s.consts[index]; ok {
 		return slot
-	}
-	if s.consts == nil {
-		s.consts = map[int32]Slot{}
 	}
 	s.consts[index] = s.source(Source{Kind: graph.KindConst, Index: index})
 	return s.consts[index]

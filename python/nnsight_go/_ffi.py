@@ -18,7 +18,7 @@ import torch  # loads libtorch, which the engine shares
 
 from .errors import ForkError, HandleError, InternalError, ModelLoadError, NnsightError, from_fault
 
-ABI = 1  # must be the one that nng_version tells
+ABI = 2  # must be the one that nng_version tells
 
 OK, EFAULT, EHANDLE, EFORK, EBUSY, EPANIC = range(6)
 
@@ -49,7 +49,9 @@ _CODED: dict[str, list[Any]] = {
     "nng_model_close": [_HANDLE, _BUF],
     "nng_model_describe": [_HANDLE, _BUF, _BUF],
     "nng_model_param": [_HANDLE, ctypes.c_char_p, _POINTERS, _BUF],
-    "nng_run_new": [_HANDLE, ctypes.c_char_p, _I64, _POINTERS, _I64, _HANDLES, _BUF],
+    "nng_run_new": [_HANDLE, ctypes.c_char_p, _I64, _POINTERS, _I64, ctypes.c_int32, _HANDLES, _BUF],
+    "nng_run_more": [_HANDLE, ctypes.c_char_p, _I64, _POINTERS, _I64, ctypes.c_int32, _BUF],
+    "nng_graph_text": [ctypes.c_char_p, _I64, ctypes.c_int32, _BUF, _BUF],
     "nng_run_step": [_HANDLE, _I64, ctypes.POINTER(ctypes.c_int32), _BUF],
     "nng_run_results": [_HANDLE, _BUF, ctypes.POINTER(_POINTERS), ctypes.POINTER(_I64), _BUF],
     "nng_run_free": [_HANDLE, _BUF],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,51 +95,72 @@ class Native:
                 self._parameters[name] = known
             return known
 
-    def run(self, graph: bytes, constants: Sequence[torch.Tensor], adopt: Sequence[Proxy] | None) -> list[torch.Tensor]:
-        """Runs a graph to its end on this thread.
+    def begin(self, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> Run:
+        """Starts a run of a graph in wire form on this thread.
 
         Args:
-            graph: in wire form; each of its save nodes keeps one tensor.
+            graph: each of its save nodes keeps one tensor.
             constants: the tensors that its const nodes number.
-            adopt: proxies that become the saved values, all of them or (where anything fails) none.
+            end: nothing will be added to it.
+        """
+        run = ctypes.c_uint64()
+        with _pointers(constants) as pointers:
+            given = (graph, len(graph), pointers, len(constants), end)
+            _ffi.check(_ffi.lib().nng_run_new, self._handle, *given, ctypes.byref(run))
+        return Run(run.value)
 
-        Returns:
-            The saved values in the order of their nodes, or nothing where they were adopted.
+
+class Run:
+    """A trace on its way through the engine. It holds tensors until it is freed."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def more(self, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> None:
+        """Adds what the program says next: a graph whose nodes, invokes and positions are numbered on."""
+        with _pointers(constants) as pointers:
+            _ffi.check(_ffi.lib().nng_run_more, self._handle, graph, len(graph), pointers, len(constants), end)
+
+    def results(self, adopt: Sequence[Proxy] | None) -> list[torch.Tensor]:
+        """Works until the values that were asked for last are there, and gives them in the order of their nodes.
+
+        With ``adopt`` these proxies become the values instead: all of them or, where anything fails, none.
         """
         lib, py = _ffi.lib(), _ffi.py()
-        run = self._start(graph, constants)
+        done = ctypes.c_int32()
+        while not done.value:
+            _ffi.check(lib.nng_run_step, self._handle, STEP_MS, ctypes.byref(done))
+        array, count = ctypes.POINTER(ctypes.c_void_p)(), ctypes.c_int64()
+        out = _ffi.Buf()
+        _ffi.check(lib.nng_run_results, self._handle, ctypes.byref(out), ctypes.byref(array), ctypes.byref(count))
         try:
-            done = ctypes.c_int32()
-            while not done.value:
-                _ffi.check(lib.nng_run_step, run, STEP_MS, ctypes.byref(done))
-            array, count = ctypes.POINTER(ctypes.c_void_p)(), ctypes.c_int64()
-            out = _ffi.Buf()
-            _ffi.check(lib.nng_run_results, run, ctypes.byref(out), ctypes.byref(array), ctypes.byref(count))
-            try:
-                numbers = [i for _, i in sorted(wire.results(out.take(), range(count.value)))]
-                pointers = (ctypes.c_void_p * len(numbers))(*[array[i] for i in numbers])
-                if adopt is not None:
-                    py.nngpy_adopt(list(adopt), pointers, torch.Tensor)
-                    return []
-                return [py.nngpy_wrap(p) for p in pointers]
-            finally:
-                lib.nng_tensors_free(array, count)
+            numbers = [i for _, i in sorted(wire.results(out.take(), range(count.value)))]
+            pointers = (ctypes.c_void_p * len(numbers))(*[array[i] for i in numbers])
+            if adopt is not None:
+                py.nngpy_adopt(list(adopt), pointers, torch.Tensor)
+                return []
+            return [py.nngpy_wrap(p) for p in pointers]
         finally:
-            _ffi.check(lib.nng_run_free, run)
+            lib.nng_tensors_free(array, count)
 
-    def _start(self, graph: bytes, constants: Sequence[torch.Tensor]) -> int:
-        lib, py = _ffi.lib(), _ffi.py()
-        pointers = (ctypes.c_void_p * len(constants))()
-        try:
-            for i, tensor in enumerate(constants):
-                pointers[i] = py.nngpy_unwrap(tensor)
-            run = ctypes.c_uint64()
-            _ffi.check(lib.nng_run_new, self._handle, graph, len(graph), pointers, len(constants), ctypes.byref(run))
-            return run.value
-        finally:
-            for pointer in pointers:
-                if pointer:
-                    py.nngpy_tensor_free(pointer)
+    def free(self) -> None:
+        """Ends the run, finished or not."""
+        _ffi.check(_ffi.lib().nng_run_free, self._handle)
+
+
+@contextlib.contextmanager
+def _pointers(tensors: Sequence[torch.Tensor]) -> Iterator[Any]:
+    """References on tensors, for the time of a call."""
+    py = _ffi.py()
+    out = (ctypes.c_void_p * len(tensors))()
+    try:
+        for i, tensor in enumerate(tensors):
+            out[i] = py.nngpy_unwrap(tensor)
+        yield out
+    finally:
+        for pointer in out:
+            if pointer:
+                py.nngpy_tensor_free(pointer)
 
 
 def _close(lib: ctypes.CDLL, handle: int) -> None:

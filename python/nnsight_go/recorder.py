@@ -22,7 +22,7 @@ from .proxy import Proxy
 from .wire import Kind, argument
 
 if TYPE_CHECKING:
-    from .native import Native
+    from .native import Native, Run
     from .sessions import Living
 
 # A tensor from outside up to this many bytes is copied when the block uses it; a larger one is used
@@ -62,6 +62,19 @@ class _Capture:
     sent: torch.Tensor
     index: int
     place: Place
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Sent:
+    """How much of a recording the engine has: counts of nodes, invokes, captures and lines."""
+
+    nodes: int = 0
+    invokes: int = 0
+    captures: int = 0
+    positions: int = 0
+
+
+_ZERO = torch.zeros(())
 
 
 class Results:
@@ -105,6 +118,9 @@ class Recorder:
         self._saved: dict[int, Any] = {}
         self._batch_asked: Place = None
         self._forced: tuple[int, dict[int, torch.Tensor]] = (-1, {})
+        self._failed: dict[int, NnsightError] = {}
+        self._run: Run | None = None  # what the engine does of this trace, once a value was needed
+        self._sent = _Sent()
 
     # ---- invokes ----
 
@@ -162,6 +178,8 @@ class Recorder:
         if type(tensor) is Proxy:
             if tensor._rec is not self:
                 tensor._rec.refuse(tensor)
+            if self._failed and tensor._id in self._failed:
+                raise self._failed[tensor._id]
             return tensor._id
         return self._constant(tensor)
 
@@ -316,9 +334,8 @@ class Recorder:
     def force(self, wanted: Iterable[Proxy]) -> list[torch.Tensor]:
         """The real values of proxies at this point of the program.
 
-        What was recorded so far is computed from the start, and computed again when the block ends:
-        the engine is deterministic and random draws are constants (``draws``), so the values agree.
-        A pausing engine replaces this function alone.
+        The engine does what has been recorded so far of the invokes that these values depend on, and
+        stands there until it hears more.
         """
         wanted = list(wanted)
         for p in wanted:
@@ -328,12 +345,20 @@ class Recorder:
             values = {}
         missing = {p._id: p for p in wanted if p._id not in values}
         if missing:
-            found = self._run(list(missing), adopt=None)
+            for invoke in {self.nodes[id][1] for id in missing}:
+                if self.invokes[invoke].rows is None:
+                    self._batch_asked = here()  # rows that came later would not have been seen
+            try:
+                found = self._go_on(list(missing), end=False, adopt=None)
+            except NnsightError as error:
+                self._give_up(error)
+                raise
             values.update(zip(missing, found, strict=True))
             self._forced = (len(self.nodes), values)
         return [values[p._id] for p in wanted]
 
-    def _run(self, ids: list[int], adopt: list[Proxy] | None) -> list[torch.Tensor]:
+    def _go_on(self, ids: list[int], end: bool, adopt: list[Proxy] | None) -> list[torch.Tensor]:
+        """Sends the engine what has been recorded since the last time, and gives the values of nodes."""
         for c in self.captures:
             if c.sent is c.original and _version(c.original) != c.version:
                 raise InputError(
@@ -341,15 +366,57 @@ class Recorder:
                     hint="Tensors of more than 64 KiB are used as they are: pass a copy (.clone()) if you change it.",
                     **positions.fields(c.place),
                 )
-        saves = [(_SAVE, self.nodes[id][1], self.nodes[id][2], self.nodes[id][3], [0, id]) for id in ids]
-        nodes = self.nodes + saves
+        for id in ids:
+            _, invoke, place, mode = self.nodes[id][:4]
+            self.nodes.append((_SAVE, invoke, place, mode, [0, id]))
+            self.made.append(None)
+        sent = self._sent
+        nodes = self.nodes[sent.nodes :]
         rows, indices = positions.table(node[2] for node in nodes)
         data = wire.graph(
-            [(v.rows, v.masks) for v in self.invokes],
-            [(*node[:2], index, *node[3:]) for node, index in zip(nodes, indices, strict=True)],
+            [(v.rows, v.masks) for v in self.invokes[sent.invokes :]],
+            [
+                (*node[:2], index if index < 0 else index + sent.positions, *node[3:])
+                for node, index in zip(nodes, indices, strict=True)
+            ],
             rows,
         )
-        return self.native.run(data, [c.sent for c in self.captures], adopt)
+        constants = [c.sent for c in self.captures[sent.captures :]]
+        try:
+            if self._run is None:
+                self._run = self.native.begin(data, constants, end)
+            else:
+                self._run.more(data, constants, end)
+            self._sent = _Sent(len(self.nodes), len(self.invokes), len(self.captures), sent.positions + len(rows))
+            return self._run.results(adopt)
+        except BaseException:
+            end = True
+            raise
+        finally:
+            if end:
+                self._free()
+
+    def _free(self) -> None:
+        """Ends the run, if there is one; what is asked for next starts from the beginning."""
+        run, self._run, self._sent = self._run, None, _Sent()
+        if run is not None:
+            run.free()
+
+    def _give_up(self, error: NnsightError) -> None:
+        """Takes a node that failed, and all that depend on it, out of the program.
+
+        The user may have caught the error. Whoever uses such a value meets it again.
+        """
+        if error.node is None or error.node >= len(self.nodes):
+            return
+        lost = {error.node}
+        zero = len(self.captures)
+        self.captures.append(_Capture(_ZERO, _version(_ZERO), _ZERO, zero, None))
+        for id, node in enumerate(self.nodes):
+            if id in lost or not lost.isdisjoint(wire.references(node)):
+                lost.add(id)
+                self.nodes[id] = (_CONST, *node[1:4], zero)
+                self._failed[id] = error
 
     # ---- the end ----
 
@@ -377,13 +444,14 @@ class Recorder:
         for p in saved:
             self.alive(p)
         if saved:
-            self._run([p._id for p in saved], adopt=saved)
+            self._go_on([p._id for p in saved], end=True, adopt=saved)
         self.close("it was not saved")
         for act in self.when_done:
             act()
 
     def close(self, why: str) -> None:
         """Ends the recording: proxies that were not saved raise ``NotSavedError`` from now on."""
+        self._free()
         self.closed = why
         self.made, self.captures = [], []  # nodes stay: they hold no tensors, and errors name values by them
         self.metas, self.bound, self._captured, self._saved = {}, {}, {}, {}
@@ -394,6 +462,8 @@ class Recorder:
         """Raises where a proxy can no longer be used, or not here."""
         if self.closed is not None or current.recorder is not self:
             self.refuse(proxy)
+        if self._failed and proxy._id in self._failed:
+            raise self._failed[proxy._id]
 
     def refuse(self, proxy: Proxy) -> NoReturn:
         """Raises the error of a proxy that is not of the trace that goes on now."""

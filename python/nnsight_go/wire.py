@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import msgspec
@@ -133,6 +133,20 @@ def argument(x: Any, name: Namer) -> Any:
     if isinstance(x, tuple | list):
         return _FORMS[tuple if isinstance(x, tuple) else list](x, name)
     raise Unrecordable(f"a {type(x).__module__}.{type(x).__qualname__}")
+
+
+def references(node: Node) -> Iterator[int]:
+    """The numbers of the nodes that a node uses."""
+    called = node[0] in (Kind.CALL, Kind.MODULE)
+    arguments = [*node[5], *(node[6] or {}).values()] if called else list(node[4:])
+    while arguments:
+        x = arguments.pop()
+        if type(x) is not list:
+            continue
+        if x[0] == _REF:
+            yield x[1]
+        elif x[0] in (_LIST, _TUPLE, _DICT, _SLICE, Tag.OBJECT):
+            arguments += x[1:]
 
 
 _encoder = msgspec.msgpack.Encoder()
