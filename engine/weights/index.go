@@ -145,9 +145,9 @@ func decode(file string, text []byte, into any) error {
 		return fault.New(fault.ModelLoad, "%s is not JSON: line %d, column %d: %v", file, line, column, err).WithHint(again)
 	case errors.As(err, &wrongType) && wrongType.Field != "":
 		line, _ := position(text, wrongType.Offset)
-		return fault.New(fault.ModelLoad, "%s: line %d: %s cannot be a JSON %s", file, line, wrongType.Field, wrongType.Value)
+		return fault.New(fault.ModelLoad, "%s: line %d: %s cannot be a JSON %s", file, line, wrongType.Field, wrongType.Value).WithHint(again)
 	case errors.As(err, &wrongType):
-		return fault.New(fault.ModelLoad, "%s holds a JSON %s instead of an object", file, wrongType.Value)
+		return fault.New(fault.ModelLoad, "%s holds a JSON %s instead of an object", file, wrongType.Value).WithHint(again)
 	}
 	return fault.New(fault.ModelLoad, "%s cannot be read: %v", file, err).WithHint(again)
 }
