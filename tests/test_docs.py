@@ -166,7 +166,7 @@ def test_examples_run_in_an_empty_folder(tmp_path: pathlib.Path) -> None:
         ("```python\nprint(1)\n```\n\n```text\n2\n```\n", 7, "the example above gives"),
         ("```python raises=ValueError\nx = 1\n```\n", 3, "no ValueError was raised"),
         ("```python raises=ValueError\nx = 1\nx.gone\n```\n", 4, "AttributeError"),
-        ("```python raises=ValueError\nint('x')\n```\n\n```text\nValueError: else\n```\n", 6, "invalid literal"),
+        ("```python raises=ValueError\nint('x')\n```\n\n```text\nValueError: else\n```\n", 7, "invalid literal"),
     ],
 )
 def test_examples_that_fail(tmp_path: pathlib.Path, block: str, line: int, says: str) -> None:
