@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnsight_go.native import Native
+from nnsight_go.native import Run
 from references import Pair, close, edits, in_place, main
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.usefixtures("nothing_stays")
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with each run of the engine."""
     counted: list[int] = []
-    run = Native.run
+    results = Run.results
 
-    def counting(self: Native, *args: Any) -> Any:
+    def counting(self: Run, *args: Any) -> Any:
         counted.append(1)
-        return run(self, *args)
+        return results(self, *args)
 
-    monkeypatch.setattr(Native, "run", counting)
+    monkeypatch.setattr(Run, "results", counting)
     return counted
 
 

@@ -332,7 +332,7 @@ class Recorder:
         return self.moved[id]
 
     def force(self, wanted: Iterable[Proxy]) -> list[torch.Tensor]:
-        """The real values of proxies at this point of the program.
+        """The real values of proxies at this point of the program, as copies that change nothing here.
 
         The engine does what has been recorded so far of the invokes that these values depend on, and
         stands there until it hears more.
@@ -353,7 +353,8 @@ class Recorder:
             except NnsightError as error:
                 self._give_up(error)
                 raise
-            values.update(zip(missing, found, strict=True))
+            with torch._C.DisableTorchFunction():
+                values.update((id, tensor.clone()) for id, tensor in zip(missing, found, strict=True))
             self._forced = (len(self.nodes), values)
         return [values[p._id] for p in wanted]
 
