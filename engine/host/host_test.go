@@ -554,6 +554,18 @@ func TestAssignedValueChangedInPlace(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, plain, got)
 	}
+
+	// read again further on, it is the activation there: q_proj has gone by, v_proj has not
+	l := open(t, enginetest.Llama)
+	p := &program{}
+	p.on(ids(3))
+	p.write("model.layers.0.input_layernorm", "", p.call("mul", p.read("model.layers.0.input_layernorm", ""), graph.Float(0.5)))
+	p.save(p.read("model.layers.0.self_attn.q_proj", ""))
+	p.fill(p.add(graph.Node{Kind: graph.KindRead, Path: "model.layers.0.self_attn.v_proj", Port: graph.PortInput, Leaf: "args.0"}), 0)
+	p.save(p.read("model.layers.0.self_attn.v_proj", ""))
+	out := finish(t, l, p)
+	require.NotZero(t, out[0][0])
+	require.Zero(t, out[1][0])
 }
 
 func TestScalarForAllRows(t *testing.T) {

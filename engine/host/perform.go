@@ -242,6 +242,12 @@ func (r *Run) copyOf(t aten.Tensor, in *plan.Instr) (value, error) {
 	return value{tensor: out}, err
 }
 
+// misfit is the error of a replacement whose sizes the batch has no room for.
+type misfit struct {
+	error
+	invoke int
+}
+
 // put writes an invoke's value into its part of a batch.
 func (r *Run) put(in *plan.Instr) error {
 	base, err := r.tensor(&in.Args[0])
@@ -258,8 +264,12 @@ func (r *Run) put(in *plan.Instr) error {
 	}
 	defer view.Free()
 	if err := aten.CopyInto(view, v); err != nil {
-		return fault.New(fault.Op, "a value of sizes %v cannot take the place of one of sizes %v", v.Shape(), view.Shape()).
-			WithCause(err).WithHint("In a trace with several invokes a replacement keeps the sizes it replaces.")
+		e := fault.New(fault.Op, "a value of sizes %v cannot take the place of one of sizes %v", v.Shape(), view.Shape()).
+			WithCause(err).WithHint("In a trace with an invoke that sees the whole batch, a replacement keeps the sizes it replaces.")
+		if in.Node == graph.NoID {
+			return e
+		}
+		return &misfit{e, int(r.graph.Nodes[in.Node].Invoke)}
 	}
 	return nil
 }

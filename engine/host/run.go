@@ -23,9 +23,10 @@ type Run struct {
 	consts  []aten.Tensor
 	frame   aten.Frame
 	dead    []value
-	odd     []oddWrite // replacements whose sizes differ from what the model computed
-	from    int        // nodes before it were there at the last Extend
-	end     bool       // its program is complete
+	odd     []oddWrite   // replacements whose sizes differ from what the model computed
+	apart   map[int]bool // invokes that have a forward pass of their own
+	from    int          // nodes before it were there at the last Extend
+	end     bool         // its program is complete
 	freed   bool
 	taken   bool // its results have been handed over
 }
@@ -80,18 +81,58 @@ func (r *Run) Extend(grow func(*graph.Graph) error, consts []aten.Tensor, end bo
 		return err
 	}
 	schedule, err := r.plan.Extend(r.graph, end)
-	if err == plan.ErrRestart {
-		release(r.machine.Abort(nil))
-		r.machine, r.odd, r.plan = nil, nil, plan.New(m.Models())
-		schedule, err = r.plan.Extend(r.graph, end)
+	switch err {
+	case nil:
+		err = r.ready(schedule)
+	case plan.ErrRestart:
+		err = r.replan(r.fresh())
 	}
+	ok = err == nil
+	return err
+}
+
+// fresh is a plan that knows which invokes go alone.
+func (r *Run) fresh() *plan.Plan {
+	p := plan.New(r.model.Models())
+	for invoke := range r.apart {
+		p.Apart(r.graph, invoke)
+	}
+	return p
+}
+
+// split plans the run anew with an invoke in a forward pass of its own, and reports whether that was
+// possible; else it gives the error that stands.
+func (r *Run) split(odd *misfit) (bool, error) {
+	p := r.fresh()
+	if !p.Apart(r.graph, odd.invoke) {
+		return false, odd.error
+	}
+	if r.apart == nil {
+		r.apart = map[int]bool{}
+	}
+	r.apart[odd.invoke] = true
+	return true, r.replan(p)
+}
+
+// replan begins the run anew.
+func (r *Run) replan(p *plan.Plan) error {
+	if r.machine != nil {
+		release(r.machine.Abort(nil))
+	}
+	r.machine, r.odd, r.plan = nil, nil, p
+	schedule, err := p.Extend(r.graph, r.end)
 	if err != nil {
 		return err
 	}
+	return r.ready(schedule)
+}
+
+// ready lets the machine go on with a schedule.
+func (r *Run) ready(schedule *plan.Schedule) error {
 	if err := checkSizes(schedule); err != nil {
 		return err
 	}
-	if err := m.Load(); err != nil {
+	if err := r.model.Load(); err != nil {
 		return err
 	}
 	if r.machine == nil {
@@ -99,11 +140,7 @@ func (r *Run) Extend(grow func(*graph.Graph) error, consts []aten.Tensor, end bo
 	} else {
 		release(r.machine.Extend(schedule, nil))
 	}
-	if err := r.bind(schedule); err != nil {
-		return err
-	}
-	ok = true
-	return nil
+	return r.bind(schedule)
 }
 
 // bind gives a schedule's sources their values.
@@ -149,6 +186,12 @@ func (r *Run) Step(budget time.Duration) (done bool, err error) {
 	for in := r.machine.Next(); in != nil; in = r.machine.Next() {
 		state.set(in.Mode)
 		out, err := r.perform(in)
+		if odd, ok := err.(*misfit); ok {
+			var again bool
+			if again, err = r.split(odd); again {
+				continue
+			}
+		}
 		if err != nil {
 			return false, r.explain(in, err)
 		}

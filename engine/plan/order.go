@@ -74,8 +74,8 @@ func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID, forwardOf,
 						if g.Nodes[id].Invoke == invoke {
 							written = union(written, origins[id])
 						}
-						for _, b := range bound {
-							if alias.find(b.value) == alias.find(id) {
+						for _, b := range bound { // what is no activation by itself may have become one
+							if len(origins[id]) == 0 && alias.find(b.value) == alias.find(id) {
 								written = union(written, []int{b.point})
 							}
 						}

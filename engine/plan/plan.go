@@ -18,6 +18,7 @@ type Plan struct {
 	models    Models
 	g         *graph.Graph
 	end       bool         // the program is complete
+	apart     map[int]bool // invokes that share no pass
 	waits     [][]graph.ID // by user node: nodes of other invokes that must come first
 	out       *Schedule    // what is being made
 	forwards  []Forward
@@ -52,7 +53,7 @@ var ErrRestart = errors.New("the trace must be planned anew")
 
 // New begins a plan.
 func New(models Models) *Plan {
-	return &Plan{models: models, params: map[string]Slot{}, consts: map[int32]Slot{}, lastUses: map[*graph.Model][]graph.ID{}}
+	return &Plan{models: models, apart: map[int]bool{}, params: map[string]Slot{}, consts: map[int32]Slot{}, lastUses: map[*graph.Model][]graph.ID{}}
 }
 
 // Splice joins a verified trace with the model it speaks of, all at once.
@@ -173,13 +174,30 @@ func (s *Plan) begin(active []bool) error {
 		return errNoInput()
 	}
 	// The invoke that is still being written may go on to say anything, so nobody else may move its pass.
-	if k := len(members) - 1; k > 0 && s.open(members[k]) && !s.wholeBatch(members) {
-		if err := s.share(members[:k]); err != nil {
-			return err
+	if !s.wholeBatch(members) {
+		for k := 0; k < len(members); k++ {
+			if i := members[k]; s.apart[i] || s.open(i) {
+				if err := s.share(members[:k]); err != nil {
+					return err
+				}
+				if err := s.share(members[k : k+1]); err != nil {
+					return err
+				}
+				members, k = members[k+1:], -1
+			}
 		}
-		members = members[k:]
 	}
 	return s.share(members)
+}
+
+// Apart gives an invoke that has not begun a forward pass of its own, since it changes the sizes of
+// what it replaces. It reports false where that cannot be: an invoke sees the whole batch.
+func (s *Plan) Apart(g *graph.Graph, invoke int) bool {
+	if s.apart[invoke] || slices.ContainsFunc(g.Invokes, graph.Invoke.WholeBatch) {
+		return false
+	}
+	s.apart[invoke] = true
+	return true
 }
 
 // open reports whether an invoke may still grow: the last one, until the program ends.

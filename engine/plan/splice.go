@@ -618,13 +618,15 @@ func (s *Plan) guard(id graph.ID) {
 	for _, o := range s.origins[id] {
 		late(o)
 	}
-	s.val[id].Refs(func(slot Slot) {
-		for _, b := range s.bound {
-			if s.alias.find(b.slot) == s.alias.find(slot) && !slices.Contains(s.origins[id], b.origin) {
-				late(b.origin)
+	if len(s.origins[id]) == 0 { // no activation by itself, but it may have been assigned to one
+		s.val[id].Refs(func(slot Slot) {
+			for _, b := range s.bound {
+				if s.alias.find(b.slot) == s.alias.find(slot) {
+					late(b.origin)
+				}
 			}
-		}
-	})
+		})
+	}
 	if len(args) == 0 {
 		return
 	}
