@@ -282,6 +282,79 @@ func TestResultsMoveOut(t *testing.T) {
 	require.Empty(t, tensors)
 }
 
+// A run that goes on takes what it is given with it, wherever it ends.
+func TestExtendedRunsLeaveNothingBehind(t *testing.T) {
+	m := open(t, enginetest.GPT2)
+	live := aten.Live()
+	begin := func() (*Run, *program) {
+		p := &program{}
+		p.on(ids(3))
+		p.save(p.read("transformer.h.0", "0"))
+		r, err := m.Begin(&p.Graph, []aten.Tensor{full(t, 1, 16)}, false)
+		require.NoError(t, err)
+		return r, p
+	}
+	more := func(r *Run, says func(p *program)) error {
+		return r.Extend(func(g *graph.Graph) error {
+			p := &program{Graph: *g}
+			says(p)
+			*g = p.Graph
+			return nil
+		}, []aten.Tensor{full(t, 1, 16)}, true)
+	}
+	rest := func(p *program) {
+		p.fill(graph.Ref(0), 2)
+		p.save(p.call("add", p.read("transformer.h.2", "0"), p.constant(1)))
+	}
+	step := func(r *Run) {
+		_, err := r.Step(0)
+		require.NoError(t, err)
+	}
+	for name, try := range map[string]func(r *Run){
+		"to the end": func(r *Run) {
+			step(r)
+			_, tensors, err := r.Results()
+			require.NoError(t, err)
+			require.NoError(t, more(r, rest))
+			step(r)
+			_, again, err := r.Results()
+			require.NoError(t, err)
+			for _, x := range append(tensors, again...) {
+				x.Free()
+			}
+			require.ErrorContains(t, more(r, rest), "has ended")
+		},
+		"too early": func(r *Run) { require.ErrorContains(t, more(r, rest), "not done yet") },
+		"after its end": func(r *Run) {
+			r.Free()
+			require.ErrorContains(t, more(r, rest), "has ended")
+		},
+		"with nonsense": func(r *Run) {
+			step(r)
+			require.Error(t, more(r, func(p *program) { p.read("no.such", "") }))
+			require.ErrorContains(t, more(r, rest), "has ended")
+		},
+		"a panic": func(r *Run) {
+			step(r)
+			require.Panics(t, func() { _ = more(r, func(*program) { panic("a bug") }) })
+		},
+		"an error of an operator": func(r *Run) {
+			step(r)
+			require.NoError(t, more(r, func(p *program) { p.save(p.call("add", graph.Ref(0), p.read("lm_head", ""))) }))
+			_, err := r.Step(0)
+			require.Equal(t, fault.Op, fault.As(err).Code)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, _ := begin()
+			try(r)
+			r.Free()
+			require.Equal(t, live, aten.Live())
+			require.Zero(t, m.runs)
+		})
+	}
+}
+
 func TestConcurrentRuns(t *testing.T) {
 	m, err := Open(enginetest.Directory(t, enginetest.GPT2, 1), Options{}) // the first run loads the weights
 	require.NoError(t, err)

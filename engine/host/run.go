@@ -56,6 +56,13 @@ type oddWrite struct {
 // to the graph; consts are the constants that are new. With end the program is complete. The run takes
 // over consts. Where Extend fails the run has ended, and freed what it held.
 func (r *Run) Extend(grow func(*graph.Graph) error, consts []aten.Tensor, end bool) (err error) {
+	ended := fault.New(fault.Handle, "this run has ended")
+	if r.freed {
+		for _, t := range consts {
+			t.Free()
+		}
+		return ended
+	}
 	r.consts = append(r.consts, consts...)
 	ok := false
 	defer func() {
@@ -64,8 +71,8 @@ func (r *Run) Extend(grow func(*graph.Graph) error, consts []aten.Tensor, end bo
 		}
 	}()
 	switch {
-	case r.freed || r.end:
-		return fault.New(fault.Handle, "this run has ended")
+	case r.end:
+		return ended
 	case r.machine != nil && !r.machine.Done():
 		return fault.New(fault.Handle, "this run is not done yet").WithHint("Step it until it is.")
 	}
@@ -344,6 +351,9 @@ func (r *Run) explain(in *plan.Instr, err error) error {
 // describeArgs tells dtype and sizes of an instruction's tensors.
 func (r *Run) describeArgs(in *plan.Instr) string {
 	var parts []string
+	if r.machine == nil { // the failure is one of planning anew
+		return ""
+	}
 	tell := func(slot graph.ID) {
 		if v, err := r.machine.Value(slot); err == nil && v.other == nil {
 			parts = append(parts, fmt.Sprintf("%s %v", v.tensor.DType(), v.tensor.Shape()))
