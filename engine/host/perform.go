@@ -5,6 +5,7 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
 	"github.com/nnsight-go/nnsight-go/engine/plan"
+	"slices"
 )
 
 // perform does what one instruction says.
@@ -263,15 +264,12 @@ func (r *Run) put(in *plan.Instr) error {
 		return err
 	}
 	defer view.Free()
-	if err := aten.CopyInto(view, v); err != nil {
-		e := fault.New(fault.Op, "a value of sizes %v cannot take the place of one of sizes %v", v.Shape(), view.Shape()).
-			WithCause(err).WithHint("In a trace with an invoke that sees the whole batch, a replacement keeps the sizes it replaces.")
-		if in.Node == graph.NoID {
-			return e
-		}
+	if in.Want != nil && (!slices.Equal(v.Shape(), in.Want) || v.DType() != view.DType()) {
+		e := fault.New(fault.Op, "a value of %s %v cannot take the place of one of %s %v", v.DType(), v.Shape(), view.DType(), in.Want).
+			WithHint("In a trace with an invoke that sees the whole batch, a replacement keeps the sizes and the dtype of what it replaces.")
 		return &misfit{e, int(r.graph.Nodes[in.Node].Invoke)}
 	}
-	return nil
+	return aten.CopyInto(view, v)
 }
 
 // expect notes a replacement whose sizes are not those the model computed.

@@ -62,7 +62,7 @@ type Instr struct {
 	Mode   graph.Mode // autograd state it runs under
 	Window Window
 	Node   graph.ID   // the user's node this comes from, or NoID
-	Want   []int64    // Expect: the sizes the model computed there
+	Want   []int64    // Expect: the sizes the model computed there; Put: those a replacement must have
 	Others []graph.ID // Guard: the user's nodes that made the model move on, for the message
 	Path   string     // innermost module it belongs to
 	Mutate bool       // changes its first argument in place

@@ -86,9 +86,9 @@ type origin struct {
 // need, and reports whether that was anything.
 func (s *Plan) run(p *pass, drives []bool) (moved bool, err error) {
 	for {
-		progress, waiting := true, -1
+		progress, driven, waiting := true, false, -1
 		for progress {
-			progress, waiting = false, -1
+			progress, driven, waiting = false, false, -1
 			for i := range s.queues {
 				if len(s.queues[i]) == 0 || s.extents[i].forward != p.forward {
 					continue
@@ -100,7 +100,8 @@ func (s *Plan) run(p *pass, drives []bool) (moved bool, err error) {
 						return false, locate(err, s.g, n)
 					}
 					if need > p.cursor {
-						if drives[i] && (waiting < 0 || need < waiting) {
+						driven = driven || drives[i]
+						if waiting < 0 || need < waiting {
 							waiting = need
 						}
 						break
@@ -117,7 +118,7 @@ func (s *Plan) run(p *pass, drives []bool) (moved bool, err error) {
 				}
 			}
 		}
-		if waiting < 0 {
+		if !driven {
 			return moved, nil
 		}
 		if err := s.advance(p, waiting); err != nil {
@@ -581,7 +582,8 @@ func (s *Plan) write(p *pass, n int) error {
 	if p.ownRows(fresh, shape) {
 		w.BatchAxis = 0
 	}
-	s.emit(Instr{Op: OpPut, Args: []graph.Arg{graph.Ref(fresh), value}, Window: w, Out: NoSlot, Mode: s.mode, Mutate: true})
+	s.emit(Instr{Op: OpPut, Args: []graph.Arg{graph.Ref(fresh), value}, Window: w, Out: NoSlot, Mode: s.mode, Mutate: true,
+		Want: shape.Concrete(e.rows, e.toks)})
 	c := &rowCopy{invoke: node.Invoke, base: fresh, slot: value.Ref, shape: shape}
 	p.copies[copyKey{node.Invoke, fresh}] = c
 	p.order = append(p.order, c)
