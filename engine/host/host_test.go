@@ -355,6 +355,53 @@ func TestExtendedRunsLeaveNothingBehind(t *testing.T) {
 	}
 }
 
+// An invoke whose value was wanted early goes on with a value of one that begins later, and then hands
+// its own to a third: the third must not share the later one's pass where it would come too late.
+func TestValuesThroughAnEarlierPass(t *testing.T) {
+	m := open(t, enginetest.GPT2)
+	begin := func() (p *program, v0, v2 graph.Arg) {
+		p = &program{}
+		p.on(ids(3))
+		v0 = p.call("slice", p.read("transformer.h.0.mlp", ""), graph.Int(1), graph.Int(-1))
+		p.on(ids(1))
+		v1 := p.read("transformer.drop", "")
+		v2 = p.call("mul", v1, graph.Float(2))
+		p.save(v1)
+		return p, v0, v2
+	}
+	rest := func(p *program, v0, v2 graph.Arg) {
+		p.call("add_", p.read("transformer.h.1.mlp", ""), v0)
+		p.call("sub_", v2, graph.Float(0.5))
+		p.on(ids(2))
+		p.call("add_", p.read("transformer.h.0.attn", "0"), v2)
+		p.save(p.read("lm_head", ""))
+	}
+	p, v0, v2 := begin()
+	rest(p, v0, v2)
+	want := finish(t, m, p)
+
+	p, v0, v2 = begin()
+	r, err := m.Begin(&p.Graph, nil, false)
+	require.NoError(t, err)
+	_, err = r.Step(0)
+	require.NoError(t, err)
+	require.NoError(t, r.Extend(func(g *graph.Graph) error {
+		p := &program{Graph: *g, invoke: 1}
+		rest(p, v0, v2)
+		*g = p.Graph
+		return nil
+	}, nil, true))
+	_, err = r.Step(0)
+	require.NoError(t, err)
+	_, tensors, err := r.Results()
+	require.NoError(t, err)
+	require.Len(t, tensors, 1)
+	got, err := tensors[0].Float32s()
+	require.NoError(t, err)
+	tensors[0].Free()
+	require.InDeltaSlice(t, want[1], got, 1e-5)
+}
+
 func TestConcurrentRuns(t *testing.T) {
 	m, err := Open(enginetest.Directory(t, enginetest.GPT2, 1), Options{}) // the first run loads the weights
 	require.NoError(t, err)

@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"maps"
 	"slices"
 
 	"github.com/nnsight-go/nnsight-go/engine/fault"
@@ -23,9 +24,12 @@ func accessPoint(m *graph.Model, n *graph.Node) (int, error) {
 // left behind by the time a value of an earlier invoke is there.
 //
 // Only the members are placed, in passes from base on; the others stand in earlier ones already, or
-// wait. depth[n] is how far its pass has gone, in access points, when node n can run.
+// wait. depth[n] is how far its pass has gone, in access points, when node n can run, and across[n] how
+// far passes from base on have gone by then because it waits for them: an invoke that began early may
+// go on with values of one that begins now, and hand its own to a third.
 func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID, forwardOf, members []int, base int) error {
 	depth := make([]int, len(g.Nodes))
+	across := make([]map[int]int, len(g.Nodes))
 	origins := make([][]int, len(g.Nodes)) // access points whose value a node's result may alias
 	at := make([]int, len(forwardOf))      // how far each invoke's pass has gone
 	own := make([][]int, len(forwardOf))   // the nodes of each invoke
@@ -39,18 +43,33 @@ func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID, forwardOf,
 			f(id)
 		}
 	}
+	wait := func(n int, gone map[int]int) map[int]int {
+		uses(n, func(id graph.ID) {
+			from := g.Nodes[id].Invoke
+			if from == g.Nodes[n].Invoke {
+				return
+			}
+			if forwardOf[from] >= base {
+				gone = raise(gone, forwardOf[from], depth[id])
+			}
+			for forward, far := range across[id] {
+				gone = raise(gone, forward, far)
+			}
+		})
+		across[n] = gone
+		return gone
+	}
 	place := func(invoke int32) error {
 		at[invoke] = -1
+		var gone map[int]int
 		var bound []binding
 		waited := -1 // how far the pass has gone when the values it takes from other invokes are there
 		for _, n := range own[invoke] {
 			node := &g.Nodes[n]
-			uses(n, func(id graph.ID) {
-				from := &g.Nodes[id]
-				if from.Invoke != invoke && forwardOf[from.Invoke] == forwardOf[invoke] {
-					waited = max(waited, depth[id])
-				}
-			})
+			gone = wait(n, gone)
+			if far, ok := gone[forwardOf[invoke]]; ok {
+				waited = far
+			}
 			at[invoke] = max(at[invoke], waited)
 			var written []int
 			switch node.Kind {
@@ -96,7 +115,16 @@ func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID, forwardOf,
 		}
 		return nil
 	}
+	begun := 0
 	for _, i := range members {
+		for ; begun < i; begun++ { // those before it that stand in earlier passes
+			var gone map[int]int
+			for _, n := range own[begun] {
+				if forwardOf[begun] >= 0 && forwardOf[begun] < base {
+					gone = wait(n, gone)
+				}
+			}
+		}
 		forwardOf[i] = base
 		for _, n := range own[i] {
 			uses(n, func(id graph.ID) { forwardOf[i] = max(forwardOf[i], forwardOf[g.Nodes[id].Invoke]) })
@@ -125,6 +153,20 @@ func orderInvokes(g *graph.Graph, m *graph.Model, waits [][]graph.ID, forwardOf,
 		return e
 	}
 	return nil
+}
+
+// raise gives a map in which the value of a key is at least as large as this one. Nodes share maps, so
+// a larger value makes a new one.
+func raise(m map[int]int, key, value int) map[int]int {
+	if old, ok := m[key]; ok && old >= value {
+		return m
+	}
+	next := maps.Clone(m)
+	if next == nil {
+		next = map[int]int{}
+	}
+	next[key] = value
+	return next
 }
 
 // binding is an access point that a line assigned a value to: to change the value in place is to
