@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from nnsight_go import _ffi
+from nnsight_go.native import Run
 from references import Pair, gpt2, llama, pair, tokenizer
 
 
@@ -50,3 +52,17 @@ def nothing_stays(gpt2_pair: Pair, llama_pair: Pair, text_pair: Pair) -> Iterato
         gc.collect()  # slow, and seldom needed: most of what a trace makes is in no cycle
         after = _ffi.counters()
     assert all(after[key] <= before[key] for key in before), (before, after)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each run of the engine."""
+    counted: list[int] = []
+    results = Run.results
+
+    def counting(self: Run, *args: Any) -> Any:
+        counted.append(1)
+        return results(self, *args)
+
+    monkeypatch.setattr(Run, "results", counting)
+    return counted

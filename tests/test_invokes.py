@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnsight_go import InputError, OpError
+from nnsight_go import InputError
 from references import Pair, close, edits, in_place, main
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
@@ -195,21 +195,26 @@ def test_a_forced_value_decides_about_the_next_invoke(either: Pair) -> None:
     close(out, main(either.run([*either.ids(4), token]), "lm_head"))
 
 
-def test_a_replacement_of_another_size_alone(either: Pair) -> None:
-    want = either.run(either.ids(6), edits({"lm_head.input": lambda x: x[:, -2:]}))
-    with either.model.trace(either.ids(6)):
-        either.model.lm_head.input = either.model.lm_head.input[:, -2:]
-        out = either.model.lm_head.output.save()
-    close(out, main(want, "lm_head"))
-
-
-def test_a_replacement_of_another_size_beside_others_is_refused(either: Pair) -> None:
-    with pytest.raises(OpError, match="test_invokes.py"), either.model.trace() as tracer:
-        with tracer.invoke(either.ids(6)):
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_replacement_of_another_size(either: Pair, beside: bool) -> None:
+    a, b = either.ids(6), either.ids(3, seed=2)
+    path = f"{either.blocks}.2.mlp.output"
+    head = either.run(a, edits({"lm_head.input": lambda x: x[:, -2:]}))
+    inside = either.run(b, edits({path: lambda x: x[:, -1:]}))
+    outs = []
+    with either.model.trace() as tracer:
+        with tracer.invoke(a):
             either.model.lm_head.input = either.model.lm_head.input[:, -2:]
-            either.model.lm_head.output.save()
-        with tracer.invoke(either.ids(3)):
-            either.model.lm_head.output.save()
+            outs.append(either.model.lm_head.output.save())
+        if beside:
+            with tracer.invoke(b):
+                either.layers[2].mlp.output = either.layers[2].mlp.output[:, -1:]
+                outs.append(either.model.lm_head.output.save())
+            with tracer.invoke(a):
+                outs.append(either.model.lm_head.output.save())
+    wants = [head, inside, either.run(a)]
+    for got, want in zip(outs, wants, strict=beside):
+        close(got, main(want, "lm_head"))
 
 
 def test_what_invokes_may_not(gpt2_pair: Pair) -> None:

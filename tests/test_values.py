@@ -12,24 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from nnsight_go.native import Run
 from references import Pair, close, edits, in_place, main
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with each run of the engine."""
-    counted: list[int] = []
-    results = Run.results
-
-    def counting(self: Run, *args: Any) -> Any:
-        counted.append(1)
-        return results(self, *args)
-
-    monkeypatch.setattr(Run, "results", counting)
-    return counted
 
 
 def hidden(pair: Pair, index: int = 1) -> torch.Tensor:
