@@ -180,6 +180,39 @@ func TestOwnership(t *testing.T) {
 	require.Equal(t, before, Live())
 }
 
+func TestFill(t *testing.T) {
+	x, err := FillInt64s(func(e []int64) { e[1], e[3] = 5, 7 }, 2, 2)
+	require.NoError(t, err)
+	defer x.Free()
+	got, err := x.Int64s()
+	require.NoError(t, err)
+	require.Equal(t, []int64{0, 5, 0, 7}, got)
+	y, err := FillBools(func(e []bool) { require.Empty(t, e) }, 3, 0)
+	require.NoError(t, err)
+	defer y.Free()
+	require.Equal(t, "bool", y.DType())
+	for _, shape := range [][]int64{{1 << 46}, {1 << 62, 1 << 62}, {-1}} {
+		_, err := FillBools(func([]bool) { t.Error("there is nothing to fill") }, shape...)
+		require.Error(t, err, shape)
+	}
+}
+
+// A shared value has handles of its own, at any depth.
+func TestShareValue(t *testing.T) {
+	before := Live()
+	x, err := FillInt64s(func([]int64) {}, 2)
+	require.NoError(t, err)
+	v := Value{Kind: graph.ArgTuple, L: []Value{IntValue(1), {Kind: graph.ArgList, L: []Value{TensorValue(x), TensorValue(Tensor{})}}}}
+	w, err := v.Share()
+	require.NoError(t, err)
+	require.Equal(t, before+2, Live())
+	v.Free()
+	require.Equal(t, []int64{2}, w.L[1].L[0].T.Shape())
+	require.Equal(t, int64(1), w.L[0].I)
+	w.Free()
+	require.Equal(t, before, Live())
+}
+
 func TestGotorch(t *testing.T) {
 	g := torch.RandN([]int64{2, 3}, false)
 	x, err := FromGotorch(g)
