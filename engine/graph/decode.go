@@ -118,6 +118,14 @@ func (d *decoder) isNil() bool {
 	return false
 }
 
+func (d *decoder) bool(what string) bool {
+	if d.err != nil {
+		return false
+	}
+	b, rest, err := msgp.ReadBoolBytes(d.rest)
+	return d.check(what, rest, err) && b
+}
+
 func (d *decoder) int(what string) int64 {
 	if d.err != nil {
 		return 0
@@ -222,8 +230,14 @@ func (d *decoder) graph(g *Graph) {
 }
 
 func (d *decoder) invoke() Invoke {
-	d.parts("an invoke", 2)
+	parts := d.list("parts of an invoke", 16, 0)
+	if d.err == nil && parts != 2 && parts != 3 {
+		d.fail("an invoke has %d parts instead of 2 or 3", parts)
+	}
 	in := Invoke{Rows: d.rows("rows"), Masks: d.rows("masks")}
+	if parts == 3 {
+		in.Edit = d.bool("whether an invoke is an edit")
+	}
 	if d.err == nil && in.Masks != nil && len(in.Masks) != len(in.Rows) {
 		d.fail("an invoke has %d rows and %d masks", len(in.Rows), len(in.Masks))
 	}

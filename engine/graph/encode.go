@@ -11,9 +11,16 @@ func Encode(g *Graph) []byte {
 	b = msgp.AppendInt(b, wireVersion)
 	b = msgp.AppendArrayHeader(b, uint32(len(g.Invokes)))
 	for i := range g.Invokes {
-		b = msgp.AppendArrayHeader(b, 2)
+		if g.Invokes[i].Edit {
+			b = msgp.AppendArrayHeader(b, 3)
+		} else {
+			b = msgp.AppendArrayHeader(b, 2)
+		}
 		b = appendRows(b, g.Invokes[i].Rows)
 		b = appendRows(b, g.Invokes[i].Masks)
+		if g.Invokes[i].Edit {
+			b = msgp.AppendBool(b, true)
+		}
 	}
 	b = msgp.AppendArrayHeader(b, uint32(len(g.Nodes)))
 	for i := range g.Nodes {

@@ -120,10 +120,23 @@ type Node struct {
 type Invoke struct {
 	Rows  [][]int64
 	Masks [][]int64 // attention masks beside Rows, or nil where every token counts
+	// Edit marks a program that the next invoke which is none brings along: it has no rows of its own
+	// and works on that one's, where the two meet ahead of it.
+	Edit bool
 }
 
 // WholeBatch reports whether the invoke has no input of its own.
-func (v Invoke) WholeBatch() bool { return len(v.Rows) == 0 }
+func (v Invoke) WholeBatch() bool { return len(v.Rows) == 0 && !v.Edit }
+
+// Edited is the invoke that an edit belongs to, and else the invoke itself; -1 where an edit has none.
+func (g *Graph) Edited(invoke int) int {
+	for i := invoke; i < len(g.Invokes); i++ {
+		if !g.Invokes[i].Edit {
+			return i
+		}
+	}
+	return -1
+}
 
 // Graph is a recorded trace.
 type Graph struct {

@@ -295,6 +295,9 @@ func (g *Graph) invokeText(i int32) string {
 		return fmt.Sprintf("invoke %d of %d", i, len(g.Invokes))
 	}
 	in := &g.Invokes[i]
+	if in.Edit {
+		return fmt.Sprintf("invoke %d: an edit of invoke %d", i, g.Edited(int(i)))
+	}
 	if in.WholeBatch() {
 		return fmt.Sprintf("invoke %d: the whole batch", i)
 	}

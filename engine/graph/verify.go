@@ -25,6 +25,10 @@ func VerifyMore(g *Graph, m *Model, nconsts, invokes, nodes int) error {
 			err.Invoke = i
 			return err
 		}
+		if err := verifyEdit(g, i); err != nil {
+			err.Invoke = i
+			return err
+		}
 	}
 	v := verifier{nodes: g.Nodes}
 	for i := nodes; i < len(g.Nodes); i++ {
@@ -65,6 +69,17 @@ func verifyInvoke(in *Invoke) *fault.Error {
 				return fault.New(fault.Input, "the attention mask of row %d holds %d, which is neither 0 nor 1", r, bit)
 			}
 		}
+	}
+	return nil
+}
+
+// verifyEdit checks that an edit has something to edit.
+func verifyEdit(g *Graph, i int) *fault.Error {
+	switch in := &g.Invokes[i]; {
+	case in.Edit && (in.Rows != nil || in.Masks != nil):
+		return fault.New(fault.Graph, "an edit has rows of its own")
+	case in.Edit && (g.Edited(i) < 0 || g.Invokes[g.Edited(i)].WholeBatch()):
+		return fault.New(fault.Graph, "an edit is followed by no invoke with rows")
 	}
 	return nil
 }
@@ -166,12 +181,19 @@ func verifyInTrace(g *Graph, m *Model, n *Node, nconsts int) *fault.Error {
 	if n.Step < 0 {
 		return fault.New(fault.Graph, "it names step %d", n.Step)
 	}
-	later := NoID
+	later, foreign := NoID, NoID
 	n.Refs(func(id ID) {
-		if g.Nodes[id].Invoke > n.Invoke {
+		from := g.Nodes[id].Invoke
+		if from > n.Invoke {
 			later = id
 		}
+		if from != n.Invoke && (g.Invokes[from].Edit || g.Invokes[n.Invoke].Edit) {
+			foreign = id
+		}
 	})
+	if foreign != NoID {
+		return fault.New(fault.Graph, "values of an edit stay in it, but a line of invoke %d uses value %d", n.Invoke, foreign)
+	}
 	if later != NoID {
 		return fault.New(fault.Graph, "a line of invoke %d uses value %d, which is of invoke %d", n.Invoke, later, g.Nodes[later].Invoke).
 			WithHint("Values go from an invoke to later ones only: change the order of the two.")

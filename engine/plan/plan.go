@@ -132,6 +132,9 @@ func (s *Plan) takingPart(from graph.ID) ([]bool, error) {
 			return
 		}
 		active[invoke] = true
+		for i := int(invoke) - 1; i >= 0 && s.g.Invokes[i].Edit; i-- {
+			visit(int32(i))
+		}
 		for _, n := range own[invoke] {
 			s.g.Nodes[n].Refs(func(id graph.ID) { visit(s.g.Nodes[id].Invoke) })
 			for _, id := range s.waits[n] {
@@ -166,7 +169,7 @@ func (s *Plan) takingPart(from graph.ID) ([]bool, error) {
 func (s *Plan) begin(active []bool) error {
 	var members []int
 	for i := range active {
-		if active[i] && s.forwardOf[i] < 0 {
+		if active[i] && s.forwardOf[i] < 0 && !s.g.Invokes[i].Edit {
 			members = append(members, i)
 		}
 	}
@@ -221,6 +224,11 @@ func (s *Plan) share(members []int) error {
 		return err
 	}
 	s.forwards = append(s.forwards, forwards...)
+	for i := range s.g.Invokes { // edits go where what they edit goes
+		if k := s.g.Edited(i); k != i && slices.Contains(members, k) {
+			s.forwardOf[i], s.extents[i] = s.forwardOf[k], s.extents[k]
+		}
+	}
 	for i := base; i < len(s.forwards); i++ {
 		model := s.models.of(&s.forwards[i])
 		p := &pass{forward: i, model: model, env: make([]Slot, len(model.Nodes)), lastCall: -1, movedBy: graph.NoID,
@@ -287,6 +295,7 @@ func (s *Plan) runAll(from graph.ID) error {
 // sees the whole batch: it shares its pass, and the others may not move it past where it stands unless
 // their values are wanted.
 func (s *Plan) drivers(from graph.ID) []bool {
+	// An edit follows where what it edits has got to.
 	drives := make([]bool, len(s.queues))
 	last := len(s.queues) - 1
 	if !s.open(last) || !s.g.Invokes[last].WholeBatch() {
@@ -305,8 +314,10 @@ func (s *Plan) drivers(from graph.ID) []bool {
 // driveAll lets every invoke move its pass, and reports whether that is news.
 func (s *Plan) driveAll(drives []bool) (news bool) {
 	for i := range drives {
-		news = news || !drives[i]
-		drives[i] = true
+		if !s.g.Invokes[i].Edit {
+			news = news || !drives[i]
+			drives[i] = true
+		}
 	}
 	return news
 }

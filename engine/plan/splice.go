@@ -388,7 +388,7 @@ func (s *Plan) view(p *pass, invoke int32, id graph.ID) (Slot, error) {
 	if err != nil {
 		return NoSlot, err
 	}
-	if c := p.copyOf(invoke, slot); c != nil {
+	if c := s.copyOf(p, invoke, slot); c != nil {
 		return c.slot, nil
 	}
 	s.flush(p) // so that edits of others on the same rows show
@@ -411,18 +411,18 @@ func (s *Plan) view(p *pass, invoke int32, id graph.ID) (Slot, error) {
 }
 
 // link is two activations that were one tensor until an invoke replaced its rows of one of them:
-// for every other invoke they still are.
+// for invokes that have other rows they still are.
 type link struct {
 	a, b   Slot
 	except int32
 }
 
 // sameFor gives the activations that are one tensor for an invoke, slot among them.
-func (p *pass) sameFor(invoke int32, slot Slot) []Slot {
+func (s *Plan) sameFor(p *pass, invoke int32, slot Slot) []Slot {
 	out := []Slot{slot}
 	for i := 0; i < len(out); i++ {
 		for _, l := range p.links {
-			if l.except == invoke {
+			if s.overlap(l.except, invoke) {
 				continue
 			}
 			if l.a == out[i] && !slices.Contains(out, l.b) {
@@ -437,8 +437,8 @@ func (p *pass) sameFor(invoke int32, slot Slot) []Slot {
 }
 
 // copyOf is the copy an invoke already has of an activation, or nil.
-func (p *pass) copyOf(invoke int32, slot Slot) *rowCopy {
-	for _, same := range p.sameFor(invoke, slot) {
+func (s *Plan) copyOf(p *pass, invoke int32, slot Slot) *rowCopy {
+	for _, same := range s.sameFor(p, invoke, slot) {
 		if c := p.copies[copyKey{invoke, same}]; c != nil {
 			return c
 		}
@@ -464,7 +464,7 @@ func (s *Plan) flush(p *pass) {
 		if c.shape.Find(graph.DimBatch) < 0 && !p.spread[c.base] {
 			s.rebase(p, c.base, s.spreadRows(p, c.base))
 		}
-		for _, base := range p.sameFor(c.invoke, c.base) {
+		for _, base := range s.sameFor(p, c.invoke, c.base) {
 			if s.gone(base) {
 				continue
 			}
@@ -564,7 +564,7 @@ func (s *Plan) write(p *pass, n int) error {
 		p.foreign[value.Ref] = true
 		return nil
 	}
-	if c := p.copyOf(node.Invoke, old); c != nil && c.slot == value.Ref {
+	if c := s.copyOf(p, node.Invoke, old); c != nil && c.slot == value.Ref {
 		return nil // assigning back what was read
 	}
 	s.flush(p)
