@@ -179,6 +179,17 @@ einops.rearrange({0}, "b t d -> t b d").transpose(0, 1) * 1.5
 {0} * 2 if {1}.sum() > 0.01 else {0} - 1
 {0} + len({0}.tolist())
 {0} * {0}.shape[1] / {0}.numel()
+{0}.sort(-1).values + {1}
+{0}.gather(-1, {0}.argsort(-1)) * 0.5
+torch.nn.functional.one_hot({0}.argmax(-1), {0}.shape[-1]) - {0}
+({0}.double() @ {0}.double().mT).float().tanh() @ {0}
+torch.nn.functional.scaled_dot_product_attention({0}, {0}, {0}, is_causal=True)
+torch.stack([row - row.mean() for row in {0}])
+torch.std_mean({0}, -1, keepdim=True)[1] + {0}
+{0} + store[:, :1, :1]
+torch.tensor({0}.tolist()) * 0.5
+torch.nn.functional.pad({0}, (1, -1)) + {1}
+{0}.unfold(-1, 2, 1).sum(-1).mean(-1, keepdim=True) + {0}
 """.strip().splitlines()
 
 # Lines that give a view of {0} of the same sizes.
@@ -191,7 +202,15 @@ _VIEWS = """
 """.strip().splitlines()
 
 # What is assigned to {}, beside variables; {1} is of its width, and broadcasts to it.
-_REPLACEMENTS = ["{} * 0.5", "{} + 0.1 * torch.randn_like({})", "{} + {1}", "torch.zeros_like({}) + {1}"]
+_REPLACEMENTS = """
+{} * 0.5
+{} + 0.1 * torch.randn_like({})
+{} + {1}
+torch.zeros_like({}) + {1}
+{} * 2 if {}.sum() > 0.01 else {} * 0.5
+{}.clone()
+{}[:]
+""".strip().splitlines()
 
 # Lines that change {0} in place; {1} is of its width, and broadcasts to it.
 _IN_PLACE = """
@@ -212,6 +231,20 @@ _IN_PLACE = """
 {0}[:, -1].mul_(1.5)
 {0}.transpose(1, 2)[:, 0] = 0.125
 {0}.zero_()
+{0}.mul_(float({1}.mean()))
+{0}[..., int({0}[0, 0].argmax())] = 0
+{0}[{0} > 0.3] = {1}.mean()
+{0}[:, 0], {0}[:, -1] = {0}[:, -1].clone(), {0}[:, 0].clone()
+{0}.data.mul_(0.75)
+{0}.detach()[:, -1] = 0.5
+torch.nn.functional.relu({0}, inplace=True)
+torch.mul({0}, 0.5, out={0})
+{0}.scatter_(-1, {0}[..., :1].argmax(-1, keepdim=True), 0.3)
+{0}.masked_fill_({0} < -0.5, -0.5)
+for row in {0}[0]: row.mul_(0.9)
+store[:, 0, 0] = {0}[0, -1, 0]
+store.add_({0}.mean())
+if {0}.mean() > 0.01: {0}.neg_()
 """.strip().splitlines()
 
 
@@ -243,16 +276,19 @@ class _Making:
         self.invoke = 0
         self.lines: list[Line] = []
         self.at = -1  # how far this invoke has come, as an index into the places
+        self.cut: dict[Place, int] = {}  # where it has put fewer tokens
 
     def program(self) -> Program:
         rng = self.rng
+        actions = [self.read, self.compute, self.in_place, self.replace, self.resize, self.call, self.outside]
+        longest = rng.choice([5, 9, 9, 25])
         invokes = []
-        for self.invoke in range(rng.choice([1, 1, 2, 3])):
+        for self.invoke in range(rng.choice([1, 1, 2, 3, 4])):
             self.rows, self.tokens = rng.choice([1, 1, 1, 2]), rng.randint(1, 7)
             rows = [prompt(self.maker.config, self.tokens, seed=rng.randrange(1 << 30)) for _ in range(self.rows)]
-            self.lines, self.at = [], -1
-            for _ in range(rng.randint(1, 9)):
-                rng.choices([self.read, self.compute, self.in_place, self.replace, self.call], [4, 4, 4, 2, 1])[0]()
+            self.lines, self.at, self.cut = [], -1, {}
+            for _ in range(rng.randint(1, longest)):
+                rng.choices(actions, [8, 8, 8, 4, 1, 2, 1])[0]()
             if rng.random() < 0.8 or not self.saved:
                 self.lines.append(Line(f"logits{self.invoke} = {{}}", ("lm_head", "output")))
                 self.saved.append(f"logits{self.invoke}")
@@ -266,8 +302,9 @@ class _Making:
         if self.rng.random() < 0.5:
             self.saved.append(like.name)
 
-    def variable(self, width: int, alias: _Alias) -> _Variable:
-        return _Variable(f"v{sum(v.name[0] == 'v' for v in self.variables)}", self.rows, self.tokens, width, alias)
+    def variable(self, width: int, alias: _Alias, tokens: int | None = None, rows: int | None = None) -> _Variable:
+        name = f"v{len(self.variables)}"
+        return _Variable(name, rows or self.rows, self.tokens if tokens is None else tokens, width, alias)
 
     def alias(self, place: Place) -> _Alias:
         key = self.invoke, place
@@ -279,77 +316,83 @@ class _Making:
         self.at = min(at + int(self.rng.expovariate(0.12)), len(places) - 1)
         return places[self.at]
 
+    def here(self, place: Place) -> _Variable:
+        """What is read at a place."""
+        return self.variable(self.maker.widths[place], self.alias(place), self.cut.get(place))
+
     def read(self) -> None:
         place = self.forward()
         if self.rng.random() < 0.15:
             place = self.maker.places[self.rng.randint(0, self.at)]
-        self.new("{}", self.variable(self.maker.widths[place], self.alias(place)), place)
+        self.new("{}", self.here(place), place)
 
-    def some(self, own: bool = True) -> _Variable | None:
-        """A variable of this invoke's sizes."""
-        fit = [v for v in self.variables if not own or (v.rows, v.tokens) == (self.rows, self.tokens)]
-        return self.rng.choice(fit[-6:]) if fit else None
+    def some(self) -> _Variable | None:
+        """A variable, of whichever invoke."""
+        return self.rng.choice(self.variables[-6:]) if self.variables else None
 
-    def other(self, width: int) -> str:
-        """An expression of a width that broadcasts to this invoke's sizes, perhaps of an earlier invoke."""
-        options = ["0.3", f"c{width}"]
+    def other(self, like: _Variable) -> str:
+        """A tensor that broadcasts to another, perhaps of an earlier invoke."""
+        options = [f"c{like.width}"]
         for v in self.variables[-6:]:
-            if v.width != width:
-                continue
-            if (v.rows, v.tokens) == (self.rows, self.tokens):
+            if v.width == like.width and (v.rows, v.tokens) == (like.rows, like.tokens):
                 options += [v.name] * 2
-            else:
+            elif v.width == like.width:
                 options += [f"{v.name}[:1, -1:]"] * 2
         return self.rng.choice(options)
-
-    def tensor(self, width: int) -> str:
-        """The same, and surely a tensor."""
-        found = self.other(width)
-        return f"c{width}" if found == "0.3" else found
 
     def compute(self) -> None:
         a = self.some()
         if a is None:
             return self.read()
-        if self.rng.random() < 0.12:
+        if self.rng.random() < 0.2:
             text = self.rng.choice(_VIEWS).format(a.name)
-            return self.new(text, self.variable(a.width, a.alias))
-        text = self.rng.choice(_FRESH).format(a.name, self.tensor(a.width))
+            return self.new(text, self.variable(a.width, a.alias, a.tokens, a.rows))
+        if self.rng.random() < 0.1:
+            return self.new(f"{a.name}[:, -1:]", self.variable(a.width, a.alias, 1, a.rows))
+        text = self.rng.choice(_FRESH).format(a.name, self.other(a))
         if "rand" in text and self.rng.random() < 0.5:
             self.lines.append(Line(f"torch.manual_seed({self.rng.randint(0, 9)})"))
-        self.new(text, self.variable(a.width, _Alias()))
+        self.new(text, self.variable(a.width, _Alias(), a.tokens, a.rows))
         return None
 
     def in_place(self) -> None:
         now = self.maker.places[self.at] if self.at >= 0 else None
-        free = [
-            v
-            for v in self.variables[-6:]
-            if v.alias.points <= {(self.invoke, now)} and (v.rows, v.tokens) == (self.rows, self.tokens)
-        ]
+        free = [v for v in self.variables[-6:] if v.alias.points <= {(self.invoke, now)}]
         if free and self.rng.random() < 0.6:
             v = self.rng.choice(free)
-            self.lines.append(Line(self.rng.choice(_IN_PLACE).format(v.name, self.tensor(v.width))))
+            self.lines.append(Line(self.rng.choice(_IN_PLACE).format(v.name, self.other(v))))
             return
         place = self.forward()
         if not self.alias(place).points <= {(self.invoke, place)}:
             return  # what was assigned there stands somewhere else, too
-        text = self.rng.choice(_IN_PLACE).format("{}", self.tensor(self.maker.widths[place]))
-        self.lines.append(Line(text, place))
+        self.lines.append(Line(self.rng.choice(_IN_PLACE).format("{}", self.other(self.here(place))), place))
 
     def replace(self) -> None:
         place = self.forward()
-        width = self.maker.widths[place]
-        like = [v for v in self.variables[-6:] if (v.rows, v.tokens, v.width) == (self.rows, self.tokens, width)]
+        now = self.here(place)
+        like = [v for v in self.variables[-6:] if (v.rows, v.tokens, v.width) == (now.rows, now.tokens, now.width)]
         if like and self.rng.random() < 0.6:
             v = self.rng.choice(like)
             self.lines.append(Line(f"{{}} = {v.name}", place, rebinds=True))
             v.alias.points.add((self.invoke, place))
             self.bound[self.invoke, place] = v.alias
             return
-        text = self.rng.choice(_REPLACEMENTS).replace("{1}", self.tensor(width))
+        text = self.rng.choice(_REPLACEMENTS).replace("{1}", self.other(now))
         self.lines.append(Line(f"{{}} = {text}", place, rebinds=True))
-        self.bound[self.invoke, place] = _Alias((self.invoke, place))
+        if text != "{}[:]":  # which is a view of what stood there
+            self.bound[self.invoke, place] = _Alias((self.invoke, place))
+
+    def resize(self) -> None:
+        """Puts fewer tokens where the model takes them: before the head, or in what is added to the residual stream."""
+        place = self.forward()
+        if place == ("lm_head", "input") and place not in self.cut:
+            tokens = self.rng.randint(1, self.tokens)
+            self.cut[place] = self.cut["lm_head", "output"] = tokens
+        elif place[0].endswith(".mlp") and place[1] == "output" and place not in self.cut:
+            tokens = self.cut[place] = 1
+        else:
+            return
+        self.lines.append(Line(f"{{}} = {{}}[:, -{tokens}:]", place, rebinds=True))
 
     def call(self) -> None:
         """A module of the model on a value."""
@@ -360,8 +403,11 @@ class _Making:
         if not fit:
             return self.read()
         v = self.rng.choice(fit)
-        if (v.rows, v.tokens) != (self.rows, self.tokens):
-            return None
-        out = self.variable(self.maker.widths[path, "output"], _Alias())
+        out = self.variable(self.maker.widths[path, "output"], _Alias(), v.tokens, v.rows)
         self.new(f"{written((path, 'x')).removesuffix('.x')}({v.name})", out)
         return None
+
+    def outside(self) -> None:
+        """A change of what the program found: a constant, or the random numbers to come."""
+        width = self.rng.choice(sorted(set(self.maker.widths.values())))
+        self.lines.append(Line(self.rng.choice([f"c{width}.mul_(0.9)", f"c{width} = c{width} + 0.1", "torch.rand(3)"])))

@@ -19,7 +19,7 @@ import torch
 from programs import Invoke, Maker, Program, interpret, source
 from references import Pair, relative
 
-COUNT = int(os.environ.get("NNSIGHT_GO_PROGRAMS", "75"))
+COUNT = int(os.environ.get("NNSIGHT_GO_PROGRAMS", "150"))
 FROM = int(os.environ.get("NNSIGHT_GO_PROGRAMS_FROM", "0"))
 
 
@@ -47,10 +47,10 @@ def maker(pair: Pair) -> Maker:
 
 
 def names(pair: Pair) -> dict[str, Any]:
-    """What programs find: libraries, an autoencoder, and constants of each width."""
+    """What programs find: libraries, an autoencoder, constants of each width, and a tensor to write to."""
     torch.manual_seed(3)
     constants = {f"c{width}": 0.5 * torch.randn(1, 1, width) for width in sorted(set(maker(pair).widths.values()))}
-    return {"torch": torch, "einops": einops, "sae": Autoencoder(), **constants}
+    return {"torch": torch, "einops": einops, "sae": Autoencoder(), "store": torch.zeros(1, 2, 2), **constants}
 
 
 def outcome(program: Program, pair: Pair) -> tuple[str, str] | None:
