@@ -14,6 +14,7 @@ What a block means is told in ``docs/contract.md``.
 
 from __future__ import annotations
 
+from .edits import Edit, load_edit
 from .envoy import Envoy
 from .errors import (
     CancelledError,
@@ -32,6 +33,7 @@ from .errors import (
     StepLoopError,
     TokenizerError,
 )
+from .graphs import Graph
 from .model import LanguageModel
 from .saving import save
 from .tokenizer import Tokenizer
@@ -40,8 +42,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CancelledError",
+    "Edit",
     "Envoy",
     "ForkError",
+    "Graph",
     "GraphError",
     "HandleError",
     "InputError",
@@ -58,5 +62,6 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "__version__",
+    "load_edit",
     "save",
 ]

@@ -141,7 +141,7 @@ def gather(
         first -= 1
 
     def fill() -> None:
-        invokes = [only] if only >= 0 else range(first, len(rec.invokes))
+        invokes = [only] if only >= 0 else [i for i in range(first, len(rec.invokes)) if not rec.invokes[i].edit]
         for path in paths:
             entries = []
             for invoke in invokes:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import _ffi, envoy, hub, positions, renaming, tracebacks
+from .edits import Edit, Editing
 from .envoy import Envoy
 from .errors import InputError, ModelLoadError, RemoteError
 from .native import Native
@@ -107,7 +108,9 @@ class LanguageModel(Envoy):
         self._tokenizer_lock = threading.Lock()
         self._tokenizer: Any = None
         envoy.grow(self, native.description["modules"])
-        renaming.apply(self, rename or {})
+        self._edits: tuple[Edit, ...] = ()
+        self._rename = dict(rename or {})
+        renaming.apply(self, self._rename)
 
     # ---- tracing ----
 
@@ -155,6 +158,43 @@ class LanguageModel(Envoy):
                     logits = model.lm_head.output.save()
         """
         return Session()
+
+    def edit(self, inplace: bool = False) -> Editing:
+        """Records interventions that every later trace brings along: ``with model.edit() as edited:``.
+
+        The block is as that of a trace, but has no input: it names no sizes of batch or sequence, needs
+        no values and saves nothing. In a trace of the edited model each invoke has the edits made on its
+        rows, ahead of its own lines.
+
+        Args:
+            inplace: edit this model, rather than give an edited view of it that shares its weights.
+        """
+        return Editing(self, inplace)
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """The edits that traces bring along, in the order in which they are made."""
+        return self._edits
+
+    def with_edits(self, *edits: Edit) -> LanguageModel:
+        """A view of the model, with its weights, that has these edits beside its own."""
+        view = self._view()
+        view._edits = (*self._edits, *edits)
+        return view
+
+    def clear_edits(self) -> None:
+        """Forgets all edits of this model."""
+        self._edits = ()
+
+    def _view(self) -> LanguageModel:
+        view = LanguageModel.__new__(type(self))
+        Envoy.__init__(view, self._native, "", self._native.description["modules"][0])
+        for name in ("_directory", "_name_or_path", "_tokenizer_given", "_tokenizer_lock", "_tokenizer", "_edits"):
+            setattr(view, name, getattr(self, name))
+        envoy.grow(view, self._native.description["modules"])
+        view._rename = self._rename
+        renaming.apply(view, self._rename)
+        return view
 
     # ---- what belongs to the model ----
 

@@ -14,8 +14,9 @@ from typing import TypeAlias
 
 import torch
 
-# A code object and the offset of the instruction in it; None where no frame of the user's was found.
-Place: TypeAlias = tuple[CodeType, int] | None
+# A code object and the offset of the instruction in it; file, line and function, out of a stored
+# recording; None where no frame of the user's was found.
+Place: TypeAlias = tuple[CodeType, int] | tuple[str, int, str] | None
 
 _OURS = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep, "<__array_function__")
 _foreign: dict[str, bool] = {}  # file name -> it is the user's
@@ -42,29 +43,29 @@ def here() -> Place:
     return None
 
 
-def line(place: Place) -> tuple[str, int]:
-    """File and line of a place, ``("", 0)`` where there is none."""
+def row(place: Place) -> tuple[str, int, str]:
+    """File, line and function of a place, ``("", 0, "")`` where there is none."""
     if place is None:
-        return "", 0
+        return "", 0, ""
+    if len(place) == 3:
+        return place
     code, offset = place
     number = code.co_firstlineno
     for start, end, at in code.co_lines():
         if start <= offset < end:
             number = at or number
             break
-    return code.co_filename, number
+    return code.co_filename, number, code.co_name
 
 
 def fields(place: Place) -> dict[str, object]:
     """The fields of an error that name a place."""
-    file, number = line(place)
-    return {"file": file, "line": number, "func": place[0].co_name} if place else {}
+    return dict(zip(("file", "line", "func"), row(place), strict=True)) if place else {}
 
 
 def other_fields(place: Place) -> dict[str, object]:
     """The fields of an error that name a second place."""
-    file, number = line(place)
-    return {"other_file": file, "other_line": number} if place else {}
+    return dict(zip(("other_file", "other_line"), row(place)[:2], strict=True)) if place else {}
 
 
 def table(places: Iterable[Place]) -> tuple[list[tuple[str, int, str]], list[int]]:
@@ -80,11 +81,11 @@ def table(places: Iterable[Place]) -> tuple[list[tuple[str, int, str]], list[int
         key = (id(place[0]), place[1])
         index = by_place.get(key)
         if index is None:
-            row = (*line(place), place[0].co_name)
-            index = by_row.get(row)
+            found = row(place)
+            index = by_row.get(found)
             if index is None:
-                index = by_row[row] = len(rows)
-                rows.append(row)
+                index = by_row[found] = len(rows)
+                rows.append(found)
             by_place[key] = index
         indices.append(index)
     return rows, indices

@@ -19,7 +19,8 @@ from .wire import Kind
 if TYPE_CHECKING:
     from .recorder import Recorder
 
-_PLACEHOLDER = torch.empty((), device="meta")
+# An integer without axes, because torch takes that, and no other tensor, for a number where it wants one.
+_PLACEHOLDER = torch.empty((), dtype=torch.int64, device="meta")
 _make_subclass = torch.Tensor._make_subclass
 
 
@@ -74,12 +75,12 @@ class Proxy(torch.Tensor):
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
         """The dtype, known before the value is."""
-        return self._rec.meta(self).dtype
+        return self._rec.rough(self).dtype
 
     @property
     def ndim(self) -> int:  # type: ignore[override]
         """The number of axes."""
-        return self._rec.meta(self).dim()
+        return self._rec.rough(self).dim()
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -128,10 +129,12 @@ class Proxy(torch.Tensor):
             return f"<Proxy of {name}: {self._rec.closed}>"
         known = None
         if current.recorder is self._rec:
+            pinned = self._rec.pinned
             try:
                 known = shapes.infer(self._rec, self._id, run=False)
             except Exception:  # showing a value must neither fail nor run anything; using it tells what is wrong
                 known = None
+            self._rec.pinned = pinned
         sizes = f"shape={list(known.shape)}, {str(known.dtype).removeprefix('torch.')}, " if known is not None else ""
         return f"<Proxy {sizes}from {name}>"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -22,6 +22,7 @@ from .proxy import Proxy
 from .wire import Kind, argument
 
 if TYPE_CHECKING:
+    from .edits import Edit
     from .native import Native, Run
     from .sessions import Living
 
@@ -51,6 +52,11 @@ class Invoke:
 
     rows: list[list[int]] | None
     masks: list[list[int]] | None = None
+    edit: bool = False  # the next invoke brings it along: it works on that one's rows
+
+    def wire(self) -> tuple[Any, ...]:
+        """Its wire form."""
+        return (None, None, True) if self.edit else (self.rows, self.masks)
 
 
 @dataclasses.dataclass(slots=True)
@@ -105,7 +111,10 @@ class Recorder:
         self.moved: dict[int, torch.device] = {}  # nodes whose result is on another device
         self.invokes: list[Invoke] = []
         self.invoke = -1
+        self.edits: Sequence[Edit] = ()  # what each invoke with an input brings along
         self.captures: list[_Capture] = []
+        self.kept: list[int] = []  # the save nodes of what the block saved
+        self.pinned: Place = None  # a line that used sizes of the input
         self.bound: dict[tuple[int, str, int], Any] = {}
         self.closed: str | None = None
         self.at_end: list[Callable[[], None]] = []  # checks and last reads, before the graph runs
@@ -138,9 +147,23 @@ class Recorder:
                 "an invoke without input sees the whole batch, and there is none yet",
                 hint="Give this invoke a prompt, or put one with a prompt before it.",
             )
+        if rows is not None:
+            for edit in self.edits:
+                self._bring(edit)
         self.invokes.append(Invoke(rows, masks))
         self.invoke = len(self.invokes) - 1
         return self.invoke
+
+    def _bring(self, edit: Edit) -> None:
+        """Puts an edit before the invoke that comes next."""
+        number, nodes, constants = len(self.invokes), len(self.nodes), len(self.captures)
+        self.invokes.append(Invoke(None, edit=True))
+        for tensor in edit.recording.constants:
+            index = len(self.captures)
+            self.captures.append(_Capture(tensor, _version(tensor), tensor, index, None))
+        for node in edit.recording.nodes:
+            self.nodes.append(wire.renumbered(node, number, nodes, constants))
+            self.made.append(None)
 
     def close_invoke(self) -> None:
         """Ends the open invoke."""
@@ -149,6 +172,7 @@ class Recorder:
     def batch(self, invoke: int) -> tuple[int, int]:
         """Rows of an invoke and tokens of the longest of them."""
         v = self.invokes[invoke]
+        self.pinned = self.pinned or here()
         if v.rows is None:
             self._batch_asked = here()
             rows = [row for w in self.invokes for row in w.rows or ()]
@@ -312,6 +336,17 @@ class Recorder:
             meta = shapes.infer(self, proxy._id)
         return meta  # type: ignore[no-any-return]
 
+    def rough(self, proxy: Proxy) -> torch.Tensor:
+        """As ``meta``, for facts that do not depend on the sizes of the input: dtype, number of axes."""
+        pinned = self.pinned
+        out = self.meta(proxy)
+        self.pinned = pinned
+        return out
+
+    def structure(self, id: int) -> Any:
+        """What a node with several results gives, on meta tensors."""
+        return shapes.infer(self, id)
+
     def unknown(self, id: int, error: Exception) -> torch.Tensor:
         """The meta tensor of a node that meta tensors could not tell: sizes depend on data, or the call is wrong.
 
@@ -375,7 +410,7 @@ class Recorder:
         nodes = self.nodes[sent.nodes :]
         rows, indices = positions.table(node[2] for node in nodes)
         data = wire.graph(
-            [(v.rows, v.masks) for v in self.invokes[sent.invokes :]],
+            [v.wire() for v in self.invokes[sent.invokes :]],
             [
                 (*node[:2], index if index < 0 else index + sent.positions, *node[3:])
                 for node, index in zip(nodes, indices, strict=True)
@@ -390,8 +425,10 @@ class Recorder:
                 self._run.more(data, constants, end)
             self._sent = _Sent(len(self.nodes), len(self.invokes), len(self.captures), sent.positions + len(rows))
             return self._run.results(adopt)
-        except BaseException:
+        except BaseException as error:
             end = True
+            if isinstance(error, NnsightError) and error.invoke:  # as the user counts them
+                error.invoke -= sum(v.edit for v in self.invokes[: error.invoke])
             raise
         finally:
             if end:
@@ -445,7 +482,9 @@ class Recorder:
         for p in saved:
             self.alive(p)
         if saved:
+            count = len(self.nodes)
             self._go_on([p._id for p in saved], end=True, adopt=saved)
+            self.kept = list(range(count, len(self.nodes)))
         self.close("it was not saved")
         for act in self.when_done:
             act()
@@ -454,7 +493,7 @@ class Recorder:
         """Ends the recording: proxies that were not saved raise ``NotSavedError`` from now on."""
         self._free()
         self.closed = why
-        self.made, self.captures = [], []  # nodes stay: they hold no tensors, and errors name values by them
+        self.made = []  # nodes stay: errors name values by them, and so do constants, for the graph
         self.metas, self.bound, self._captured, self._saved = {}, {}, {}, {}
         self._const_nodes, self._reach, self._forced, self.moved = {}, {}, (-1, {}), {}
         self.at_end = []

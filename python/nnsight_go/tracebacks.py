@@ -22,6 +22,8 @@ _ENTRANCES: dict[str, dict[str, list[str]]] = {
             "output", "input", "inputs", "__call__", "skip", "get", "__getattr__", "__setattr__", "__getitem__",
         ]
     },
+    "edits": {"Editing": ["__enter__", "__exit__"]},
+    "graphs": {"Graph": ["save", "load", "run"]},
     "model": {"LanguageModel": ["__init__", "trace", "scan", "tokenizer"]},
     "proxy": {
         "Proxy": [
@@ -69,8 +71,8 @@ def _enter(cls: type, name: str) -> None:
     if isinstance(attribute, property):
         get, put = (part and _boundary(part) for part in (attribute.fget, attribute.fset))
         setattr(cls, name, property(get, put, None, attribute.__doc__))
-    elif isinstance(attribute, classmethod):
-        setattr(cls, name, classmethod(_boundary(attribute.__func__)))
+    elif isinstance(attribute, classmethod | staticmethod):
+        setattr(cls, name, type(attribute)(_boundary(attribute.__func__)))
     else:
         setattr(cls, name, _boundary(attribute))
 

@@ -12,9 +12,11 @@ from . import inputs, positions, saving, sessions, torchmap
 from .barrier import Barrier
 from .cache import Cache, gather
 from .errors import InputError
+from .graphs import Graph
 from .positions import here
 from .recorder import Recorder, current
 from .stopping import Stop
+from .stored import Recording
 
 if TYPE_CHECKING:
     from .envoy import Envoy
@@ -33,6 +35,7 @@ class Tracer:
         self.model = model
         self._input = inputs.read(model._tokenizer_for_text, args, kwargs) if args or kwargs else None
         self._recorder = kind(model._native)
+        self._recorder.edits = model._edits
         self._mode: torchmap.Mode | None = None
         self._used = False
 
@@ -84,6 +87,13 @@ class Tracer:
     def result(self) -> Any:
         """What the model gives: ``model.output``."""
         return self.model.output
+
+    @property
+    def graph(self) -> Graph:
+        """What has been recorded so far; after the block, the whole trace."""
+        rec = self._recorder
+        recording = Recording([v.wire() for v in rec.invokes], list(rec.nodes), [c.sent for c in rec.captures])
+        return Graph(recording, rec.kept, rec.pinned)
 
     def barrier(self, n: int) -> Barrier:
         """A meeting point of ``n`` invokes: each calls it. Values flow to later invokes without it.

@@ -34,6 +34,7 @@ class Operator:
     name: str
     arguments: frozenset[str]
     results: int | None
+    positional: int
     self_at: int = 0
     out: frozenset[str] = frozenset()
     draws: bool = False
@@ -53,6 +54,7 @@ def find(name: str) -> Operator | None:
         f"aten::{name}",
         frozenset(a.name for s in functional for a in s.arguments),
         counts.pop() if len(counts) == 1 else (None if None in counts else 0),
+        max(sum(not a.kwarg_only for a in s.arguments) for s in functional),
         min((_index_of_self(s) for s in functional), default=0),
         frozenset(a.name for s in schemas if any(a.name == "out" for a in s.arguments) for a in s.arguments),
         _seeded(name, functional),
@@ -115,9 +117,7 @@ _VARARGS_METHODS = frozenset(
 _VARARGS_FACTORIES = frozenset("zeros ones empty".split())
 
 # In-place operations that change the sizes of what they work on.
-_RESHAPING = frozenset(
-    "t_ transpose_ swapaxes_ swapdims_ squeeze_ unsqueeze_ resize_ resize_as_ as_strided_ set_".split()
-)
+_RESHAPING = frozenset("t_ transpose_ swapaxes_ swapdims_ squeeze_ unsqueeze_ resize_ resize_as_ as_strided_".split())
 
 
 def direct(op: Operator, func: Any = None, name: str | None = None) -> Rule:
@@ -132,7 +132,7 @@ def direct(op: Operator, func: Any = None, name: str | None = None) -> Rule:
     one = op.results == 1
     varargs = 1 if name in _VARARGS_METHODS else 0 if name in _VARARGS_FACTORIES else -1
     swap = op.self_at if isinstance(func, types.MethodDescriptorType | types.WrapperDescriptorType) else 0
-    autocast = op.autocast
+    autocast, most = op.autocast, op.positional
 
     def rule(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if autocast and torch._C._is_any_autocast_enabled():
@@ -144,6 +144,8 @@ def direct(op: Operator, func: Any = None, name: str | None = None) -> Rule:
             named = _named(op, kwargs)
         if varargs >= 0 and len(args) > varargs + 1 and _is_number(args[varargs]):
             args = (*args[:varargs], list(args[varargs:]))
+        if len(args) > most:  # an older order of arguments, which no schema knows
+            return compute(rec, func, args, kwargs)
         for x in args:
             if type(x) is list:  # the caller may change it later
                 args = tuple(list(x) if type(x) is list else x for x in args)
@@ -181,7 +183,7 @@ def several(rec: Recorder, node: int, op: Operator, name: str) -> Any:
         items = [rec.item(node, i) for i in range(op.results)]
         cls = getattr(torch.return_types, name, None)
         return cls(items) if cls is not None else tuple(items)
-    known = shapes.infer(rec, node)
+    known = rec.structure(node)
     if isinstance(known, torch.Tensor):
         rec.several.discard(node)
         return Proxy._make(rec, node)
@@ -214,10 +216,10 @@ def plain(op: Operator, overload: str) -> Rule:
 
 def _in_place(op: Operator, name: str) -> Rule:
     reshapes = name in _RESHAPING
-    autocast = op.autocast
+    autocast, most = op.autocast, op.positional
 
     def rule(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not args or type(args[0]) is not Proxy:
+        if not args or type(args[0]) is not Proxy or (len(args) > most and not reshapes):
             return compute(rec, func, args, kwargs)  # a tensor from outside changes now, as its owner expects
         if autocast and torch._C._is_any_autocast_enabled():
             return compute(rec, func, args, kwargs)

@@ -38,7 +38,7 @@ _REFLECTED = {
 _VALUES = frozenset(
     """item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __contains__ __dlpack__
     __dlpack_device__ allclose equal is_nonzero data_ptr untyped_storage storage _storage is_set_to
-    apply_ map_ map2_ histogramdd from_numpy _make_dual _unpack_dual""".split()
+    apply_ map_ map2_ histogramdd from_numpy set_ _make_dual _unpack_dual""".split()
 )
 
 # Normalisations with running statistics, which they change in training: mean, variance, and the flag.
@@ -46,8 +46,16 @@ _NORMALISATIONS = frozenset(("batch_norm", "native_batch_norm", "_native_batch_n
 _STATISTICS, _TRAINING = (3, 4), 5
 
 
-def _as(operator: str) -> Rule:
-    return direct(need(operator))
+def _special_method(operator: str) -> Rule:
+    """``p + other`` and kin, which leave other types than tensors and numbers to those."""
+    rule_of = direct(need(operator))
+
+    def rule(rec: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) > 1 and not selection.is_operand(args[1]):
+            return NotImplemented
+        return rule_of(rec, func, args, kwargs)
+
+    return rule
 
 
 def _divided(name: str) -> Rule:
@@ -63,7 +71,7 @@ _Table = tuple[Any, Callable[[str], Rule]]
 
 _TABLES: list[_Table] = [
     (("__eq__", "__ne__"), _equality),
-    (_METHODS, lambda name: _as(_METHODS[name])),
+    (_METHODS, lambda name: _special_method(_METHODS[name])),
     (_REFLECTED, lambda name: selection.reflected(name, _REFLECTED[name])),
     (("__rdiv__", "__rtruediv__"), _divided),
     (properties.FACTS, lambda name: properties.facts),

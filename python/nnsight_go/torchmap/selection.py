@@ -87,11 +87,20 @@ def nonzero(name: str) -> Rule:
     return rule
 
 
+def is_operand(x: Any) -> bool:
+    """Whether tensors can be added to, or compared with, a value."""
+    return isinstance(x, torch.Tensor | int | float | complex) or type(x).__module__ == "numpy"
+
+
 def reflected(name: str, operator: str) -> Rule:
     """``number - p`` and kin: the operator with its arguments the other way round."""
     rule_of = direct(need(operator))
     function = getattr(torch, operator)
-    return lambda rec, func, args, kwargs: rule_of(rec, function, (args[1], args[0]), {})
+
+    def rule(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return rule_of(rec, function, (args[1], args[0]), {}) if is_operand(args[1]) else NotImplemented
+
+    return rule
 
 
 def comparison(name: str, operator: str) -> Rule:
@@ -99,9 +108,6 @@ def comparison(name: str, operator: str) -> Rule:
     rule_of = direct(need(operator))
 
     def rule(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for x in args:
-            if not isinstance(x, torch.Tensor | int | float | complex) and type(x).__module__ != "numpy":
-                return operator == "ne"
-        return rule_of(rec, func, args, kwargs)
+        return rule_of(rec, func, args, kwargs) if is_operand(args[1]) else operator == "ne"
 
     return rule
