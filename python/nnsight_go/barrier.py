@@ -6,6 +6,7 @@ for another keep their meaning, and a barrier that not everyone reaches is still
 
 from __future__ import annotations
 
+import collections
 from typing import TYPE_CHECKING
 
 from . import positions
@@ -20,14 +21,14 @@ class Barrier:
     """A barrier of ``n`` invokes: each calls it once, at the point where it would wait for the others."""
 
     def __init__(self, recorder: Recorder, n: int) -> None:
-        if not isinstance(n, int) or n < 1:
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise InputError(
                 f"a barrier is for a number of invokes, not {n!r}",
                 hint="Give how many invokes meet there: tracer.barrier(2).",
                 **positions.fields(here()),
             )
         self._recorder, self._n, self._place = recorder, n, here()
-        self._reached: list[int] = []
+        self._reached: collections.Counter[int] = collections.Counter()  # how often, by invoke
         recorder.at_end.append(self._check)
 
     def __call__(self) -> None:
@@ -38,14 +39,17 @@ class Barrier:
                 hint="Call it inside `with tracer.invoke(...):`.",
                 **positions.fields(here()),
             )
-        self._reached.append(self._recorder.invoke)
+        self._reached[self._recorder.invoke] += 1
 
     def _check(self) -> None:
-        if len(self._reached) % self._n == 0:
+        # it opens when n have come, and nobody comes twice before it does
+        total = self._reached.total()
+        rounds, rest = divmod(total, self._n)
+        if rest == 0 and all(times <= rounds for times in self._reached.values()):
             return
-        who = ", ".join(map(str, sorted(set(self._reached))))
+        who = ", ".join(f"{times} times by invoke {i}" for i, times in sorted(self._reached.items()))
         raise InputError(
-            f"this barrier is for {self._n} invokes, and was reached {len(self._reached)} times (by invoke {who})",
+            f"this barrier is for {self._n} invokes, and was reached {who}".replace(" 1 times", " once"),
             hint="Give it the number of invokes that call it.",
             **positions.fields(self._place),
         )

@@ -70,6 +70,17 @@ class _Capture:
     place: Place
 
 
+@dataclasses.dataclass(slots=True)
+class _Write:
+    """A value that was put in the place of another; ``kept``: with its sizes, None where nobody has asked."""
+
+    invoke: int
+    order: float
+    leaf: Leaf
+    value: Proxy
+    kept: bool | None = None
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Sent:
     """How much of a recording the engine has: counts of nodes, invokes, captures and lines."""
@@ -124,6 +135,7 @@ class Recorder:
         self._captured: dict[int, _Capture] = {}
         self._const_nodes: dict[tuple[int, int], int] = {}
         self._reach: dict[int, tuple[Point, Place]] = {}
+        self._writes: dict[int, list[_Write]] = {}  # by invoke
         self._saved: dict[int, Any] = {}
         self._batch_asked: Place = None
         self._forced: tuple[int, dict[int, torch.Tensor]] = (-1, {})
@@ -307,11 +319,24 @@ class Recorder:
 
     def read(self, point: Point, leaf: Leaf) -> Proxy:
         """Records reading one tensor of an access point."""
-        made = (self._leaf_meta, (self.invoke, leaf), None)
+        made = (self._leaf_meta, (self.invoke, point.order, leaf, len(self._writes.get(self.invoke, ()))), None)
         return Proxy._make(self, self._add(_READ, made, point.path, point.port, 0, leaf.name))
 
-    def _leaf_meta(self, invoke: int, leaf: Leaf) -> torch.Tensor:
+    def _leaf_meta(self, invoke: int, order: int, leaf: Leaf, writes: int) -> torch.Tensor:
+        if not all(self._keeps_sizes(w) for w in self._writes.get(invoke, [])[:writes] if w.order <= order):
+            raise NotImplementedError("an earlier line has replaced a value by one of other sizes")
         return torch.empty(leaf.sizes(*self.batch(invoke)), dtype=leaf.dtype, device="meta")
+
+    def _keeps_sizes(self, write: _Write) -> bool:
+        """Whether what was written has the sizes of what stood there, so that the rest of the model keeps its own."""
+        if write.kept is None:
+            try:
+                meta = shapes.infer(self, write.value._id, run=False)
+                want = write.leaf.sizes(*self.batch(write.invoke))
+                write.kept = tuple(meta.shape) == want and meta.dtype == write.leaf.dtype
+            except Exception:  # sizes that depend on data
+                write.kept = False
+        return write.kept
 
     def write(self, point: Point, leaf: Leaf, value: Any) -> Proxy:
         """Records rebinding one tensor of an access point, and gives what is bound there now."""
@@ -323,6 +348,7 @@ class Recorder:
                 **positions.fields(here()),
             )
         proxy = value if type(value) is Proxy else self.constant(value)
+        self._writes.setdefault(self.invoke, []).append(_Write(self.invoke, point.order, leaf, proxy))
         self._add(_WRITE, None, point.path, point.port, 0, leaf.name, [0, self.number(proxy)])
         return proxy
 
@@ -476,7 +502,8 @@ class Recorder:
         self.conclude()
         wanted = self.saved()
         if self.living is not None:
-            self.made, self.metas, self.bound, self._forced = [], {}, {}, (-1, {})  # these hold proxies too
+            # these hold proxies too
+            self.made, self.metas, self.bound, self._forced, self._writes = [], {}, {}, (-1, {}), {}
             wanted += self.living.now()
         saved = list({id(p): p for p in proxies(wanted)}.values())
         for p in saved:
@@ -496,6 +523,7 @@ class Recorder:
         self.made = []  # nodes stay: errors name values by them, and so do constants, for the graph
         self.metas, self.bound, self._captured, self._saved = {}, {}, {}, {}
         self._const_nodes, self._reach, self._forced, self.moved = {}, {}, (-1, {}), {}
+        self._writes = {}
         self.at_end = []
 
     def alive(self, proxy: Proxy) -> None:

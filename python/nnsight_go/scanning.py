@@ -27,12 +27,14 @@ class ScanRecorder(Recorder):
         )
 
     def unknown(self, id: int, error: Exception) -> NoReturn:
-        """Tells why the shape of a node is not known: the operation is wrong, or it depends on values."""
+        """Tells why the shape of a node is not known: the operation is wrong, or only a run tells it."""
         node = self.nodes[id]
         name = str(node[4]) if isinstance(node[4], str) else None
-        by_values = isinstance(error, NotImplementedError)
+        unknown = isinstance(error, NotImplementedError)
         raise OpError(
-            "the sizes of what this line gives depend on values, and scan() has none" if by_values else str(error),
+            "the sizes of what this line gives are known once it is computed, and scan() computes nothing"
+            if unknown
+            else str(error),
             op=name,
             invoke=node[1],
             **positions.fields(node[2]),

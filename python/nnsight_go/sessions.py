@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import weakref
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from . import positions
+from . import positions, saving
 from .errors import InputError
 from .positions import here
+from .recorder import current
 
 if TYPE_CHECKING:
     from .proxy import Proxy
@@ -29,18 +30,25 @@ class Session:
 
     def __enter__(self) -> Session:
         if opened.session is not None:
-            raise InputError(
-                "a session cannot begin inside another one",
-                hint="Put its traces into the one that is open.",
-                **positions.fields(here()),
-            )
+            self._refuse("a session cannot begin inside another one", "Put its traces into the one that is open.")
+        if current.recorder is not None:
+            self._refuse("a session cannot begin inside a trace", "Open it around the trace.")
+        saving.mount()
         opened.session = self
         return self
+
+    def _refuse(self, message: str, hint: str) -> NoReturn:
+        raise InputError(message, hint=hint, **positions.fields(here()))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         opened.session = None
+
+
+def session() -> Session:
+    """Several traces in which values flow from one to the next without being saved: ``model.session()``."""
+    return Session()
 
 
 class Living:

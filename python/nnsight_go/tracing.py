@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from . import inputs, positions, saving, sessions, torchmap
+from . import foreign, inputs, positions, saving, sessions, torchmap
 from .barrier import Barrier
 from .cache import Cache, gather
 from .errors import InputError
 from .graphs import Graph
 from .positions import here
 from .recorder import Recorder, current
+from .steps import Chosen, Steps
 from .stopping import Stop
 from .stored import Recording
 
@@ -80,13 +81,36 @@ class Tracer:
         return stopped
 
     def stop(self) -> NoReturn:
-        """Leaves the block there and then: the lines behind it are not run. In an invoke, it ends that invoke."""
+        """Leaves the block there and then: the lines behind it are not run. In an invoke, it ends that invoke.
+
+        Raises:
+            InputError: the block is not open.
+        """
+        if current.recorder is not self._recorder:
+            raise InputError(
+                "a trace is stopped from inside its block, and this line stands outside of it",
+                hint="Call it in `with model.trace(prompt) as tracer:`.",
+                **positions.fields(here()),
+            )
         raise Stop(self._recorder)
 
     @property
     def result(self) -> Any:
         """What the model gives: ``model.output``."""
         return self.model.output
+
+    @property
+    def iter(self) -> Steps:
+        """The steps of the trace by number, ``for step in tracer.iter[:]:``. It has one, step 0."""
+        return Steps()
+
+    def all(self) -> Chosen:
+        """Every step: ``tracer.iter[:]``."""
+        return Steps()[:]
+
+    def __getattr__(self, name: str) -> NoReturn:
+        said = f": {foreign.TRACER[name]}" if name in foreign.TRACER else ""
+        raise AttributeError(f"a tracer has no {name!r}{said}", name=name, obj=self)
 
     @property
     def graph(self) -> Graph:
@@ -112,6 +136,7 @@ class Tracer:
         detach: bool = True,
         include_output: bool = True,
         include_inputs: bool = False,
+        non_blocking: bool = False,
     ) -> Cache:
         """Collects what modules give, as it is after all edits: of this invoke, or of all invokes that follow.
 
@@ -122,6 +147,7 @@ class Tracer:
             detach: take them out of autograd.
             include_output: collect outputs.
             include_inputs: collect inputs.
+            non_blocking: do not wait for copies to another device.
 
         Returns:
             Entries by ``"model."`` and the module's path, filled when the trace ends.
@@ -131,7 +157,7 @@ class Tracer:
             value = value.detach() if detach else value
             if dtype is not None and value.dtype.is_floating_point:
                 value = value.to(dtype)
-            return value if device is None else value.to(device)
+            return value if device is None else value.to(device, non_blocking=non_blocking)
 
         return gather(self._recorder, self.model, modules, convert, include_output, include_inputs)
 
