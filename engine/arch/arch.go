@@ -11,6 +11,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
@@ -86,6 +87,9 @@ func Open(config []byte) (Architecture, error) {
 type Graphs struct {
 	Causal, Masked *graph.Model
 	Params         []nn.ParamSpec
+	// Explicit lays the same two variants down with attention done step by step, when it is first
+	// called: few traces look into it.
+	Explicit func() (causal, masked *graph.Model, err error)
 }
 
 // Build lays an architecture down.
@@ -98,7 +102,23 @@ func Build(a Architecture) (*Graphs, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Graphs{Causal: causal, Masked: masked, Params: params}, nil
+	return &Graphs{Causal: causal, Masked: masked, Params: params, Explicit: explicit(a)}, nil
+}
+
+func explicit(a Architecture) func() (causal, masked *graph.Model, err error) {
+	type pair struct{ causal, masked *graph.Model }
+	build := sync.OnceValues(func() (pair, error) {
+		causal, _, err := nn.Build(nn.Variant{Explicit: true}, a.Build)
+		if err != nil {
+			return pair{}, err
+		}
+		masked, _, err := nn.Build(nn.Variant{Explicit: true, Masked: true}, a.Build)
+		return pair{causal, masked}, err
+	})
+	return func() (*graph.Model, *graph.Model, error) {
+		p, err := build()
+		return p.causal, p.masked, err
+	}
 }
 
 // Decode reads a config.json into a struct that already holds the defaults: fields that are absent

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -156,7 +157,34 @@ func TestGraphsAreWellFormed(t *testing.T) {
 			require.Equal(t, p.Port, g.Masked.Points[i].Port)
 		}
 		require.Equal(t, g.Causal.Modules, g.Masked.Modules)
+
+		causal, masked, err := g.Explicit()
+		require.NoError(t, err)
+		for variant, m := range map[string]*graph.Model{"explicit, causal": causal, "explicit, masked": masked} {
+			t.Run(name+"/"+variant, func(t *testing.T) { wellFormed(t, m, g) })
+		}
+		explicit := paths(causal)
+		require.Equal(t, explicit, paths(masked))
+		var hidden []string
+		for _, h := range g.Causal.Hidden {
+			require.True(t, g.Causal.Hides(h.Path))
+			hidden = append(hidden, h.Path)
+		}
+		require.NotEmpty(t, hidden)
+		common := slices.DeleteFunc(slices.Clone(explicit), func(p string) bool { return slices.Contains(hidden, p) })
+		fused := slices.DeleteFunc(paths(g.Causal), func(p string) bool {
+			return strings.HasSuffix(p, ".source.scaled_dot_product_attention_0")
+		})
+		require.Equal(t, fused, common, "but for what is computed another way, the variants have the same points")
 	}
+}
+
+func paths(m *graph.Model) []string {
+	out := make([]string, len(m.Points))
+	for i := range m.Points {
+		out[i] = m.Points[i].Path
+	}
+	return out
 }
 
 func wellFormed(t *testing.T, m *graph.Model, g *arch.Graphs) {
@@ -191,7 +219,10 @@ func wellFormed(t *testing.T, m *graph.Model, g *arch.Graphs) {
 	}
 	last := graph.ID(0)
 	for _, p := range m.Points {
-		require.True(t, m.HasModule(p.Path))
+		inside, _, source := strings.Cut(p.Path, ".source.")
+		inside, _, heads := strings.Cut(inside, ".heads.")
+		require.Equal(t, source || heads, p.Internal, p.Path)
+		require.True(t, m.HasModule(inside), p.Path)
 		require.GreaterOrEqual(t, p.At, last, "points stand in the order of the forward pass")
 		last = p.At
 		first := graph.NoID
@@ -200,6 +231,11 @@ func wellFormed(t *testing.T, m *graph.Model, g *arch.Graphs) {
 				first = id
 			}
 			n := &m.Nodes[id]
+			if source {
+				require.Equal(t, []any{graph.KindCall, inside, graph.PortOutput}, []any{n.Kind, n.Path, p.Port})
+				require.NotNil(t, n.Shape)
+				return
+			}
 			require.Equal(t, []any{graph.KindMark, p.Path, p.Port}, []any{n.Kind, n.Path, n.Port})
 			require.True(t, marks[id], "a mark belongs to one point")
 			delete(marks, id)

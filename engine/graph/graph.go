@@ -9,7 +9,11 @@
 // graph. A graph is data: it can be printed, verified, stored and sent.
 package graph
 
-import "github.com/nnsight-go/nnsight-go/engine/fault"
+import (
+	"slices"
+
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+)
 
 // ID names a value: the node that defines it.
 type ID int32
@@ -192,11 +196,15 @@ func (s Shape) Concrete(batch, seq int64) []int64 {
 }
 
 // Point is an access point of a model: one port of one module, at its place in the forward pass.
+//
+// An internal one is no port: it is a value in the middle of a module's forward pass, the output of a
+// name below the module's own (transformer.h.0.attn.heads.q, transformer.h.0.mlp.source.add_0).
 type Point struct {
-	Path string
-	Port Port
-	Tree Arg // structure of the value; its refs are the Mark nodes, one a leaf
-	At   ID  // first node that runs after the point's value exists
+	Internal bool
+	Path     string
+	Port     Port
+	Tree     Arg // structure of the value; its refs are the Mark nodes, one a leaf
+	At       ID  // first node that runs after the point's value exists
 }
 
 // Module describes one module of a model, in registration order.
@@ -212,7 +220,17 @@ type Model struct {
 	Nodes   []Node
 	Points  []Point // in the order the forward pass meets them
 	Modules []Module
+	Hidden  []Hidden
 	points  map[pointKey]int
+}
+
+// Hidden is an internal value that the model does not compute, because an operator does more than one
+// step at once; another variant of the model has it as an internal point.
+type Hidden struct {
+	Path  string
+	At    ID // the first node that runs after it would be there
+	Shape Shape
+	DType string
 }
 
 type pointKey struct {
@@ -232,6 +250,11 @@ func (m *Model) Index() {
 func (m *Model) Point(path string, port Port) (int, bool) {
 	i, ok := m.points[pointKey{path, port}]
 	return i, ok
+}
+
+// Hides reports whether a path names a value that only another variant of the model computes.
+func (m *Model) Hides(path string) bool {
+	return slices.ContainsFunc(m.Hidden, func(h Hidden) bool { return h.Path == path })
 }
 
 // HasModule reports whether the model has a module of that path.

@@ -11,7 +11,7 @@ import (
 //
 //   - nodes have the arguments their kind wants and use only values that stand before them;
 //   - module paths are there once, each after the module it is part of;
-//   - access points belong to modules and stand in the order the forward pass meets them, the output
+//   - access points belong to modules, or are internal values of one, and stand in the order the forward pass meets them, the output
 //     of a module after its input and after all that its children do;
 //   - every tensor of an access point is a mark of that point under the name its place in the value
 //     gives it, and every mark belongs to one point;
@@ -92,6 +92,10 @@ func verifyPoints(m *Model) *fault.Error {
 		what := p.Port.String() + " of " + strconv.Quote(p.Path)
 		var err *fault.Error
 		switch {
+		case p.Internal:
+			if p.Port != PortOutput || known[p.Path] {
+				err = fault.New(fault.Graph, "the internal value %q is not the output of a name of its own", p.Path)
+			}
 		case !known[p.Path]:
 			err = fault.New(fault.Graph, "an access point belongs to %q, which is no module", p.Path)
 		case p.At < 0 || int(p.At) > len(m.Nodes) || i > 0 && p.At < m.Points[i-1].At:
@@ -106,7 +110,7 @@ func verifyPoints(m *Model) *fault.Error {
 		default:
 			err = fault.New(fault.Graph, "the %s stands where that module is not the one that runs", what)
 		}
-		if err == nil {
+		if err == nil && !(p.Internal && p.Tree.Kind == ArgRef && int(p.Tree.Ref) < len(m.Nodes) && m.Nodes[p.Tree.Ref].Kind == KindCall) {
 			err = verifyMarks(m, i, owner)
 		}
 		if err != nil {

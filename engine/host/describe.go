@@ -19,7 +19,17 @@ type Description struct {
 	Loaded       bool            `json:"loaded"`
 	Modules      []ModuleInfo    `json:"modules"`
 	Points       []PointInfo     `json:"points"`
+	Ops          []OpInfo        `json:"ops"`
 	Params       []ParamInfo     `json:"params"`
+}
+
+// OpInfo is the result of an operator in a module's forward pass: an internal value that can be read
+// and written.
+type OpInfo struct {
+	Path  string `json:"path"`  // transformer.h.0.mlp.source.add_0
+	After int    `json:"after"` // how many of the points stand before it
+	Shape []any  `json:"shape"`
+	DType string `json:"dtype"`
 }
 
 // ModuleInfo is one module, in registration order.
@@ -32,9 +42,10 @@ type ModuleInfo struct {
 
 // PointInfo is one access point, in the order the forward pass meets them.
 type PointInfo struct {
-	Path string `json:"path"`
-	Port string `json:"port"`
-	Tree any    `json:"tree"`
+	Path     string `json:"path"`
+	Port     string `json:"port"`
+	Internal bool   `json:"internal,omitempty"` // a value in the middle of a module's forward pass
+	Tree     any    `json:"tree"`
 }
 
 // ParamInfo is a parameter or buffer.
@@ -65,22 +76,7 @@ func tree(m *graph.Model, a *graph.Arg, dtype string) any {
 	switch a.Kind {
 	case graph.ArgRef:
 		n := &m.Nodes[a.Ref]
-		shape := make([]any, len(n.Shape))
-		for i, d := range n.Shape {
-			switch d {
-			case graph.DimBatch:
-				shape[i] = "B"
-			case graph.DimSeq:
-				shape[i] = "S"
-			default:
-				shape[i] = int64(d)
-			}
-		}
-		t := n.DType
-		if t == "" {
-			t = dtype
-		}
-		return map[string]any{"leaf": n.Leaf, "shape": shape, "dtype": t}
+		return leafInfo(n.Leaf, n.Shape, n.DType, dtype)
 	case graph.ArgTuple:
 		return map[string]any{"tuple": items()}
 	case graph.ArgList:
@@ -123,17 +119,57 @@ func inputTree(m *graph.Model, a *graph.Arg, dtype string) any {
 	return out
 }
 
-func points(m *graph.Model, dtype string) []PointInfo {
-	out := make([]PointInfo, len(m.Points))
+// points lists the access points in the order the forward pass meets them, those among them that only
+// the explicit variant computes, and the operators between them.
+func points(m *graph.Model, dtype string) ([]PointInfo, []OpInfo) {
+	out, ops := make([]PointInfo, 0, len(m.Points)), make([]OpInfo, 0, len(m.Points))
+	hidden := m.Hidden
 	for i := range m.Points {
 		p := &m.Points[i]
-		info := PointInfo{Path: p.Path, Port: [...]string{"input", "output", "grad"}[p.Port]}
+		for len(hidden) > 0 && hidden[0].At <= p.At {
+			out = append(out, PointInfo{Path: hidden[0].Path, Port: "output", Internal: true,
+				Tree: leafInfo("", hidden[0].Shape, hidden[0].DType, dtype)})
+			hidden = hidden[1:]
+		}
+		if p.Internal && p.Tree.Kind == graph.ArgRef && m.Nodes[p.Tree.Ref].Kind == graph.KindCall {
+			n := &m.Nodes[p.Tree.Ref]
+			ops = append(ops, OpInfo{Path: p.Path, After: len(out), Shape: sizes(n.Shape), DType: dtypeOf(n.DType, dtype)})
+			continue
+		}
+		info := PointInfo{Path: p.Path, Port: [...]string{"input", "output", "grad"}[p.Port], Internal: p.Internal}
 		if p.Port == graph.PortInput && p.Tree.Kind == graph.ArgDict {
 			info.Tree = inputTree(m, &p.Tree, dtype)
 		} else {
 			info.Tree = tree(m, &p.Tree, dtype)
 		}
-		out[i] = info
+		out = append(out, info)
+	}
+	return out, ops
+}
+
+func leafInfo(leaf string, shape graph.Shape, dtype, model string) map[string]any {
+	return map[string]any{"leaf": leaf, "shape": sizes(shape), "dtype": dtypeOf(dtype, model)}
+}
+
+func sizes(shape graph.Shape) []any {
+	out := make([]any, len(shape))
+	for i, d := range shape {
+		switch d {
+		case graph.DimBatch:
+			out[i] = "B"
+		case graph.DimSeq:
+			out[i] = "S"
+		default:
+			out[i] = int64(d)
+		}
 	}
 	return out
+}
+
+// dtypeOf is a dtype, or the model's own where there is none.
+func dtypeOf(dtype, model string) string {
+	if dtype == "" {
+		return model
+	}
+	return dtype
 }

@@ -237,6 +237,12 @@ func (m *Native) Models() plan.Models {
 	return plan.Models{Causal: m.graphs.Causal, Masked: m.graphs.Masked}
 }
 
+// explicitModels gives the graphs in which attention is computed step by step.
+func (m *Native) explicitModels() (plan.Models, error) {
+	causal, masked, err := m.graphs.Explicit()
+	return plan.Models{Causal: causal, Masked: masked}, err
+}
+
 // Parameter gives a new handle on a parameter or buffer, loading the weights if need be.
 func (m *Native) Parameter(name string) (aten.Tensor, error) {
 	m.mu.Lock()
@@ -278,8 +284,9 @@ func (m *Native) Describe() *Description {
 	d := &Description{
 		Architecture: m.config.Architectures[0], Directory: m.dir, Config: m.config.JSON,
 		Context: m.arch.Context(), Vocab: m.arch.Vocab(), DType: m.dtype, Device: m.device, Loaded: loaded,
-		Points: points(m.graphs.Causal, m.dtype), Modules: []ModuleInfo{}, Params: []ParamInfo{},
+		Modules: []ModuleInfo{}, Params: []ParamInfo{},
 	}
+	d.Points, d.Ops = points(m.graphs.Causal, m.dtype)
 	for _, x := range m.graphs.Causal.Modules {
 		d.Modules = append(d.Modules, ModuleInfo{Path: x.Path, Class: x.Class, Extra: x.Extra, Params: append([]string{}, x.Params...)})
 	}
@@ -302,7 +309,8 @@ func (m *Native) Start(g *graph.Graph, consts []aten.Tensor) (*Run, error) {
 // Begin makes a run of a trace that may go on: without end, [Run.Extend] adds to it once it is done.
 // The run takes over the graph, and consts also where it fails.
 func (m *Native) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, error) {
-	r := &Run{model: m, graph: &graph.Graph{}, plan: plan.New(m.Models())}
+	r := &Run{model: m, graph: &graph.Graph{}, models: m.Models()}
+	r.plan = plan.New(r.models)
 	if err := m.enter(); err != nil {
 		for _, t := range consts {
 			t.Free()
@@ -408,6 +416,14 @@ func (m *Native) input(f *plan.Forward, name string) (aten.Tensor, error) {
 				}
 			}
 		}, batch, seq)
+	case "causal_mask":
+		t, err = aten.FillBools(func(mask []bool) {
+			for q := range seq {
+				for k := range q + 1 {
+					mask[q*seq+k] = true
+				}
+			}
+		}, 1, 1, seq, seq)
 	case "attention_mask":
 		// a query sees the real tokens up to itself, and itself, so that padding stays finite
 		t, err = aten.FillBools(func(mask []bool) {

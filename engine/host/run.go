@@ -16,19 +16,21 @@ import (
 // Run is one trace on its way through a model. It belongs to one goroutine at a time, and each
 // Step runs on the calling OS thread with that thread's torch state, which it puts back.
 type Run struct {
-	model   *Native
-	graph   *graph.Graph
-	plan    *plan.Plan
-	machine *exec.Machine[value]
-	consts  []aten.Tensor
-	frame   aten.Frame
-	dead    []value
-	odd     []oddWrite   // replacements whose sizes differ from what the model computed
-	apart   map[int]bool // invokes that have a forward pass of their own
-	from    int          // nodes before it were there at the last Extend
-	end     bool         // its program is complete
-	freed   bool
-	taken   bool // its results have been handed over
+	model    *Native
+	graph    *graph.Graph
+	models   plan.Models // of the forward pass
+	explicit bool        // they compute attention step by step
+	plan     *plan.Plan
+	machine  *exec.Machine[value]
+	consts   []aten.Tensor
+	frame    aten.Frame
+	dead     []value
+	odd      []oddWrite   // replacements whose sizes differ from what the model computed
+	apart    map[int]bool // invokes that have a forward pass of their own
+	from     int          // nodes before it were there at the last Extend
+	end      bool         // its program is complete
+	freed    bool
+	taken    bool // its results have been handed over
 }
 
 // value is what a slot holds: nearly always a tensor.
@@ -81,17 +83,25 @@ func (r *Run) Extend(grow func(*graph.Graph) error, consts []aten.Tensor, end bo
 	if err := grow(r.graph); err != nil {
 		return err
 	}
-	if err := graph.VerifyMore(r.graph, m.graphs.Causal, len(r.consts), invokes, r.from); err != nil {
+	again, err := r.choose()
+	if err != nil {
 		return err
+	}
+	if err := graph.VerifyMore(r.graph, r.models.Causal, len(r.consts), invokes, r.from); err != nil {
+		return r.fusedOnly(err)
 	}
 	if err := m.checkInputs(r.graph, invokes); err != nil {
 		return err
 	}
-	schedule, err := r.plan.Extend(r.graph, end)
-	switch err {
-	case nil:
-		err = r.ready(schedule)
-	case plan.ErrRestart:
+	if !again {
+		var schedule *plan.Schedule
+		schedule, err = r.plan.Extend(r.graph, end)
+		if err == nil {
+			err = r.ready(schedule)
+		}
+		again = err == plan.ErrRestart
+	}
+	if again {
 		err = r.replan(r.fresh())
 	}
 	ok = err == nil
@@ -100,11 +110,39 @@ func (r *Run) Extend(grow func(*graph.Graph) error, consts []aten.Tensor, end bo
 
 // fresh is a plan that knows which invokes go alone.
 func (r *Run) fresh() *plan.Plan {
-	p := plan.New(r.model.Models())
+	p := plan.New(r.models)
 	for invoke := range r.apart {
 		p.Apart(r.graph, invoke)
 	}
 	return p
+}
+
+// choose takes the graphs in which attention is computed step by step once the program names one of
+// those steps, and reports whether the run must then begin anew.
+func (r *Run) choose() (again bool, err error) {
+	if r.explicit {
+		return false, nil
+	}
+	for n := r.from; n < len(r.graph.Nodes) && !r.explicit; n++ {
+		node := &r.graph.Nodes[n]
+		r.explicit = (node.Kind == graph.KindRead || node.Kind == graph.KindWrite) && r.models.Causal.Hides(node.Path)
+	}
+	if !r.explicit {
+		return false, nil
+	}
+	r.models, err = r.model.explicitModels()
+	return true, err
+}
+
+// fusedOnly explains the absence of what only the fused attention has.
+func (r *Run) fusedOnly(err error) error {
+	e := fault.As(err)
+	if _, ok := r.model.graphs.Causal.Point(e.Path, graph.PortOutput); ok && r.explicit && e.Code == fault.ModulePath {
+		e.Message = fmt.Sprintf("%s is not computed in this trace: another line of it looks at the scores or the pattern "+
+			"of attention, which is then done step by step", e.Path)
+		e.Hint = "Use heads.z, which is the same value, or a second trace."
+	}
+	return e
 }
 
 // split plans the run anew with an invoke in a forward pass of its own, and reports whether that was

@@ -29,6 +29,8 @@ type Variant struct {
 	// Masked: rows are padded on the left, so positions differ by row and attention takes a mask.
 	// Else every row begins at position 0 and attention is causal.
 	Masked bool
+	// Explicit: attention is computed step by step, so that its scores and pattern are there.
+	Explicit bool
 }
 
 // ParamSpec is a tensor that a model's graph names: a parameter, or a buffer computed at load.
@@ -51,6 +53,8 @@ type Builder struct {
 	inputs  map[string]Value
 	paths   map[string]bool
 	entered []*Module // modules whose forward pass is under way, outermost first
+	own     bool      // operators go in that only this variant has
+	varies  map[graph.ID]bool
 }
 
 // buildError carries an error from deep inside a forward pass to Build.
@@ -65,6 +69,7 @@ func Build(v Variant, build func(*Builder)) (m *graph.Model, params []ParamSpec,
 		used:    map[string]graph.ID{},
 		inputs:  map[string]Value{},
 		paths:   map[string]bool{},
+		varies:  map[graph.ID]bool{},
 	}
 	defer func() {
 		if r := recover(); r != nil {
@@ -84,8 +89,39 @@ func Build(v Variant, build func(*Builder)) (m *graph.Model, params []ParamSpec,
 			b.fail("%s is tied to %s, which the model does not have", p.Name, p.Tied)
 		}
 	}
+	b.source()
 	b.model.Index()
 	return &b.model, b.params, nil
+}
+
+// source makes the result of every operator an internal value of the module it runs in, named by the
+// operator and its number there: transformer.h.0.mlp.source.add_0. Operators that other variants lack
+// are left out, so that names and order are those of all.
+func (b *Builder) source() {
+	counts := map[string]int{}
+	points := make([]graph.Point, 0, len(b.model.Points)+len(b.model.Nodes))
+	at := 0
+	for id := range b.model.Nodes {
+		n := &b.model.Nodes[id]
+		if n.Kind != graph.KindCall || b.varies[graph.ID(id)] {
+			continue
+		}
+		name := strings.TrimPrefix(n.Op, "aten::")
+		name, _, _ = strings.Cut(name, ".")
+		key := join(n.Path, "source."+name)
+		number := counts[key]
+		counts[key]++
+		if n.Shape == nil { // several results
+			continue
+		}
+		for at < len(b.model.Points) && int(b.model.Points[at].At) <= id {
+			points = append(points, b.model.Points[at])
+			at++
+		}
+		points = append(points, graph.Point{Internal: true, Path: fmt.Sprintf("%s_%d", key, number), Port: graph.PortOutput,
+			Tree: graph.Ref(graph.ID(id)), At: graph.ID(id)})
+	}
+	b.model.Points = append(points, b.model.Points[at:]...)
 }
 
 // fail stops the build.
@@ -130,6 +166,28 @@ func (b *Builder) AttentionMask() Value {
 	return b.input("attention_mask", "bool", graph.Shape{graph.DimBatch, 1, graph.DimSeq, graph.DimSeq})
 }
 
+// causalMask is the graph input "causal_mask": bool [1, 1, seq, seq], true where a key (fourth axis)
+// does not come after the query (third).
+func (b *Builder) causalMask() Value {
+	return b.input("causal_mask", "bool", graph.Shape{1, 1, graph.DimSeq, graph.DimSeq})
+}
+
+// Internal makes a value in the middle of a module's forward pass an access point of its own, under a
+// name below the module's.
+func (m *Module) Internal(name string, v *Value) {
+	at := len(m.b.model.Nodes)
+	own := &Module{b: m.b, path: join(m.path, name)}
+	tree := own.mark(graph.PortOutput, "", Arg(v))
+	m.b.model.Points = append(m.b.model.Points,
+		graph.Point{Internal: true, Path: own.path, Port: graph.PortOutput, Tree: tree, At: graph.ID(at)})
+}
+
+// hidden notes an internal value that this variant does not compute.
+func (m *Module) hidden(name string, shape graph.Shape, dtype string) {
+	m.b.model.Hidden = append(m.b.model.Hidden,
+		graph.Hidden{Path: join(m.path, name), At: graph.ID(len(m.b.model.Nodes)), Shape: shape, DType: dtype})
+}
+
 func (b *Builder) input(name, dtype string, shape graph.Shape) Value {
 	if v, ok := b.inputs[name]; ok {
 		return v
@@ -144,6 +202,9 @@ func (b *Builder) node(n graph.Node) Value {
 	n.Pos = -1
 	if n.Kind != graph.KindMark {
 		n.Path = b.path()
+	}
+	if b.own {
+		b.varies[graph.ID(len(b.model.Nodes))] = true
 	}
 	b.model.Nodes = append(b.model.Nodes, n)
 	return Value{b: b, id: graph.ID(len(b.model.Nodes) - 1), shape: n.Shape, dtype: n.DType}

@@ -260,6 +260,28 @@ func Cat(dim int, vs ...Value) Value {
 	return first.b.call("cat", shape, first.dtype, []graph.Arg{list, graph.Int(int64(dim))})
 }
 
+// MatMul is the matrix product over the last two axes; the others are equal.
+func (v Value) MatMul(o Value) Value {
+	if v.shape[v.axis(-1)] != o.shape[o.axis(-2)] {
+		v.b.fail("%s cannot be multiplied by %s", shapeText(v.shape), shapeText(o.shape))
+	}
+	shape := slices.Clone(v.shape)
+	shape[len(shape)-1] = o.shape[o.axis(-1)]
+	return v.b.call("matmul", shape, v.dtype, []graph.Arg{v.arg(), o.arg()})
+}
+
+// SoftmaxLast is the softmax over the last axis, computed in float32 and given in v's own dtype.
+func (v Value) SoftmaxLast() Value {
+	soft := v.b.call("softmax.int", v.shape, "float32",
+		[]graph.Arg{v.arg(), graph.Int(-1), {Kind: graph.ArgDType, S: "float32"}})
+	return soft.TypeAs(v)
+}
+
+// MaskTo gives x where a boolean mask is false, and v elsewhere.
+func (v Value) MaskTo(mask Value, x float64) Value {
+	return v.b.call("where.ScalarOther", v.broadcast(mask), v.dtype, []graph.Arg{mask.arg(), v.arg(), graph.Float(x)})
+}
+
 // RepeatHeads repeats each head n times: [batch, heads, seq, dim] becomes [batch, heads*n, seq, dim].
 func (v Value) RepeatHeads(n int64) Value {
 	if n == 1 {
@@ -269,29 +291,4 @@ func (v Value) RepeatHeads(n int64) Value {
 	shape := slices.Clone(wide.shape)
 	shape[2] = graph.Dim(n)
 	return v.b.call("expand", shape, v.dtype, []graph.Arg{wide.arg(), ints(-1, -1, n, -1, -1)}).Flatten(1, 2)
-}
-
-// Attention is scaled dot-product attention of queries [batch, heads, seq, dim] over keys and values
-// [batch, kvHeads, seq, dim], where kvHeads divides heads: causal where mask is [None], else by a
-// boolean mask [batch, 1, seq, seq]. The result is [batch, heads, seq, dim].
-func Attention(q, k, v, mask Value, scale float64) Value {
-	heads, kvHeads := q.Size(1), k.Size(1)
-	if kvHeads < 1 || heads%kvHeads != 0 || v.Size(1) != kvHeads || q.Size(-1) != k.Size(-1) {
-		q.b.fail("attention of %s over %s and %s", shapeText(q.shape), shapeText(k.shape), shapeText(v.shape))
-	}
-	causal := mask.IsNone()
-	kwargs := []graph.Kwarg{{Name: "scale", Arg: graph.Float(scale)}}
-	if heads != kvHeads {
-		// The fused kernels know grouped heads only without a mask and up to 256 sizes a head;
-		// elsewhere they would fall back to a slower one than repeating costs.
-		if causal && k.Size(-1) == v.Size(-1) && k.Size(-1) <= 256 {
-			kwargs = append(kwargs, graph.Kwarg{Name: "enable_gqa", Arg: graph.Bool(true)})
-		} else {
-			k, v = k.RepeatHeads(heads/kvHeads), v.RepeatHeads(heads/kvHeads)
-		}
-	}
-	shape := slices.Clone(q.shape)
-	shape[len(shape)-1] = graph.Dim(v.Size(-1))
-	args := []graph.Arg{q.arg(), k.arg(), v.arg(), mask.arg(), graph.Float(0), graph.Bool(causal)}
-	return q.b.call("scaled_dot_product_attention", shape, q.dtype, args, kwargs...)
 }

@@ -7,18 +7,21 @@ The tree has the names of Hugging Face's implementation. Inside a trace ``.outpu
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from . import calls, positions, skipping, structures, wire
+from . import calls, foreign, positions, skipping, structures, wire
 from .errors import InputError, ModulePathError
+from .placement import Placed
 from .points import Point
 from .positions import here
 from .recorder import current
 
 if TYPE_CHECKING:
+    from .inside import Source
     from .native import Native
     from .recorder import Recorder
 
@@ -29,7 +32,7 @@ class ModuleIndexError(ModulePathError, IndexError):
     """A list of modules has no module of that number."""
 
 
-class Envoy:
+class Envoy(Placed):
     """One module of a model.
 
     Children are attributes (and items, of a list of modules); so are parameters and buffers.
@@ -116,6 +119,8 @@ class Envoy:
 
     def _point(self, port: int) -> Point:
         point = self._native.points.get((self._path, port))
+        if point is None and ".source." in self._path:
+            point = self._native.ops.get((self._path, port))
         if point is None:
             raise ModulePathError(
                 f"{self._name()} never runs by itself, so it has no {_PORTS[port]}",
@@ -152,16 +157,26 @@ class Envoy:
         name = f"model.{point.text}" if self._path else point.text
         rec.bound[invoke, self._path, port] = structures.assign(rec, point, point.tree, name, old, value)
 
-    def skip(self, value: Any) -> None:
-        """Leaves the module's work out: ``value`` is what it gives, and nothing inside it is computed.
+    def skip(self, replacement: Any) -> None:
+        """Leaves the module's work out: ``replacement`` is what it gives, and nothing inside it is computed.
 
         Args:
-            value: as for assigning ``.output``: a tensor, or a tuple of the same structure.
+            replacement: as for assigning ``.output``: a tensor, or a tuple of the same structure.
 
         Raises:
             OutOfOrderError: the module, or one inside it, has already run.
         """
-        skipping.skip(self, value)
+        skipping.skip(self, replacement)
+
+    @property
+    def source(self) -> Source:
+        """The operators that the module's forward pass calls itself: ``module.source.add_0.output``.
+
+        ``print(module.source)`` lists them.
+        """
+        from .inside import Source
+
+        return Source(self)
 
     # ---- calling ----
 
@@ -181,15 +196,25 @@ class Envoy:
         Raises:
             ModulePathError: there is none; names the nearest.
         """
-        at = self
+        at: Any = self
         for part in path.split(".") if path else ():
+            if not isinstance(at, Envoy) or (part in ("heads", "source") and part not in at._children):
+                at = getattr(at, part)  # values inside modules
+                continue
             child = at._children.get(part) or at.__dict__.get("_aliases", {}).get(part)
             if child is None:
                 at._unknown(part)
             at = child
-        return at
+        return at  # type: ignore[no-any-return]
 
     def _unknown(self, name: str) -> NoReturn:
+        if name in foreign.MODULE:
+            raise ModulePathError(
+                f"{self._name()} ({self._class}) has no {name!r}",
+                path=self._path,
+                hint=f"{foreign.MODULE[name][0].upper()}{foreign.MODULE[name][1:]}.",
+                **positions.fields(here()),
+            )
         children, names = list(self._children), [*self._children, *self._params]
         near = difflib.get_close_matches(name, [*names, "output", "input", "inputs"], n=3)
         if name.isdigit() and all(child.isdigit() for child in children):
@@ -212,6 +237,11 @@ class Envoy:
             raise AttributeError(name)
         if name in self._params:
             return self._native.parameter(f"{self._path}.{name}" if self._path else name)
+        if name == "heads" and (f"{self._path}.heads.q", wire.OUTPUT) in self._native.points:
+            from .inside import Heads
+
+            self.__dict__["heads"] = heads = Heads(self)
+            return heads
         ours = getattr(type(self), name, None)
         if isinstance(ours, property) and ours.fget is not None:
             return ours.fget(self)  # its own error, which Python took for a missing attribute, once more
@@ -287,16 +317,38 @@ class Envoy:
         """The modules right below this one."""
         yield from self._children.values()
 
-    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Envoy]]:
-        """This module and all below it, by path, in the order of Hugging Face's implementation."""
-        yield prefix, self
-        for name, child in self._children.items():
-            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+    def named_modules(
+        self, prefix: str = "", include_fn: Callable[[Envoy], bool] | None = None
+    ) -> Iterator[tuple[str, Envoy]]:
+        """This module and all below it, by path, in the order of Hugging Face's implementation.
 
-    def modules(self) -> Iterator[Envoy]:
-        """This module and all below it."""
-        for _, module in self.named_modules():
+        Args:
+            prefix: what paths begin with.
+            include_fn: chooses modules.
+        """
+        if include_fn is None or include_fn(self):
+            yield prefix, self
+        for name, child in self._children.items():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name, include_fn)
+
+    def modules(self, include_fn: Callable[[Envoy], bool] | None = None) -> Iterator[Envoy]:
+        """This module and all below it, or those that ``include_fn`` chooses."""
+        for _, module in self.named_modules(include_fn=include_fn):
             yield module
+
+    @property
+    def parent(self) -> Envoy | None:
+        """The module that this one is part of; None of the model itself."""
+        above = self.__dict__.get("_above")
+        return above() if above is not None else None
+
+    @property
+    def root(self) -> Envoy:
+        """The model."""
+        at = self
+        while (above := at.parent) is not None:
+            at = above
+        return at
 
     # ---- parameters ----
 
@@ -373,5 +425,6 @@ def grow(root: Envoy, modules: list[dict[str, Any]]) -> None:
         parent, _, name = info["path"].rpartition(".")
         envoy = Envoy(root._native, info["path"], info)
         by_path[info["path"]] = by_path[parent]._children[name] = envoy
+        envoy.__dict__["_above"] = weakref.ref(by_path[parent])  # weak: a model that nobody holds is freed at once
         if not hasattr(type(by_path[parent]), name):  # a verb of ours goes before a module's name
             by_path[parent].__dict__[name] = envoy

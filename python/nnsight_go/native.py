@@ -66,6 +66,11 @@ class Native:
         return points.read(self.description["points"])
 
     @functools.cached_property
+    def ops(self) -> dict[tuple[str, int], Point]:
+        """The results of operators inside modules, by path and port."""
+        return points.read_ops(self.description["ops"])
+
+    @functools.cached_property
     def parameter_info(self) -> dict[str, dict[str, Any]]:
         """Shape, dtype and kind of every parameter and buffer, by name."""
         return {p["name"]: p for p in self.description["params"]}

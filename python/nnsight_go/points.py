@@ -54,12 +54,13 @@ Tree: TypeAlias = Leaf | Constant | Sequence | Mapping
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Point:
-    """One side of a module. ``order`` is its place in the forward pass."""
+    """One side of a module, or a value inside one. ``order`` is its place in the forward pass."""
 
     path: str
     port: int
-    order: int
+    order: float
     tree: Tree
+    internal: bool = False
 
     @property
     def text(self) -> str:
@@ -100,5 +101,19 @@ def read(description: list[dict[str, Any]]) -> dict[tuple[str, int], Point]:
     out = {}
     for order, entry in enumerate(description):
         port = wire.PORTS[entry["port"]]
-        out[entry["path"], port] = Point(entry["path"], port, order, _tree(entry["tree"]))
+        internal = bool(entry.get("internal"))
+        out[entry["path"], port] = Point(entry["path"], port, order, _tree(entry["tree"]), internal)
+    return out
+
+
+def read_ops(description: list[dict[str, Any]]) -> dict[tuple[str, int], Point]:
+    """The results of operators as points, from the ``ops`` of a model's description."""
+    out = {}
+    after, number = -1, 0
+    for entry in description:
+        number = number + 1 if entry["after"] == after else 1
+        after = entry["after"]
+        order = after - 1 / (number + 1)  # between two points, in the order in which they stand
+        leaf = Leaf("", tuple(entry["shape"]), getattr(torch, entry["dtype"]))
+        out[entry["path"], wire.OUTPUT] = Point(entry["path"], wire.OUTPUT, order, leaf, internal=True)
     return out

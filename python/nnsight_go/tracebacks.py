@@ -2,7 +2,8 @@
 
 What a user calls is entered through a boundary (``pybind/boundary.h``) that leaves no frame of this
 package in an error's traceback. An error of an operation that ran later than it was written shows the
-line that wrote it, as if it had been raised there. ``NNSIGHT_GO_TRACEBACK=full`` shows all frames.
+line that wrote it, as if it had been raised there. ``NNSIGHT_GO_TRACEBACK=full`` shows all
+frames, and so does ``CONFIG.APP.DEBUG``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import types
 from typing import Any
 
 from . import _ffi, structures
+from .config import CONFIG
 from .errors import InternalError, NnsightError
 
 # By class: what a user calls, sets or reads.
@@ -22,9 +24,10 @@ _ENTRANCES: dict[str, dict[str, list[str]]] = {
             "output", "input", "inputs", "__call__", "skip", "get", "__getattr__", "__setattr__", "__getitem__",
         ]
     },
+    "inside": {"Source": ["__getattr__"]},
     "edits": {"Editing": ["__enter__", "__exit__"]},
     "graphs": {"Graph": ["save", "load", "run"]},
-    "model": {"LanguageModel": ["__init__", "trace", "scan", "tokenizer"]},
+    "model": {"LanguageModel": ["__init__", "trace", "scan", "session", "tokenizer"]},
     "proxy": {
         "Proxy": [
             "__torch_function__", "save", "value", "shape", "dtype", "ndim", "device", "__len__", "__iter__",
@@ -40,7 +43,7 @@ _ENTRANCES: dict[str, dict[str, list[str]]] = {
     "cache": {"Cache": ["__getattr__", "__missing__"], "View": ["__getattr__", "__getitem__"]},
     "sessions": {"Session": ["__enter__"]},
     "tracing": {
-        "Tracer": ["__enter__", "__exit__", "invoke", "stop", "barrier", "cache", "result"],
+        "Tracer": ["__enter__", "__exit__", "invoke", "stop", "barrier", "cache", "result", "__getattr__"],
         "Invoker": ["__enter__", "__exit__"],
     },
 }  # fmt: skip
@@ -84,6 +87,8 @@ def _boundary(function: Any) -> Any:
 def cut(error: BaseException) -> types.TracebackType | None:
     """The traceback that an error goes on with as it leaves this package."""
     traceback = error.__traceback__
+    if CONFIG.APP.DEBUG:
+        return traceback
     if isinstance(error, NnsightError) and not isinstance(error, InternalError):
         error.__suppress_context__ = True
         if error.file and error.late:

@@ -190,7 +190,7 @@ func (m *attention) forward(x, mask, positions nn.Value) nn.Value {
 	qkv := m.cAttn.Forward(x)
 	parts := qkv.Split(qkv.Size(-1)/3, -1)
 	heads := func(x nn.Value) nn.Value { return x.Unflatten(-1, -1, m.headDim).Transpose(1, 2) }
-	x = nn.Attention(heads(parts[0]), heads(parts[1]), heads(parts[2]), mask, m.scale)
+	x = m.Attention(heads(parts[0]), heads(parts[1]), heads(parts[2]), mask, m.scale)
 	x = m.residDropout.Forward(m.cProj.Forward(x.Transpose(1, 2).Flatten(-2, -1)))
 	m.LeaveTuple(&x, nil) // the fused attention has no weights to show
 	return x

@@ -187,7 +187,7 @@ func (m *attention) forward(x, mask, positions, cos, sin nn.Value) nn.Value {
 	q, k, v := heads(m.qProj.Forward(x)), heads(m.kProj.Forward(x)), heads(m.vProj.Forward(x))
 	cos, sin = cos.Unsqueeze(1), sin.Unsqueeze(1)
 	q, k = nn.Rotate(q, cos, sin), nn.Rotate(k, cos, sin)
-	x = nn.Attention(q, k, v, mask, math.Pow(float64(m.headDim), -0.5))
+	x = m.Attention(q, k, v, mask, math.Pow(float64(m.headDim), -0.5))
 	x = m.oProj.Forward(x.Transpose(1, 2).Flatten(-2, -1))
 	m.LeaveTuple(&x, nil) // the fused attention has no weights to show
 	return x
