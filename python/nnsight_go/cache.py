@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import positions, structures, wire
+from . import positions, skipping, structures, wire
+from .envoy import Envoy
 from .errors import InputError, ModulePathError
 from .points import Mapping, Point
 from .positions import here
 from .structures import Fields, Items
 
 if TYPE_CHECKING:
-    from .envoy import Envoy
     from .recorder import Recorder
 
 
@@ -42,20 +42,40 @@ class Entry:
         return f"Entry(output={self.output!r}, inputs={self.inputs!r})"
 
 
+class CacheKeyError(ModulePathError, KeyError):
+    """A cache has no entry of that name."""
+
+
 class Cache(dict[str, Any]):
     """Entries by module: ``cache["model.transformer.h.3"].output``, or ``cache.model.transformer.h[3].output``.
 
     It is empty until its trace has ended. A trace of several invokes has a list of entries for each
-    module, one an invoke.
+    module, one an invoke. What is inside a skipped module has no entry, or None in such a list. Names
+    that modules got by ``rename=`` work too.
     """
+
+    def __init__(self, root: Envoy) -> None:
+        super().__init__()
+        self._root = root
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return View(self, name)._checked()
 
+    def _own(self, path: str) -> str:
+        """The name that entries have for a module that is called otherwise; the name itself if there is none."""
+        try:
+            module = self._root.get(path.removeprefix("model."))
+        except AttributeError:
+            return path
+        return f"model.{module.path}" if module.path else "model"
+
     def __missing__(self, key: str) -> Any:
-        raise ModulePathError(
+        own = self._own(key)
+        if own != key and own in self:
+            return self[own]
+        raise CacheKeyError(
             f"the cache has no {key!r}",
             hint=f"It has {', '.join(list(self)[:6])}, ..." if self else "It is filled when its trace ends.",
             **positions.fields(here()),
@@ -69,13 +89,16 @@ class View:
         self._cache, self._path = cache, path
 
     def _checked(self) -> View:
-        if self._path not in self._cache and not any(key.startswith(self._path + ".") for key in self._cache):
+        if self._path not in self._cache and not self.keys():
+            own = View(self._cache, self._cache._own(self._path))
+            if own._path != self._path and (own._path in self._cache or own.keys()):
+                return own
             self._cache.__missing__(self._path)
         return self
 
     def _of(self, name: str) -> Any:
         found = self._cache[self._path]
-        return [getattr(one, name) for one in found] if isinstance(found, list) else getattr(found, name)
+        return [one and getattr(one, name) for one in found] if isinstance(found, list) else getattr(found, name)
 
     @property
     def output(self) -> Any:
@@ -102,19 +125,25 @@ class View:
         if isinstance(found, list):
             return found[index]
         if index < 0:
-            depth = self._path.count(".") + 1
-            below = (key.split(".") for key in self._cache if key.startswith(self._path + "."))
-            index += 1 + max((int(parts[depth]) for parts in below if parts[depth].isdigit()), default=-1)
+            index += 1 + max(self._numbers(), default=-1)
         return View(self._cache, f"{self._path}.{index}")._checked()
 
+    def _numbers(self) -> list[int]:
+        """Those modules right below this one, a list of modules, that the cache knows of."""
+        depth = self._path.count(".") + 1
+        parts = (key.split(".") for key in self.keys())
+        return sorted({int(names[depth]) for names in parts if len(names) > depth and names[depth].isdigit()})
+
     def __iter__(self) -> Iterator[Any]:
-        i = 0
-        while True:
-            try:
-                yield self[i]
-            except (ModulePathError, IndexError):
-                return
-            i += 1
+        found = self._cache.get(self._path)
+        return iter(found) if isinstance(found, list) else (self[i] for i in self._numbers())
+
+    def __len__(self) -> int:
+        found = self._cache.get(self._path)
+        return len(found) if isinstance(found, list) else len(self._numbers())
+
+    def __bool__(self) -> bool:
+        return True
 
     def keys(self) -> list[str]:
         """The modules below this one that the cache has, by their whole path."""
@@ -127,31 +156,32 @@ class View:
 def gather(
     rec: Recorder,
     root: Envoy,
-    modules: Iterable[Envoy | str] | None,
+    modules: Iterable[Envoy | str] | Envoy | str | None,
     convert: Callable[[torch.Tensor], torch.Tensor],
     include_output: bool,
     include_inputs: bool,
 ) -> Cache:
     """Makes a cache that the end of the trace fills: of the invoke that is open, or of all from now on."""
-    cache = Cache()
+    cache = Cache(root)
     paths = _paths(root, modules)
     ports = [port for port, wanted in ((wire.OUTPUT, include_output), (wire.INPUT, include_inputs)) if wanted]
     first, only = len(rec.invokes), rec.invoke
-    if only < 0 and first and rec.invokes[-1].rows is None:
-        first -= 1
 
     def fill() -> None:
         invokes = [only] if only >= 0 else [i for i in range(first, len(rec.invokes)) if not rec.invokes[i].edit]
         for path in paths:
-            entries = []
+            entries: list[Entry | None] = []
             for invoke in invokes:
+                if skipping.skipped(rec, invoke, path) is not None:
+                    entries.append(None)  # nothing of it is computed
+                    continue
                 rec.invoke = invoke
                 parts = {port: _value(rec, root, path, port, convert) for port in ports}
                 entries.append(Entry(parts.get(wire.OUTPUT), parts.get(wire.INPUT)))
             rec.invoke = -1
-            for entry in entries:
+            for entry in filter(None, entries):
                 rec.save([entry.output, entry.inputs])
-            if entries:
+            if any(entries):
                 filled["model." + path if path else "model"] = entries[0] if len(entries) == 1 else entries
 
     filled: dict[str, Any] = {}
@@ -160,17 +190,27 @@ def gather(
     return cache
 
 
-def _paths(root: Envoy, modules: Iterable[Envoy | str] | None) -> list[str]:
+def _named(root: Envoy, path: str) -> Any:
+    """The module of a path, which may begin with "model." as the entries' names do."""
+    try:
+        return root.get(path)  # Llama's own paths begin so, too
+    except AttributeError:
+        if path == "model":
+            return root
+        if not path.startswith("model."):
+            raise
+    return root.get(path.removeprefix("model."))
+
+
+def _paths(root: Envoy, modules: Iterable[Envoy | str] | Envoy | str | None) -> list[str]:
     points = root._native.points
     if modules is None:
         return [m.path for m in root.modules() if (m.path, wire.OUTPUT) in points]
+    if isinstance(modules, str) or (isinstance(modules, Envoy) and modules._class != "ModuleList"):
+        modules = [modules]
     out = []
     for given in modules:
-        module = (
-            root.get(given.removeprefix("model.") if given.startswith("model.") else given)
-            if isinstance(given, str)
-            else given
-        )
+        module = _named(root, given) if isinstance(given, str) else given
         path = getattr(module, "path", None)
         if path is None or getattr(module, "_native", None) is not root._native:
             raise InputError(

@@ -23,13 +23,22 @@ def skip(envoy: Envoy, value: Any) -> None:
 
 def check(rec: Recorder, path: str, port: int) -> None:
     """Raises where a value is asked for that a skipped module would have computed."""
-    for (invoke, skipped), place in rec.skipped.items():
-        if invoke == rec.invoke and path.startswith(skipped + "."):
-            side = ("input", "output", "gradient")[port]
-            raise OutOfOrderError(
-                f"model.{path}.{side} is not computed: an earlier line skips model.{skipped}",
-                path=path,
-                hint="Read it before skip() is called, or leave the skip out.",
-                **positions.fields(here()),
-                **positions.other_fields(place),
-            )
+    outer = skipped(rec, rec.invoke, path)
+    if outer is not None:
+        side = ("input", "output", "gradient")[port]
+        raise OutOfOrderError(
+            f"model.{path}.{side} is not computed: an earlier line skips model{outer and '.' + outer}",
+            path=path,
+            hint="Leave the skip out, or write it into another invoke.",
+            **positions.fields(here()),
+            **positions.other_fields(rec.skipped[rec.invoke, outer]),
+        )
+
+
+def skipped(rec: Recorder, invoke: int, path: str) -> str | None:
+    """The module around another one that an invoke skips, if there is one."""
+    if not rec.skipped or not path:
+        return None
+    parts = path.split(".")
+    around = (".".join(parts[:i]) for i in range(len(parts)))
+    return next((outer for outer in around if (invoke, outer) in rec.skipped), None)

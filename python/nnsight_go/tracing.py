@@ -129,7 +129,7 @@ class Tracer:
 
     def cache(
         self,
-        modules: Iterable[Envoy | str] | None = None,
+        modules: Iterable[Envoy | str] | Envoy | str | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -141,7 +141,7 @@ class Tracer:
         """Collects what modules give, as it is after all edits: of this invoke, or of all invokes that follow.
 
         Args:
-            modules: which, as modules or paths; by default every one that runs.
+            modules: which, as modules or paths, several or one; by default every one that runs.
             device: where the values are to be.
             dtype: of floating-point values.
             detach: take them out of autograd.
