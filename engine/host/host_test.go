@@ -356,50 +356,100 @@ func TestExtendedRunsLeaveNothingBehind(t *testing.T) {
 }
 
 // An invoke whose value was wanted early goes on with a value of one that begins later, and then hands
-// its own to a third: the third must not share the later one's pass where it would come too late.
+// its own to a third. Where the third shares the later one's pass, the pass must wait for it; where it
+// would come too late, it must not share the pass.
 func TestValuesThroughAnEarlierPass(t *testing.T) {
 	m := open(t, enginetest.GPT2)
-	begin := func() (p *program, v0, v2 graph.Arg) {
-		p = &program{}
-		p.on(ids(3))
-		v0 = p.call("slice", p.read("transformer.h.0.mlp", ""), graph.Int(1), graph.Int(-1))
-		p.on(ids(1))
-		v1 := p.read("transformer.drop", "")
-		v2 = p.call("mul", v1, graph.Float(2))
-		p.save(v1)
-		return p, v0, v2
-	}
-	rest := func(p *program, v0, v2 graph.Arg) {
-		p.call("add_", p.read("transformer.h.1.mlp", ""), v0)
-		p.call("sub_", v2, graph.Float(0.5))
-		p.on(ids(2))
-		p.call("add_", p.read("transformer.h.0.attn", "0"), v2)
-		p.save(p.read("lm_head", ""))
-	}
-	p, v0, v2 := begin()
-	rest(p, v0, v2)
-	want := finish(t, m, p)
+	for name, c := range map[string]struct {
+		begin func(p *program) []graph.Arg // up to the value that is wanted early
+		rest  func(p *program, values []graph.Arg)
+	}{
+		"too late": {
+			func(p *program) []graph.Arg {
+				p.on(ids(3))
+				v0 := p.call("slice", p.read("transformer.h.0.mlp", ""), graph.Int(1), graph.Int(-1))
+				p.on(ids(1))
+				v1 := p.read("transformer.drop", "")
+				v2 := p.call("mul", v1, graph.Float(2))
+				p.save(v1)
+				return []graph.Arg{v0, v2}
+			},
+			func(p *program, values []graph.Arg) {
+				v0, v2 := values[0], values[1]
+				p.call("add_", p.read("transformer.h.1.mlp", ""), v0)
+				p.call("sub_", v2, graph.Float(0.5))
+				p.on(ids(2))
+				p.call("add_", p.read("transformer.h.0.attn", "0"), v2)
+				p.save(p.read("lm_head", ""))
+			},
+		},
+		"in time": {
+			func(p *program) []graph.Arg {
+				p.on(ids(3))
+				v0, logits := p.read("transformer.h.0.ln_2", ""), p.read("lm_head", "")
+				p.on(ids(1))
+				p.save(p.read("transformer.drop", ""))
+				return []graph.Arg{v0, logits}
+			},
+			func(p *program, values []graph.Arg) {
+				v1 := p.call("sum", values[0])
+				p.on(ids(2))
+				p.call("add_", p.read("transformer.h.0.ln_2", ""), v1)
+				p.save(p.read("lm_head", ""))
+				p.invoke = 0
+				p.save(values[1])
+			},
+		},
+		"in time, and further on": {
+			func(p *program) []graph.Arg {
+				p.on(ids(3))
+				v0, logits := p.read("transformer.h.0.ln_1", ""), p.read("lm_head", "")
+				p.on(ids(1))
+				p.save(p.read("transformer.drop", ""))
+				return []graph.Arg{v0, logits}
+			},
+			func(p *program, values []graph.Arg) {
+				p.save(p.call("sum", values[0]))
+				v2 := p.read("transformer.h.0.attn.c_proj", "")
+				p.on(ids(2))
+				p.call("add_", p.read("transformer.h.0.attn.c_proj", ""), v2)
+				p.save(p.read("lm_head", ""))
+				p.invoke = 0
+				p.save(values[1])
+			},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := &program{}
+			c.rest(p, c.begin(p))
+			want := finish(t, m, p)
 
-	p, v0, v2 = begin()
-	r, err := m.Begin(&p.Graph, nil, false)
-	require.NoError(t, err)
-	_, err = r.Step(0)
-	require.NoError(t, err)
-	require.NoError(t, r.Extend(func(g *graph.Graph) error {
-		p := &program{Graph: *g, invoke: 1}
-		rest(p, v0, v2)
-		*g = p.Graph
-		return nil
-	}, nil, true))
-	_, err = r.Step(0)
-	require.NoError(t, err)
-	_, tensors, err := r.Results()
-	require.NoError(t, err)
-	require.Len(t, tensors, 1)
-	got, err := tensors[0].Float32s()
-	require.NoError(t, err)
-	tensors[0].Free()
-	require.InDeltaSlice(t, want[1], got, 1e-5)
+			p = &program{}
+			values := c.begin(p)
+			r, err := m.Begin(&p.Graph, nil, false)
+			require.NoError(t, err)
+			defer r.Free()
+			_, err = r.Step(0)
+			require.NoError(t, err)
+			require.NoError(t, r.Extend(func(g *graph.Graph) error {
+				p := &program{Graph: *g, invoke: 1}
+				c.rest(p, values)
+				*g = p.Graph
+				return nil
+			}, nil, true))
+			_, err = r.Step(0)
+			require.NoError(t, err)
+			_, tensors, err := r.Results()
+			require.NoError(t, err)
+			require.Len(t, tensors, len(want)-1)
+			for i, tensor := range tensors {
+				got, err := tensor.Float32s()
+				require.NoError(t, err)
+				tensor.Free()
+				require.InDeltaSlice(t, want[i+1], got, 1e-4)
+			}
+		})
+	}
 }
 
 func TestConcurrentRuns(t *testing.T) {

@@ -39,6 +39,7 @@ func hazards(g *graph.Graph, m *graph.Model) [][]graph.ID {
 		mutates bool
 	}
 	touched := map[graph.ID][]touch{}
+	bound := map[graph.ID][]graph.ID{} // by group: the nodes that assigned it to an access point
 	for n := range g.Nodes {
 		node := &g.Nodes[n]
 		var written []graph.ID
@@ -61,13 +62,34 @@ func hazards(g *graph.Graph, m *graph.Model) [][]graph.ID {
 					waits[n] = append(waits[n], before.node)
 				}
 			}
-			if now.mutates { // it comes after all that touched before, so to wait for it is to wait for them
+			if node.Kind == graph.KindWrite {
+				bound[r] = append(bound[r], graph.ID(n))
+			}
+			if now.mutates {
+				for _, write := range bound[r] { // what was assigned is in use for as long as that invoke goes on
+					waits[n] = append(waits[n], after(g, write, n)...)
+				}
+				// it comes after all that touched before, so to wait for it is to wait for them
 				touched[r] = touched[r][:0]
 			}
 			touched[r] = append(touched[r], now)
 		}
 	}
 	return waits
+}
+
+// after gives the nodes of an invoke that follow one of its own and stand before node n of another.
+func after(g *graph.Graph, id graph.ID, n int) (ids []graph.ID) {
+	invoke := g.Nodes[id].Invoke
+	if invoke == g.Nodes[n].Invoke {
+		return nil
+	}
+	for k := id + 1; int(k) < n; k++ {
+		if g.Nodes[k].Invoke == invoke && g.Nodes[k].Kind != graph.KindSave {
+			ids = append(ids, k)
+		}
+	}
+	return ids
 }
 
 // sharing groups the user's values that may share storage.

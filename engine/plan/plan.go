@@ -263,19 +263,25 @@ func (s *Plan) enqueue(active []bool) {
 	}
 }
 
-// runAll places all that is queued. A pass may wait for values of a later one, where an invoke that
-// began early goes on with values of one that began late.
+// runAll places all that is queued. Passes advance by turns, since an invoke that began early may go on
+// with values of one that began late, and hand its own to a third.
 func (s *Plan) runAll(from graph.ID) error {
 	drives := s.drivers(from)
 	for {
-		moved, stuck := false, -1
-		for i := range s.passes {
-			now, err := s.run(s.passes[i], drives)
-			if err != nil {
+		if err := s.placeReady(); err != nil {
+			return err
+		}
+		p, end, err := s.next(drives)
+		if err != nil {
+			return err
+		}
+		if p != nil {
+			if err := s.advance(p, end); err != nil {
 				return err
 			}
-			moved = moved || now
+			continue
 		}
+		stuck := -1
 		for i, q := range s.queues {
 			if len(q) > 0 && stuck < 0 && drives[i] {
 				stuck = q[0]
@@ -284,7 +290,7 @@ func (s *Plan) runAll(from graph.ID) error {
 		if stuck < 0 {
 			return nil
 		}
-		if !moved && !s.driveAll(drives) {
+		if !s.driveAll(drives) {
 			return fault.New(fault.Internal, "node %d of invoke %d waits for a value that never comes",
 				stuck, s.g.Nodes[stuck].Invoke)
 		}

@@ -82,50 +82,64 @@ type origin struct {
 	ready int  // model nodes from here on run after it
 }
 
-// run places what can be placed of one forward pass, which advances as far as invokes that drive it
-// need, and reports whether that was anything.
-func (s *Plan) run(p *pass, drives []bool) (moved bool, err error) {
-	for {
-		progress, driven, waiting := true, false, -1
-		for progress {
-			progress, driven, waiting = false, false, -1
-			for i := range s.queues {
-				if len(s.queues[i]) == 0 || s.extents[i].forward != p.forward {
-					continue
+// placeReady places what can be placed where the forward passes stand.
+func (s *Plan) placeReady() error {
+	for progress := true; progress; {
+		progress = false
+		for i := range s.queues {
+			for len(s.queues[i]) > 0 {
+				n, p := s.queues[i][0], s.passes[s.extents[i].forward]
+				need, err := s.needs(p, n)
+				if err != nil {
+					return locate(err, s.g, n)
 				}
-				for len(s.queues[i]) > 0 {
-					n := s.queues[i][0]
-					need, err := s.needs(p, n)
-					if err != nil {
-						return false, locate(err, s.g, n)
-					}
-					if need > p.cursor {
-						driven = driven || drives[i]
-						if waiting < 0 || need < waiting {
-							waiting = need
-						}
-						break
-					}
-					if !s.ready(n) {
-						break
-					}
-					if err := s.place(p, n); err != nil {
-						return false, locate(err, s.g, n)
-					}
-					s.queues[i] = s.queues[i][1:]
-					s.done[n] = true
-					progress, moved = true, true
+				if need > p.cursor || !s.ready(n) {
+					break
 				}
+				if err := s.place(p, n); err != nil {
+					return locate(err, s.g, n)
+				}
+				s.queues[i] = s.queues[i][1:]
+				s.done[n] = true
+				progress = true
 			}
 		}
-		if !driven {
-			return moved, nil
-		}
-		if err := s.advance(p, waiting); err != nil {
-			return false, err
-		}
-		moved = true
 	}
+	return nil
+}
+
+// next chooses the pass to advance, as far as the first of the invokes that drive it needs; nil where
+// there is none. A pass that nobody waits in goes first: in the others an invoke may yet have to write
+// where the pass stands, once it has the value it waits for.
+func (s *Plan) next(drives []bool) (next *pass, end int, err error) {
+	for _, p := range s.passes {
+		driven, blocked, waiting := false, false, -1
+		for i := range s.queues {
+			if len(s.queues[i]) == 0 || s.extents[i].forward != p.forward {
+				continue
+			}
+			n := s.queues[i][0]
+			need, err := s.needs(p, n)
+			if err != nil {
+				return nil, 0, locate(err, s.g, n)
+			}
+			if need <= p.cursor {
+				blocked = true
+				continue
+			}
+			driven = driven || drives[i]
+			if waiting < 0 || need < waiting {
+				waiting = need
+			}
+		}
+		if driven && !blocked {
+			return p, waiting, nil
+		}
+		if driven && next == nil {
+			next, end = p, waiting
+		}
+	}
+	return next, end, nil
 }
 
 // ready reports whether all values a node uses have been placed.
