@@ -187,7 +187,7 @@ torch.nn.functional.scaled_dot_product_attention({0}, {0}, {0}, is_causal=True)
 torch.stack([row - row.mean() for row in {0}])
 torch.std_mean({0}, -1, keepdim=True)[1] + {0}
 {0} + store[:, :1, :1]
-torch.tensor({0}.tolist()) * 0.5
+torch.tensor({0}.tolist()) * 0.5 + {0}
 torch.nn.functional.pad({0}, (1, -1)) + {1}
 {0}.unfold(-1, 2, 1).sum(-1).mean(-1, keepdim=True) + {0}
 """.strip().splitlines()
