@@ -14,6 +14,10 @@ What a block means is told in ``docs/contract.md``.
 
 from __future__ import annotations
 
+from typing import Any
+
+from . import foreign
+from .config import CONFIG
 from .edits import Edit, load_edit
 from .envoy import Envoy
 from .errors import (
@@ -36,11 +40,13 @@ from .errors import (
 from .graphs import Graph
 from .model import LanguageModel
 from .saving import save
+from .sessions import session
 from .tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CONFIG",
     "CancelledError",
     "Edit",
     "Envoy",
@@ -64,4 +70,9 @@ __all__ = [
     "__version__",
     "load_edit",
     "save",
+    "session",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    foreign.refuse(__name__, name)

@@ -18,6 +18,10 @@ _FORMS = "a text, a list of texts, token ids (a list, a list of lists or a tenso
 # Arguments of a forward pass that change nothing in what the engine computes.
 _IGNORED = {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "token_type_ids", "labels"}
 
+# Arguments of the tokenizer. Rows are always padded as far as they have to be, on the left.
+_TOKENIZING = {"add_special_tokens", "max_length", "truncation"}
+_PADDING = {"padding": (True, False, None, "longest"), "padding_side": (None, "left")}
+
 
 def read(tokenizer: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Rows, Rows | None]:
     """Rows of token ids, and masks beside them where there are any.
@@ -25,7 +29,8 @@ def read(tokenizer: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, 
     Args:
         tokenizer: gives the tokenizer, once text turns up.
         args: the input; at most one.
-        kwargs: ``input_ids`` and ``attention_mask``, as a model of transformers takes them.
+        kwargs: ``input_ids`` and ``attention_mask``, as a model of transformers takes them; and arguments
+            of the tokenizer.
 
     Raises:
         InputError: it is empty, of an unknown form, or its parts do not fit each other.
@@ -35,9 +40,13 @@ def read(tokenizer: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, 
             f"{len(args)} inputs were given at once",
             "Give one of them, or a list; for several inputs side by side use `with tracer.invoke(...):` for each.",
         )
-    given = args[0] if args else None
+    given, kwargs = args[0] if args else None, dict(kwargs)
     if isinstance(given, Mapping):
         kwargs, given = {**given, **kwargs}, None
+    options = {name: kwargs.pop(name) for name in _TOKENIZING & kwargs.keys()}
+    for name in _PADDING.keys() & kwargs.keys():
+        if kwargs.pop(name) not in _PADDING[name]:
+            _refuse(f"rows are padded on the left, to the longest of them, not by {name}", "Leave it out.")
     unknown = set(kwargs) - {"input_ids", "attention_mask", *_IGNORED}
     if unknown:
         _refuse(
@@ -50,7 +59,7 @@ def read(tokenizer: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, 
         given = kwargs["input_ids"]
     if given is None:
         _refuse("there is no input", f"Give {_FORMS}.")
-    rows = _rows(tokenizer, given)
+    rows = _rows(tokenizer, given, options)
     mask = kwargs.get("attention_mask")
     return rows, None if mask is None else _mask(mask, rows)
 
@@ -59,11 +68,11 @@ def _refuse(message: str, hint: str) -> NoReturn:
     raise InputError(message, hint=hint, **positions.fields(here()))
 
 
-def _rows(tokenizer: Callable[[], Any], given: Any) -> Rows:
+def _rows(tokenizer: Callable[[], Any], given: Any, options: dict[str, Any]) -> Rows:
     if isinstance(given, str):
-        rows = [_encode(tokenizer(), given)]
+        rows = [_encode(tokenizer(), given, options)]
     elif isinstance(given, list | tuple) and given and all(isinstance(x, str) for x in given):
-        rows = [_encode(tokenizer(), text) for text in given]
+        rows = [_encode(tokenizer(), text, options) for text in given]
     else:
         rows = _ids(given)
     if not rows:
@@ -75,10 +84,10 @@ def _rows(tokenizer: Callable[[], Any], given: Any) -> Rows:
     return rows
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def _encode(tokenizer: Any, text: str, options: dict[str, Any]) -> list[int]:
     if not text:
         _refuse("the prompt is an empty text", "Give at least one token: the tokenizer's bos_token, say.")
-    return list(tokenizer(text)["input_ids"])
+    return list(tokenizer(text, **options)["input_ids"])
 
 
 def _ids(given: Any) -> Rows:

@@ -7,11 +7,11 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
-from . import _ffi, envoy, hub, positions, renaming, tracebacks
+from . import _ffi, envoy, foreign, hub, positions, renaming, tracebacks
 from .edits import Edit, Editing
 from .envoy import Envoy
 from .errors import InputError, ModelLoadError, RemoteError
@@ -22,13 +22,23 @@ from .sessions import Session
 from .tokenizer import Tokenizer
 from .tracing import Tracer
 
+# Where a family's config has names of its own for what the others call so.
+_SYNONYMS = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+}
+
 
 class Config(dict[str, Any]):
     """The model's ``config.json``; its entries are attributes too."""
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return self[name]
+            return self[_SYNONYMS.get(self.get("model_type", ""), {}).get(name, name)]
         except KeyError:
             raise AttributeError(f"the model's config has no {name!r}") from None
 
@@ -66,6 +76,8 @@ class LanguageModel(Envoy):
         local_files_only: never download.
         rename: more names for modules: ``{"transformer.h": "layers"}`` makes ``model.layers``, and
             ``{"attn": "attention"}`` gives every module named so a second name.
+        options: what programs written for nnsight give: taken where it changes nothing here
+            (``trust_remote_code``, ``task="text-generation"``, ...).
 
     Raises:
         ModelLoadError: there is no such model, it cannot be had, a file of it is missing or spoilt, or
@@ -92,7 +104,11 @@ class LanguageModel(Envoy):
         local_files_only: bool = False,
         rename: Mapping[str, str | list[str]] | None = None,
         torch_dtype: torch.dtype | str | None = None,
+        **options: Any,
     ) -> None:
+        foreign.options("LanguageModel(...)", options, foreign.OPENING)
+        if options:
+            raise TypeError(f"LanguageModel does not take {', '.join(sorted(options))}")
         if not isinstance(name, str | os.PathLike):
             raise InputError(
                 f"a model is opened by its name or directory, not by a {type(name).__name__}",
@@ -114,7 +130,13 @@ class LanguageModel(Envoy):
 
     # ---- tracing ----
 
-    def trace(self, *inputs: Any, remote: bool = False, **kwargs: Any) -> Tracer:
+    @overload
+    def trace(self, *inputs: Any, remote: bool | str = ..., trace: Literal[True] = ..., **kwargs: Any) -> Tracer: ...
+
+    @overload
+    def trace(self, *inputs: Any, remote: bool | str = ..., trace: Literal[False], **kwargs: Any) -> Any: ...
+
+    def trace(self, *inputs: Any, remote: bool | str = False, trace: bool = True, **kwargs: Any) -> Any:
         """Begins a trace: ``with model.trace("Hello"):``, or ``with model.trace() as tracer:`` for invokes.
 
         Args:
@@ -122,18 +144,21 @@ class LanguageModel(Envoy):
                 tensor ``[seq]`` or ``[batch, seq]``), or what a tokenizer gives. A list of rows of
                 different lengths is padded on the left.
             remote: not available yet.
-            kwargs: the same by name, ``input_ids=`` and ``attention_mask=``.
+            trace: False runs the model at once, and returns what it gives.
+            kwargs: the same by name, ``input_ids=`` and ``attention_mask=``; how text is tokenized,
+                ``add_special_tokens=``, ``truncation=`` and ``max_length=``.
 
         Raises:
             InputError: the input cannot be used.
         """
-        if remote:
-            raise RemoteError(
-                "remote traces are not available in this version",
-                hint="Leave `remote` out.",
-                **positions.fields(here()),
-            )
-        return Tracer(self, inputs, kwargs)
+        _local(remote)
+        foreign.options("a trace", kwargs, foreign.TRACE)
+        tracer = Tracer(self, inputs, kwargs)
+        if trace:
+            return tracer
+        with tracer:
+            out = self.output.save()
+        return out
 
     def scan(self, *inputs: Any, **kwargs: Any) -> Tracer:
         """A trace that computes nothing: shapes and dtypes are known, saved values are tensors on the meta device.
@@ -143,9 +168,10 @@ class LanguageModel(Envoy):
         Raises:
             OpError: at the end of the block, where an operation's shapes do not fit.
         """
+        foreign.options("a scan", kwargs, foreign.TRACE)
         return Tracer(self, inputs, kwargs, ScanRecorder)
 
-    def session(self) -> Session:
+    def session(self, remote: bool | str = False, **kwargs: Any) -> Session:
         """Several traces in which values flow from one to the next without being saved.
 
         ::
@@ -157,6 +183,10 @@ class LanguageModel(Envoy):
                     model.transformer.h[5].output[0][:, -1] = h[:, -1]
                     logits = model.lm_head.output.save()
         """
+        _local(remote)
+        foreign.options("a session", kwargs, foreign.TRACE)
+        if kwargs:
+            raise TypeError(f"a session does not take {', '.join(sorted(kwargs))}")
         return Session()
 
     def edit(self, inplace: bool = False) -> Editing:
@@ -243,11 +273,6 @@ class LanguageModel(Envoy):
         """The model's ``config.json``."""
         return Config(self._native.description["config"])
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-        return self._native.device
-
     @functools.cached_property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters."""
@@ -277,6 +302,15 @@ class LanguageModel(Envoy):
     def close(self) -> None:
         """Gives the weights back without waiting for Python's collector. Tensors that were handed out stay valid."""
         self._native.close()
+
+
+def _local(remote: bool | str) -> None:
+    if remote:
+        raise RemoteError(
+            "remote traces are not available in this version",
+            hint="Leave `remote` out.",
+            **positions.fields(here()),
+        )
 
 
 def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:

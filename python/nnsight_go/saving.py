@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import positions
+from . import positions, sessions
 from .errors import InputError
 from .positions import here
 from .recorder import current
@@ -39,6 +39,8 @@ def save(value: T) -> T:
         InputError: there is no trace to keep it from.
     """
     rec = current.recorder
+    if rec is None and sessions.opened.session is not None:
+        return value  # between the traces of a session: what they put in it later becomes real with them
     if rec is None:
         raise InputError(
             "save() keeps values of a trace, and this line stands outside of one",
