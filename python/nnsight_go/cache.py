@@ -66,7 +66,7 @@ class Cache(dict[str, Any]):
     def _own(self, path: str) -> str:
         """The name that entries have for a module that is called otherwise; the name itself if there is none."""
         try:
-            module = self._root.get(path.removeprefix("model."))
+            module = _named(self._root, path)
         except AttributeError:
             return path
         return f"model.{module.path}" if module.path else "model"
