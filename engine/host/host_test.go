@@ -452,6 +452,33 @@ func TestValuesThroughAnEarlierPass(t *testing.T) {
 	}
 }
 
+// A value that is wanted early is as all invokes have left it, whoever owns it.
+func TestValuesThatOtherInvokesChanged(t *testing.T) {
+	m := open(t, enginetest.GPT2)
+	p := &program{}
+	p.on(ids(3))
+	v := p.call("mul", p.read("transformer.h.0", "0"), graph.Float(2))
+	view := p.call("slice", v, graph.Int(1), graph.Int(-1))
+	p.on(ids(2))
+	p.fill(view, 7)
+	p.invoke = 0
+	p.save(view)
+	r, err := m.Begin(&p.Graph, nil, false)
+	require.NoError(t, err)
+	defer r.Free()
+	_, err = r.Step(0)
+	require.NoError(t, err)
+	_, tensors, err := r.Results()
+	require.NoError(t, err)
+	require.Len(t, tensors, 1)
+	defer tensors[0].Free()
+	got, err := tensors[0].Float32s()
+	require.NoError(t, err)
+	for _, x := range got {
+		require.Equal(t, float32(7), x)
+	}
+}
+
 func TestConcurrentRuns(t *testing.T) {
 	m, err := Open(enginetest.Directory(t, enginetest.GPT2, 1), Options{}) // the first run loads the weights
 	require.NoError(t, err)

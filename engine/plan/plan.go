@@ -150,6 +150,7 @@ func (s *Plan) takingPart(from graph.ID) ([]bool, error) {
 	for n := int(from); n < len(s.g.Nodes); n++ {
 		if s.g.Nodes[n].Kind == graph.KindSave {
 			visit(s.g.Nodes[n].Invoke)
+			s.changedBy(n, visit)
 		}
 	}
 	// An invoke that sees the whole batch shares its pass with all others from the start.
@@ -163,6 +164,28 @@ func (s *Plan) takingPart(from graph.ID) ([]bool, error) {
 		return nil, ErrRestart
 	}
 	return active, nil
+}
+
+// changedBy calls f for the invokes that may have changed in place what a Save node keeps. It does not
+// name them, and unlike other nodes it waits for nobody.
+func (s *Plan) changedBy(save int, f func(invoke int32)) {
+	var alias aliases
+	for n := range save {
+		arg := mutated(&s.g.Nodes[n])
+		if arg == nil || s.g.Nodes[n].Invoke == s.g.Nodes[save].Invoke {
+			continue
+		}
+		if alias == nil {
+			alias = sharing(s.g, s.models.Causal)
+		}
+		arg.Refs(func(id graph.ID) {
+			s.g.Nodes[save].Refs(func(kept graph.ID) {
+				if alias.find(id) == alias.find(kept) {
+					f(s.g.Nodes[n].Invoke)
+				}
+			})
+		})
+	}
 }
 
 // begin places the invokes that have no forward pass yet in new ones.
