@@ -175,7 +175,7 @@ torch.addcmul({0}, {0}, {1}, value=0.1)
 {0}.chunk(2, -1)[0].repeat(1, 1, 2)[..., :1] + {0}
 sae({0})
 einops.rearrange({0}, "b t d -> t b d").transpose(0, 1) * 1.5
-{0} * float({1}.mean())
+{0} * float({1}.abs().mean())
 {0} * 2 if {1}.sum() > 0.01 else {0} - 1
 {0} + len({0}.tolist())
 {0} * {0}.shape[1] / {0}.numel()
@@ -231,7 +231,7 @@ _IN_PLACE = """
 {0}[:, -1].mul_(1.5)
 {0}.transpose(1, 2)[:, 0] = 0.125
 {0}.zero_()
-{0}.mul_(float({1}.mean()))
+{0}.mul_(float({1}.abs().mean()))
 {0}[..., int({0}[0, 0].argmax())] = 0
 {0}[{0} > 0.3] = {1}.mean()
 {0}[:, 0], {0}[:, -1] = {0}[:, -1].clone(), {0}[:, 0].clone()
