@@ -1,10 +1,12 @@
 // Package plan turns a recorded trace and a model into a schedule: a flat list of instructions
 // over slots, which package exec walks.
 //
-// Phases: [NewLayout] decides which invokes share a forward pass and where their rows lie;
-// [Splice] walks every invoke's program in order and advances each forward just far enough for
-// the access points it names; the liveness pass drops what nobody can observe and says where each
-// value dies. All of it is pure: no tensors, no cgo, the same input gives the same schedule.
+// Phases: [New] begins a plan, and [Plan.Extend] plans what has been added to the program since. Each
+// time it decides which invokes share a forward pass (order.go) and where their rows lie (layout.go),
+// walks every invoke's program in order and advances each pass just far enough for the access points it
+// names (splice.go; rows.go, write.go and call.go for what invokes share, assign and call), drops what
+// nobody can observe and says where each value dies (live.go). All of it is pure: no tensors, no cgo,
+// the same input gives the same schedule.
 package plan
 
 import (
