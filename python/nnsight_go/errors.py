@@ -7,6 +7,7 @@ and carries what is known about its place as attributes.
 from __future__ import annotations
 
 import linecache
+import re
 from typing import Any
 
 
@@ -100,7 +101,20 @@ class ModulePathError(NnsightError, AttributeError):
 
 
 class OpError(NnsightError, RuntimeError):
-    """An operation of the trace failed."""
+    """An operation of the trace failed. It is an ``IndexError`` too where PyTorch raises one."""
+
+    def __new__(cls, message: str = "", **fields: Any) -> OpError:
+        """One that is an ``IndexError`` too where the message is of an index."""
+        kind = OpIndexError if cls is OpError and re.match(_INDEX_ERRORS, message) else cls
+        return super().__new__(kind, message)
+
+
+class OpIndexError(OpError, IndexError):
+    """An operation of the trace was given an index that is out of range."""
+
+
+# How messages begin for which PyTorch raises IndexError.
+_INDEX_ERRORS = r"(\w+\(\): )?index -?\d+ (is out of bounds|out of range)|Dimension out of range|too many indices"
 
 
 class ModelLoadError(NnsightError, OSError):

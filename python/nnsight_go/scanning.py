@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -25,6 +25,23 @@ class ScanRecorder(Recorder):
             hint="Use model.trace(...) for values.",
             **positions.fields(here()),
         )
+
+    def set_index(self, target: Proxy, index: Any, value: Any) -> None:
+        """Records ``target[index] = value``, and makes sure that the sizes fit."""
+        super().set_index(target, index, value)
+        for node in shapes.values((target, index, value)):
+            shapes.infer(self, node)
+        place = len(self.nodes) - 1
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            written = torch.empty_like(self.metas[target._id])
+            try:
+                written[shapes.on_meta(self, index)] = shapes.on_meta(self, value)
+            except NotImplementedError:
+                pass  # how much is written depends on values
+            except (IndexError, RuntimeError, ValueError) as error:
+                raise OpError(
+                    str(error), op="setitem", invoke=self.nodes[place][1], **positions.fields(self.nodes[place][2])
+                ) from error
 
     def unknown(self, id: int, error: Exception) -> NoReturn:
         """Tells why the shape of a node is not known: the operation is wrong, or only a run tells it."""
