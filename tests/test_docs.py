@@ -19,6 +19,8 @@ import docs  # noqa: E402  (the tools are scripts, found by their directory)
 import pages  # noqa: E402
 import snippets  # noqa: E402
 
+sys.path.remove(str(TOOLS))  # a venv.py lies there, which is not Python's
+
 
 def page(folder: pathlib.Path, text: str, name: str = "README.md") -> pages.Page:
     path = folder / name
