@@ -14,7 +14,7 @@ import nnsight_go
 from nnsight_go import LanguageModel
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+import matplotlib.pyplot as plt
 
 CLEAN = "The Eiffel Tower is in the city of"
 OTHER = "The Colosseum is in the city of"
