@@ -11,6 +11,7 @@ import dataclasses
 import random
 from typing import Any
 
+import einops
 import torch
 
 from references import Pair, Place, hooked, main, prompt
@@ -122,6 +123,34 @@ class _Interpreter:
         exec(line.text.replace("{}", "point"), self.names)
         if line.rebinds:
             self.bound[line.place] = self.names["point"]
+
+
+# ---- what programs find ----
+
+
+class Autoencoder(torch.nn.Module):
+    """A sparse autoencoder of whatever width it meets first, as users bring them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dictionaries: dict[int, torch.nn.Linear] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        width = x.shape[-1]
+        if width not in self.dictionaries:
+            with torch.random.fork_rng():
+                torch.manual_seed(width)
+                self.dictionaries[width] = torch.nn.Linear(width, 2 * width).requires_grad_(False)
+        layer = self.dictionaries[width]
+        features = torch.relu(layer(x - layer.weight.mean(0)))
+        return features @ layer.weight + layer.weight.mean(0)
+
+
+def surroundings(maker: Maker) -> dict[str, Any]:
+    """Libraries, an autoencoder, constants of each width, and a tensor to write to."""
+    torch.manual_seed(3)
+    constants = {f"c{width}": 0.5 * torch.randn(1, 1, width) for width in sorted(set(maker.widths.values()))}
+    return {"torch": torch, "einops": einops, "sae": Autoencoder(), "store": torch.zeros(1, 2, 2), **constants}
 
 
 # ---- making programs ----

@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import einops
 import pytest
 import safetensors.torch
 import torch
@@ -34,7 +33,7 @@ from nnsight_go import (
     TokenizerError,
 )
 from nnsight_go.recorder import current
-from programs import Maker, source
+from programs import Maker, source, surroundings
 from references import Pair, close, main
 
 
@@ -401,15 +400,15 @@ def test_an_error_of_a_forced_value_can_be_caught(either: Pair) -> None:
 @pytest.mark.parametrize("seed", range(30))
 def test_random_blocks_that_raise_at_a_random_line(either: Pair, seed: int) -> None:
     rng = random.Random(seed)
-    lines = source(Maker(either).make(1000 + seed)).splitlines()
+    maker = Maker(either)
+    lines = source(maker.make(1000 + seed)).splitlines()
     at = rng.randint(1, len(lines))
     while at < len(lines) and lines[at - 1].endswith(":"):
         at += 1
     indent = re.match(" *", lines[at - 1])
     assert indent is not None
     lines.insert(at, f"{indent[0]}raise Boom")
-    names: dict[str, Any] = {"model": either.model, "torch": torch, "einops": einops, "Boom": Boom}
-    names |= {"sae": lambda x: x * 2} | {f"c{w}": torch.ones(1, 1, w) for w in range(10, 300)}
+    names = surroundings(maker) | {"model": either.model, "Boom": Boom}
     with pytest.raises(Boom), torch.no_grad():
         exec("\n".join(lines), names)
     for value in names.values():

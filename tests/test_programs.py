@@ -10,35 +10,15 @@ import functools
 import linecache
 import os
 from collections.abc import Iterator
-from typing import Any
 
-import einops
 import pytest
 import torch
 
-from programs import Invoke, Maker, Program, interpret, source
+from programs import Invoke, Maker, Program, interpret, source, surroundings
 from references import Pair, relative
 
 COUNT = int(os.environ.get("NNSIGHT_GO_PROGRAMS", "150"))
 FROM = int(os.environ.get("NNSIGHT_GO_PROGRAMS_FROM", "0"))
-
-
-class Autoencoder(torch.nn.Module):
-    """A sparse autoencoder of whatever width it meets first, as users bring them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dictionaries: dict[int, torch.nn.Linear] = {}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        width = x.shape[-1]
-        if width not in self.dictionaries:
-            with torch.random.fork_rng():
-                torch.manual_seed(width)
-                self.dictionaries[width] = torch.nn.Linear(width, 2 * width).requires_grad_(False)
-        layer = self.dictionaries[width]
-        features = torch.relu(layer(x - layer.weight.mean(0)))
-        return features @ layer.weight + layer.weight.mean(0)
 
 
 @functools.cache
@@ -46,19 +26,12 @@ def maker(pair: Pair) -> Maker:
     return Maker(pair)
 
 
-def names(pair: Pair) -> dict[str, Any]:
-    """What programs find: libraries, an autoencoder, constants of each width, and a tensor to write to."""
-    torch.manual_seed(3)
-    constants = {f"c{width}": 0.5 * torch.randn(1, 1, width) for width in sorted(set(maker(pair).widths.values()))}
-    return {"torch": torch, "einops": einops, "sae": Autoencoder(), "store": torch.zeros(1, 2, 2), **constants}
-
-
 def outcome(program: Program, pair: Pair) -> tuple[str, str] | None:
     """What is wrong with the trace of a program: a kind of failure and its text, or None."""
-    want = names(pair)
+    want = surroundings(maker(pair))
     torch.manual_seed(0)
     interpret(program, pair, maker(pair).order, want)
-    got = names(pair) | {"model": pair.model}
+    got = surroundings(maker(pair)) | {"model": pair.model}
     text = source(program)
     linecache.cache["<program>"] = (len(text), None, text.splitlines(keepends=True), "<program>")
     torch.manual_seed(0)
