@@ -321,6 +321,12 @@ inline int fit(const c10::FunctionSchema& schema, const Call& call, torch::jit::
     }
     stack->emplace_back();
     int cost = convert(v, call.strings, *param.real_type(), param.N(), &stack->back());
+    // Python says None for an empty list that may be left out, as in amax(dim=None)
+    if (cost < 0 && v->tag == NNGA_NONE && param.real_type()->kind() == TypeKind::ListType &&
+        param.default_value().has_value()) {
+      stack->back() = *param.default_value();
+      cost = kWiden;
+    }
     if (cost < 0) return kNo;
     total += cost;
   }

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy
 import torch
 
 from nnsight_go import LanguageModel, save
@@ -131,6 +132,12 @@ def difference(got: Any, want: Any, values: bool = True) -> str:
         if list(got) != list(want):
             return f"keys {list(got)}, not {list(want)}"
         return next(filter(None, (difference(got[k], want[k], values) for k in want)), "")
+    if isinstance(want, numpy.ndarray):
+        return (
+            ""
+            if got.dtype == want.dtype and numpy.array_equal(got, want, equal_nan=want.dtype.kind in "fc")
+            else "other numbers"
+        )
     if isinstance(want, float) and want != want:
         return "" if got != got else f"{got}, not nan"
     return "" if got == want else f"{got!r}, not {want!r}"

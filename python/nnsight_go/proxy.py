@@ -147,6 +147,9 @@ class Proxy(torch.Tensor):
         memo[id(self)] = out = self.clone()
         return out
 
+    def __copy__(self) -> Any:
+        return self.detach()
+
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         self._rec.alive(self)
         raise TypeError(

@@ -68,7 +68,10 @@ def infer(rec: Recorder, id: int, run: bool = True) -> Any:
 def _compute(rec: Recorder, id: int, made: tuple[Any, Any, Any], run: bool) -> Any:
     function, args, kwargs = made
     try:
-        return _remembered(function, on_meta(rec, args), on_meta(rec, kwargs or {}))
+        found = _remembered(function, on_meta(rec, args), on_meta(rec, kwargs or {}))
+        if found is NotImplemented:  # how special methods say that they cannot
+            raise TypeError
+        return found
     except (NotImplementedError, RuntimeError, IndexError, TypeError, ValueError) as error:
         # either the sizes depend on data or the call is wrong
         if not run:
@@ -206,4 +209,6 @@ def on_meta(rec: Recorder, x: Any) -> Any:
         return {k: torch.device("meta") if k == "device" and v is not None else on_meta(rec, v) for k, v in x.items()}
     if kind is slice:
         return slice(on_meta(rec, x.start), on_meta(rec, x.stop), on_meta(rec, x.step))
+    if kind.__module__ == "numpy" and getattr(x, "ndim", False):
+        return meta_of(torch.as_tensor(x))
     return x

@@ -7,11 +7,13 @@ one becomes a view of the proxy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
+from .. import shapes
 from ..errors import users
 from ..proxy import Proxy
 from ..recorder import Recorder, proxies
@@ -26,7 +28,7 @@ def compute(
     ``changes`` are the places of arguments that it changes without saying so by its name or to autograd.
     """
     wanted = {p._id: p for p in proxies((args, kwargs))}
-    with transforms.outside():
+    with _as_recorded(rec):
         values = dict(zip(wanted, rec.force(wanted.values()), strict=True))
     silently = {args[i]._id for i in changes if i < len(args) and type(args[i]) is Proxy}
     if silently or _changes(func, kwargs):
@@ -39,12 +41,44 @@ def compute(
     for id, v in values.items():
         version, shape = before[id]
         if id in silently or _version(v) != version or (version < 0 and _changes(func, kwargs)):
-            if v.shape != shape:
-                wanted[id].resize_(v.shape)
-            wanted[id].copy_(v.clone())
+            _write(rec, wanted[id], v.clone(), v.shape != shape)
     if isinstance(out, torch.Tensor | tuple | list | dict) and transforms.active() is None:
-        return _given_back(out, wanted, values)
+        return _given_back(rec, out, wanted, values)
     return out
+
+
+# These record by themselves, not by calling torch: what they record would be computed at once again
+# where everything is.
+
+
+def _write(rec: Recorder, target: Proxy, value: torch.Tensor, resize: bool) -> None:
+    same = (shapes.same, (target,), None)
+    if resize:
+        sizes = list(value.shape)
+        shapes.before_change(rec, target, ())
+        rec.call("aten::resize_", (target, sizes), None, same)
+        shapes.after_change(rec, target, lambda meta, on: meta.resize_(sizes))
+    rec.call("aten::copy_", (target, value), None, same)
+
+
+def _view(rec: Recorder, target: Proxy, view: torch.Tensor) -> Proxy:
+    args = (target, list(view.size()), list(view.stride()), view.storage_offset())
+    return Proxy._make(rec, rec.call("aten::as_strided", args, None, (torch.Tensor.as_strided, args, None)))
+
+
+@contextlib.contextmanager
+def _as_recorded(rec: Recorder) -> Iterator[None]:
+    """Lets what was recorded run as it was meant, whatever holds at the line that asks for its value."""
+    now = torch.get_default_dtype()
+    with transforms.outside():
+        if now is rec.default_dtype:
+            yield
+            return
+        torch.set_default_dtype(rec.default_dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(now)
 
 
 def _changes(func: Any, kwargs: dict[str, Any]) -> bool:
@@ -61,7 +95,7 @@ def _version(v: torch.Tensor) -> int:
     return -1 if v.is_inference() else v._version
 
 
-def _given_back(out: Any, wanted: dict[int, Proxy], values: dict[int, torch.Tensor]) -> Any:
+def _given_back(rec: Recorder, out: Any, wanted: dict[int, Proxy], values: dict[int, torch.Tensor]) -> Any:
     """A result with proxies for what are arguments, or views of them."""
     by_memory = {m: id for id, v in values.items() if (m := _memory(v))}
     by_object = {id(v): n for n, v in values.items()}
@@ -75,7 +109,7 @@ def _given_back(out: Any, wanted: dict[int, Proxy], values: dict[int, torch.Tens
         node = by_memory.get(_memory(t))
         if node is None or t.dtype != values[node].dtype or t.is_conj() or t.is_neg():
             return t
-        return wanted[node].as_strided(t.size(), t.stride(), t.storage_offset())
+        return _view(rec, wanted[node], t)
 
     return mapped(back, out)
 

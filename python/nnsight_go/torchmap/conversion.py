@@ -45,7 +45,7 @@ def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         out |= zip(("dtype", *_POSITIONAL), args, strict=False)
     elif isinstance(first, torch.Tensor):
         out |= zip(("other", *_POSITIONAL), args, strict=False)
-    elif first is None or isinstance(first, torch.device | str | int) and not isinstance(first, bool):
+    elif first is None or (isinstance(first, torch.device | str | int) and not isinstance(first, bool)):
         out |= zip(("device", "dtype", *_POSITIONAL), args, strict=False)
     else:
         raise Unrecordable("to() of something else than a dtype, device or tensor")

@@ -54,7 +54,7 @@ def find(name: str) -> Operator | None:
         f"aten::{name}",
         frozenset(a.name for s in functional for a in s.arguments),
         counts.pop() if len(counts) == 1 else (None if None in counts else 0),
-        max(sum(not a.kwarg_only for a in s.arguments) for s in functional),
+        _POSITIONAL.get(name.rstrip("_")) or max(sum(not a.kwarg_only for a in s.arguments) for s in functional),
         min((_index_of_self(s) for s in functional), default=0),
         frozenset(a.name for s in schemas if any(a.name == "out" for a in s.arguments) for a in s.arguments),
         _seeded(name, functional),
@@ -110,6 +110,9 @@ def _count(schema: Any) -> int | None:
 # Names that torch's Python functions take for arguments of ATen's.
 _ALIASES = {"input": "self", "axis": "dim", "keepdims": "keepdim", "x": "self", "x1": "self", "x2": "other"}
 
+# Where a schema has an argument that Python takes by name only, or in an older order: add(x, alpha, y).
+_POSITIONAL = {"add": 2, "sub": 2}
+
 # What takes sizes one by one: x.view(2, 3).
 _VARARGS_METHODS = frozenset(
     "view reshape expand permute repeat flip tile new_zeros new_ones new_empty broadcast_to resize_".split()
@@ -142,8 +145,9 @@ def direct(op: Operator, func: Any = None, name: str | None = None) -> Rule:
             if kwargs.get("out") is not None:
                 return _into(rec, op, func, args, kwargs)
             named = _named(op, kwargs)
-        if varargs >= 0 and len(args) > varargs + 1 and _is_number(args[varargs]):
-            args = (*args[:varargs], list(args[varargs:]))
+        if varargs >= 0 and len(args) > varargs and (len(args) > varargs + 1 or type(args[varargs]) is Proxy):
+            if _is_number(args[varargs]):
+                args = (*args[:varargs], list(args[varargs:]))
         if len(args) > most:  # an older order of arguments, which no schema knows
             return compute(rec, func, args, kwargs)
         for x in args:

@@ -51,8 +51,11 @@ def _special_method(operator: str) -> Rule:
     rule_of = direct(need(operator))
 
     def rule(rec: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if len(args) > 1 and not selection.is_operand(args[1]):
-            return NotImplemented
+        if len(args) == 2:
+            if not selection.is_operand(args[1]):
+                return NotImplemented
+            if type(args[1]).__module__ == "numpy" and args[1].ndim:  # whose own method may be the one to answer
+                return compute(rec, func, args, kwargs)
         return rule_of(rec, func, args, kwargs)
 
     return rule

@@ -1,7 +1,8 @@
-"""Transforms of functions, which do not call torch in a way that a proxy sees.
+"""Functions that do not call torch in a way that a proxy sees.
 
 ``torch.func.grad`` and ``vmap`` wrap tensors from C++, so they must be given real ones: a proxy that
 enters a transform is computed first, and so is one that a function under a transform mentions.
+Scripted functions are C++ as well, and are computed at their line.
 Compiled functions run uncompiled while a block is recorded, so that what they call is recorded.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from ..proxy import Proxy
+from ..recorder import current, proxies
 
 active: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 """Gives None where no transform is running on this thread."""
@@ -27,7 +29,7 @@ _stance: Any = None
 
 
 def prepare() -> None:
-    """Lets transforms take proxies, once a process."""
+    """Lets transforms and scripted functions take proxies, once a process."""
     global _prepared
     if _prepared:
         return
@@ -37,6 +39,8 @@ def prepare() -> None:
 
             for module, name in ((vmap, "_add_batch_dim"), (eager_transforms, "_wrap_for_grad")):
                 setattr(module, name, _on_real(getattr(module, name)))
+            for script in (torch._C.ScriptFunction, torch._C.ScriptMethod):
+                setattr(script, "__call__", _computed(script.__call__))  # noqa: B010
             _prepared = True
 
 
@@ -45,6 +49,17 @@ def _on_real(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(real(x) if type(x) is Proxy else x, *args)
 
     return on_real
+
+
+def _computed(call: Callable[..., Any]) -> Callable[..., Any]:
+    def computed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if current.recorder is not None and next(proxies((args, kwargs)), None) is not None:
+            from .computing import compute
+
+            return compute(current.recorder, call, (self, *args), kwargs)
+        return call(self, *args, **kwargs)
+
+    return computed
 
 
 def real(proxy: Proxy) -> torch.Tensor:
