@@ -6,18 +6,20 @@ to the same module, the edit goes first, and the invoke sees the edited value.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from . import positions, saving, shapes, stored, torchmap
-from .errors import InputError
+from .errors import GraphError, InputError, OpError
 from .positions import here
 from .proxy import Proxy
-from .recorder import Invoke, Recorder, current
+from .recorder import Invoke, Recorder, current, proxies
+from .wire import Kind
 
 if TYPE_CHECKING:
     from .model import LanguageModel
@@ -35,22 +37,26 @@ class Edit:
     It can be printed, saved, and applied to a model whose modules have the same names.
     """
 
-    def __init__(self, recording: stored.Recording) -> None:
+    def __init__(self, recording: stored.Recording, resizes: bool = False) -> None:
         self.recording = recording
+        self.resizes = resizes  # whether it may put values of other sizes in the place of the model's
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the edit to a file: a graph and the tensors it uses, no code."""
-        self.recording.save(path, _KIND)
+        self.recording.save(path, _KIND, stored.Facts(resizes=self.resizes))
 
     def __str__(self) -> str:
-        return self.recording.text()
+        return self.recording.text().partition("\n")[2].replace(_STAND_IN, "an edit", 1)
 
     def __repr__(self) -> str:
         return f"<Edit of {len(self.recording.nodes)} operations>"
 
     def mermaid(self) -> str:
         """The edit as a Mermaid flow chart."""
-        return self.recording.text(mermaid=True)
+        return self.recording.text(mermaid=True).replace(_STAND_IN, "an edit", 1)
+
+
+_STAND_IN = "invoke 0: 1 row of 1 token"
 
 
 def load_edit(path: str | os.PathLike[str]) -> Edit:
@@ -59,7 +65,53 @@ def load_edit(path: str | os.PathLike[str]) -> Edit:
     Raises:
         GraphError: the file holds none.
     """
-    return Edit(stored.load(path, _KIND))
+    recording, facts = stored.load(path, _KIND)
+    if len(recording.invokes) != 1 or any(node[0] == Kind.SAVE for node in recording.nodes):
+        raise GraphError(f"{os.fspath(path)} holds no edit: it keeps values", **positions.fields(here()))
+    return Edit(recording, facts.resizes)
+
+
+class InputSizes(Sequence[int]):
+    """The sizes of a value in an edit, of which some depend on the input: asking for those is an error.
+
+    No tuple: torch's own reading of tuples does not expect that an item refuses.
+    """
+
+    def __init__(self, sizes: Iterable[int | None]) -> None:
+        self._sizes = tuple(sizes)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self._sizes[index]
+        if isinstance(index, slice):
+            return InputSizes(found) if None in found else torch.Size(found)
+        return _depends("this size") if found is None else found
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([self[i] for i in range(len(self))])
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def numel(self) -> int:
+        """The product of the sizes."""
+        return math.prod(self)
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"[{', '.join('?' if size is None else str(size) for size in self._sizes)}]"
+
+
+def _depends(what: str) -> NoReturn:
+    raise InputError(
+        f"{what} depends on the input, and an edit is recorded without one",
+        hint="Write the line so that it names no size of batch or sequence: h[:, -1], h.mean(1), "
+        "h.unflatten(-1, (heads, -1)).",
+        **positions.fields(here()),
+    )
 
 
 class EditRecorder(Recorder):
@@ -67,30 +119,33 @@ class EditRecorder(Recorder):
 
     def __init__(self, native: Native) -> None:
         super().__init__(native)
-        self.recording: stored.Recording | None = None
+        self.edit: Edit | None = None
         self.invokes = [Invoke([[0]])]  # stands for the invoke that the edit will belong to
         self.invoke = 0
         self._probe = 0
-        self._seen: list[dict[int, Any]] = [{}, {}]
+        self._seen: list[dict[int, Any]] = [self.metas, {}]
 
     def batch(self, invoke: int) -> tuple[int, int]:
         """Sizes of one of the stand-ins for an input."""
         return _PROBES[self._probe]
 
+    def _on_each(self, ask: Callable[[], Any]) -> tuple[Any, Any]:
+        """The answers to a question with each of the stand-ins."""
+        found, now = [], self._probe  # a question may lead to others
+        try:
+            for self._probe in (0, 1):
+                self.metas = self._seen[self._probe]
+                found.append(ask())
+        finally:
+            self._probe, self.metas = now, self._seen[now]
+        return found[0], found[1]
+
     def structure(self, id: int) -> Any:
-        """What a node gives, on meta tensors, where that does not depend on the input."""
-        found = []
-        for self._probe in (0, 1):
-            self.metas = self._seen[self._probe]
-            found.append(shapes.infer(self, id))
-        self._probe, self.metas = 0, self._seen[0]
-        if _sizes(found[0]) != _sizes(found[1]):
-            raise InputError(
-                "the sizes of this depend on the input, and an edit is recorded without one",
-                hint="Write the line so that it names no size of batch or sequence: h[:, -1], h.mean(1), ...",
-                **positions.fields(here()),
-            )
-        return found[0]
+        """What a node with several results gives, on meta tensors: their number must not depend on the input."""
+        one, other = self._on_each(lambda: shapes.infer(self, id))
+        if _count(one) != _count(other):
+            _depends("the number of these values")
+        return one
 
     def rough(self, proxy: Proxy) -> torch.Tensor:
         """Dtype and number of axes of a value."""
@@ -102,13 +157,52 @@ class EditRecorder(Recorder):
     def meta(self, proxy: Proxy) -> torch.Tensor:
         """Sizes and dtype of a value, where they do not depend on the input."""
         self.alive(proxy)
-        out = self.structure(proxy._id)
-        assert isinstance(out, torch.Tensor)
-        return out
+        one, other = self._on_each(lambda: shapes.infer(self, proxy._id))
+        if one.shape != other.shape:
+            _depends("the size of this value")
+        assert isinstance(one, torch.Tensor)
+        return one
+
+    def shape(self, proxy: Proxy) -> Any:
+        """The sizes of a value, of which some may not be known."""
+        self.alive(proxy)
+        return _merged(*self._on_each(lambda: shapes.infer(self, proxy._id).shape))
+
+    def fact(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function says that asks for sizes or dtypes alone, where it does not depend on the input."""
+        asked = list(proxies((args, kwargs)))
+        for p in asked:
+            self.alive(p)
+
+        def ask() -> Any:
+            for p in asked:
+                shapes.infer(self, p._id)
+            with torch._C.DisableTorchFunction():
+                return func(*shapes.on_meta(self, args), **shapes.on_meta(self, kwargs))
+
+        one, other = self._on_each(ask)
+        if isinstance(one, torch.Size):
+            return _merged(one, other)
+        return one if one == other else _depends("what this line asks for")
+
+    def shown(self, proxy: Proxy) -> str:
+        """What is known of a value, for people."""
+        return f"shape={self.shape(proxy)}, {str(self.rough(proxy).dtype).removeprefix('torch.')}, "
+
+    def fits(self, write: Any) -> bool:
+        """Whether what was written has the sizes of what stood there, with either stand-in."""
+        return all(self._on_each(lambda: Recorder.fits(self, write)))
 
     def unknown(self, id: int, error: Exception) -> NoReturn:
         """Refuses: what is not known without values is not known here."""
-        raise error
+        node = self.nodes[id]
+        raise OpError(
+            "the sizes of what this line gives are known once it is computed, and an edit is recorded without an input"
+            if isinstance(error, NotImplementedError)
+            else str(error),
+            op=node[4] if isinstance(node[4], str) else None,
+            **positions.fields(node[2]),
+        ) from error
 
     def force(self, wanted: Iterable[Proxy]) -> NoReturn:
         """Refuses: there are no values."""
@@ -127,16 +221,26 @@ class EditRecorder(Recorder):
         )
 
     def finish(self) -> None:
-        """Ends the recording. Nothing runs."""
+        """Ends the recording. Nothing runs. The edit has tensors of its own: what becomes of others does not matter."""
         self.conclude()
-        self.recording = stored.Recording([([[0]], None)], self.nodes, [c.sent for c in self.captures])
+        self.check_captures()
+        with torch.no_grad():
+            constants = [c.sent.detach().clone() if c.sent is c.original else c.sent for c in self.captures]
+        resizes = not all(self._keeps_sizes(w) for writes in self._writes.values() for w in writes)
+        self.edit = Edit(stored.Recording([([[0]], None)], self.nodes, constants), resizes)
         self.close("an edit keeps no values")
 
 
-def _sizes(structure: Any) -> Any:
-    if isinstance(structure, torch.Tensor):
-        return structure.shape, structure.dtype
-    return [_sizes(item) for item in structure] if isinstance(structure, tuple | list) else structure
+def _count(structure: Any) -> Any:
+    return [_count(item) for item in structure] if isinstance(structure, tuple | list) else type(structure)
+
+
+def _merged(one: Sequence[int], other: Sequence[int]) -> torch.Size | InputSizes:
+    if one == other:
+        return torch.Size(one)
+    if len(one) != len(other):  # of a change in place that only one of them has seen
+        _depends("the number of axes of this value")
+    return InputSizes(a if a == b else None for a, b in zip(one, other, strict=True))
 
 
 class Editing:
@@ -167,8 +271,8 @@ class Editing:
         try:
             if kind is None:
                 self._recorder.finish()
-                assert self._recorder.recording is not None
-                self._edited._edits = (*self._edited._edits, Edit(self._recorder.recording))
+                assert self._recorder.edit is not None
+                self._edited._edits = (*self._edited._edits, self._recorder.edit)
             else:
                 self._recorder.close(f"its block was left by {kind.__name__}")
         finally:

@@ -9,7 +9,7 @@ import torch
 
 from . import inputs, positions, stored
 from .errors import GraphError
-from .positions import Place, here
+from .positions import here
 from .wire import Kind
 
 if TYPE_CHECKING:
@@ -21,10 +21,9 @@ _KIND = "graph"
 class Graph:
     """The graph of a trace. ``print(graph)`` shows it, a line a node with the user's line beside it."""
 
-    def __init__(self, recording: stored.Recording, kept: list[int], pinned: Place = None) -> None:
+    def __init__(self, recording: stored.Recording, facts: stored.Facts) -> None:
         self.recording = recording
-        self._kept = kept
-        self._pinned = pinned
+        self._facts = facts
 
     def __str__(self) -> str:
         return self.recording.text()
@@ -40,16 +39,10 @@ class Graph:
         """Writes the graph to a file: data and the tensors it uses, no code.
 
         Raises:
-            GraphError: a line of it used the sizes of its input, so that it fits that input alone; or
-                it was taken before the end of its block.
+            GraphError: it keeps no values, or a tensor that it uses has changed.
         """
-        if not self._kept:
-            raise GraphError(
-                "this graph keeps no values",
-                hint="Take tracer.graph after the block, of a trace that saves something.",
-                **positions.fields(here()),
-            )
-        self.recording.save(path, _KIND)
+        self._check()
+        self.recording.save(path, _KIND, self._facts)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Graph:
@@ -58,35 +51,39 @@ class Graph:
         Raises:
             GraphError: the file holds none.
         """
-        recording = stored.load(path, _KIND)
-        return Graph(recording, [i for i, node in enumerate(recording.nodes) if node[0] == Kind.SAVE])
+        return Graph(*stored.load(path, _KIND))
 
     def run(self, model: LanguageModel, *prompts: Any) -> list[torch.Tensor]:
         """Runs the graph on a model.
 
         Args:
             model: any whose modules have the names that the graph uses.
-            prompts: an input for each invoke that had one; none of them: the inputs it was recorded with.
+            prompts: an input for each invoke that had one, all of which may be of other lengths; none at
+                all: the inputs it was recorded with.
 
         Returns:
             The values that were saved, in the order in which they were.
 
         Raises:
-            GraphError: the inputs do not fit it.
+            GraphError: there are more or fewer inputs than it had; or a line of it used the sizes or the
+                values of its own inputs, so that it fits no others.
         """
+        self._check()
         invokes = self.recording.invokes
         own = [i for i, v in enumerate(invokes) if v[0] is not None]
         if prompts:
             if len(prompts) != len(own):
                 raise GraphError(
-                    f"this graph has {len(own)} inputs, and {len(prompts)} were given", **positions.fields(here())
+                    f"this graph has {len(own)} inputs, and {len(prompts)} were given",
+                    hint="Give one for each invoke that had one, or none to use its own.",
+                    **positions.fields(here()),
                 )
             given = dict(zip(own, prompts, strict=True))
             invokes = [
                 inputs.read(model._tokenizer_for_text, (given[i],), {}) if i in given else v
                 for i, v in enumerate(invokes)
             ]
-            self._check_sizes(invokes)
+            self._check_inputs(invokes)
         recording = stored.Recording(invokes, self.recording.nodes, self.recording.constants)
         run = model._native.begin(recording.wire(), recording.constants, end=True)
         try:
@@ -95,15 +92,31 @@ class Graph:
             run.free()
         saves = [i for i, node in enumerate(recording.nodes) if node[0] == Kind.SAVE]
         by_node = dict(zip(saves, values, strict=True))
-        return [by_node[i] for i in self._kept]
+        return [by_node[i] for i in self._facts.kept]
 
-    def _check_sizes(self, invokes: list[tuple[Any, ...]]) -> None:
+    def _check(self) -> None:
+        if not self._facts.kept:
+            raise GraphError(
+                "this graph keeps no values",
+                hint="Take tracer.graph after the block, of a trace that saves something.",
+                **positions.fields(here()),
+            )
+        self.recording.check()
+
+    def _check_inputs(self, invokes: list[tuple[Any, ...]]) -> None:
         def sizes(all_: list[tuple[Any, ...]]) -> list[tuple[int, int] | None]:
             return [None if v[0] is None else (len(v[0]), max(map(len, v[0]))) for v in all_]
 
-        if self._pinned is not None and sizes(invokes) != sizes(self.recording.invokes):
+        facts = self._facts
+        if facts.forced is not None and [v[:2] for v in invokes] != [v[:2] for v in self.recording.invokes]:
+            raise GraphError(
+                "this graph fits only the inputs it was recorded with: a line of it used their values",
+                hint="Do with operations of torch what that line does with a number, and record again.",
+                **positions.fields(facts.forced),
+            )
+        if facts.pinned is not None and sizes(invokes) != sizes(self.recording.invokes):
             raise GraphError(
                 "this graph fits only inputs of the sizes it was recorded with: a line of it used them",
                 hint="Write that line without sizes of batch or sequence (h[:, -1], h.mean(1)), and record again.",
-                **positions.fields(self._pinned),
+                **positions.fields(facts.pinned),
             )

@@ -51,6 +51,20 @@ class Proxy(torch.Tensor):
 
         return torchmap.dispatch(func, types, args, kwargs or {})
 
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> NoReturn:
+        # calls from C++ that come here have not gone through __torch_function__, so nothing is known of them
+        from .errors import InputError
+        from .positions import fields, here
+
+        raise InputError(
+            f"{func} was called from C++ on a value of the trace, which has no numbers there",
+            hint="Give such a function a tensor, torch.as_tensor(x.numpy()), or call it on saved values after the block.",
+            **fields(here()),
+        )
+
     # ---- saving ----
 
     def save(self) -> Proxy:
@@ -70,7 +84,7 @@ class Proxy(torch.Tensor):
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
         """The sizes, known before the value is."""
-        return self._rec.meta(self).shape
+        return self._rec.shape(self)
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
@@ -121,22 +135,18 @@ class Proxy(torch.Tensor):
         return "a value"
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        from . import shapes
         from .recorder import current
 
         name = self._label()
         if self._rec.closed is not None:
             return f"<Proxy of {name}: {self._rec.closed}>"
-        known = None
+        known = ""
         if current.recorder is self._rec:
-            pinned = self._rec.pinned
             try:
-                known = shapes.infer(self._rec, self._id, run=False)
+                known = self._rec.shown(self)
             except Exception:  # showing a value must neither fail nor run anything; using it tells what is wrong
-                known = None
-            self._rec.pinned = pinned
-        sizes = f"shape={list(known.shape)}, {str(known.dtype).removeprefix('torch.')}, " if known is not None else ""
-        return f"<Proxy {sizes}from {name}>"
+                known = ""
+        return f"<Proxy {known}from {name}>"
 
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if spec else repr(self)

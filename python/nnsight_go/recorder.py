@@ -126,6 +126,7 @@ class Recorder:
         self.captures: list[_Capture] = []
         self.kept: list[int] = []  # the save nodes of what the block saved
         self.pinned: Place = None  # a line that used sizes of the input
+        self.forced: Place = None  # a line that used values
         self.bound: dict[tuple[int, str, int], Any] = {}
         self.closed: str | None = None
         self.at_end: list[Callable[[], None]] = []  # checks and last reads, before the graph runs
@@ -136,6 +137,7 @@ class Recorder:
         self._const_nodes: dict[tuple[int, int], int] = {}
         self._reach: dict[int, tuple[Point, Place]] = {}
         self._writes: dict[int, list[_Write]] = {}  # by invoke
+        self._resized: set[int] = set()  # invokes with an edit that may give values other sizes
         self._saved: dict[int, Any] = {}
         self._batch_asked: Place = None
         self._forced: tuple[int, dict[int, torch.Tensor]] = (-1, {})
@@ -164,6 +166,8 @@ class Recorder:
                 self._bring(edit)
         self.invokes.append(Invoke(rows, masks))
         self.invoke = len(self.invokes) - 1
+        if any(edit.resizes for edit in self.edits):
+            self._resized.add(self.invoke)
         return self.invoke
 
     def _bring(self, edit: Edit) -> None:
@@ -323,20 +327,25 @@ class Recorder:
         return Proxy._make(self, self._add(_READ, made, point.path, point.port, 0, leaf.name))
 
     def _leaf_meta(self, invoke: int, order: int, leaf: Leaf, writes: int) -> torch.Tensor:
-        if not all(self._keeps_sizes(w) for w in self._writes.get(invoke, [])[:writes] if w.order <= order):
-            raise NotImplementedError("an earlier line has replaced a value by one of other sizes")
+        behind = [w for w in self._writes.get(invoke, ())[:writes] if w.order <= order]
+        if invoke in self._resized or not all(map(self._keeps_sizes, behind)):
+            raise NotImplementedError("an earlier line has perhaps replaced a value by one of other sizes")
         return torch.empty(leaf.sizes(*self.batch(invoke)), dtype=leaf.dtype, device="meta")
 
     def _keeps_sizes(self, write: _Write) -> bool:
         """Whether what was written has the sizes of what stood there, so that the rest of the model keeps its own."""
         if write.kept is None:
-            try:
-                meta = shapes.infer(self, write.value._id, run=False)
-                want = write.leaf.sizes(*self.batch(write.invoke))
-                write.kept = tuple(meta.shape) == want and meta.dtype == write.leaf.dtype
-            except Exception:  # sizes that depend on data
-                write.kept = False
+            write.kept = self.fits(write)
         return write.kept
+
+    def fits(self, write: _Write) -> bool:
+        """The same, worked out."""
+        try:
+            meta = shapes.infer(self, write.value._id, run=False)
+        except Exception:  # its sizes depend on data
+            return False
+        want = write.leaf.sizes(*self.batch(write.invoke))
+        return tuple(meta.shape) == want and meta.dtype == write.leaf.dtype
 
     def write(self, point: Point, leaf: Leaf, value: Any) -> Proxy:
         """Records rebinding one tensor of an access point, and gives what is bound there now."""
@@ -361,6 +370,26 @@ class Recorder:
             self.alive(proxy)
             meta = shapes.infer(self, proxy._id)
         return meta  # type: ignore[no-any-return]
+
+    def shape(self, proxy: Proxy) -> torch.Size:
+        """The proxy's sizes."""
+        return self.meta(proxy).shape
+
+    def fact(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function says that asks for sizes or dtypes alone."""
+        for p in proxies((args, kwargs)):
+            self.meta(p)
+        with torch._C.DisableTorchFunction():
+            return func(*shapes.on_meta(self, args), **shapes.on_meta(self, kwargs))
+
+    def shown(self, proxy: Proxy) -> str:
+        """What is known of a value without running anything, for people."""
+        pinned = self.pinned
+        try:
+            meta = shapes.infer(self, proxy._id, run=False)
+        finally:
+            self.pinned = pinned
+        return f"shape={list(meta.shape)}, {str(meta.dtype).removeprefix('torch.')}, "
 
     def rough(self, proxy: Proxy) -> torch.Tensor:
         """As ``meta``, for facts that do not depend on the sizes of the input: dtype, number of axes."""
@@ -405,6 +434,7 @@ class Recorder:
         if at != len(self.nodes):
             values = {}
         missing = {p._id: p for p in wanted if p._id not in values}
+        self.forced = self.forced or here()
         if missing:
             for invoke in {self.nodes[id][1] for id in missing}:
                 if self.invokes[invoke].rows is None:
@@ -419,8 +449,8 @@ class Recorder:
             self._forced = (len(self.nodes), values)
         return [values[p._id] for p in wanted]
 
-    def _go_on(self, ids: list[int], end: bool, adopt: list[Proxy] | None) -> list[torch.Tensor]:
-        """Sends the engine what has been recorded since the last time, and gives the values of nodes."""
+    def check_captures(self) -> None:
+        """Raises where a tensor from outside is not what it was when a line used it."""
         for c in self.captures:
             if c.sent is c.original and _version(c.original) != c.version:
                 raise InputError(
@@ -428,6 +458,10 @@ class Recorder:
                     hint="Tensors of more than 64 KiB are used as they are: pass a copy (.clone()) if you change it.",
                     **positions.fields(c.place),
                 )
+
+    def _go_on(self, ids: list[int], end: bool, adopt: list[Proxy] | None) -> list[torch.Tensor]:
+        """Sends the engine what has been recorded since the last time, and gives the values of nodes."""
+        self.check_captures()
         for id in ids:
             _, invoke, place, mode = self.nodes[id][:4]
             self.nodes.append((_SAVE, invoke, place, mode, [0, id]))

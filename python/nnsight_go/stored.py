@@ -17,7 +17,7 @@ import torch
 from . import _ffi, positions, wire
 from .errors import GraphError
 from .positions import here
-from .wire import Node
+from .wire import Kind, Node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +28,23 @@ class Recording:
         invokes: in wire form, ``(rows, masks)`` each.
         nodes: as the recorder keeps them: third comes the place of the line.
         constants: what const nodes number.
+        versions: how often each of them had been changed in place, -1 for copies; empty where all are.
     """
 
     invokes: list[tuple[Any, ...]]
     nodes: list[Node]
     constants: list[torch.Tensor]
+    versions: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        """Raises where a constant is not what it was when the recording was made."""
+        for tensor, version in zip(self.constants, self.versions, strict=False):
+            if version >= 0 and tensor._version != version:
+                raise GraphError(
+                    f"a tensor of sizes {list(tensor.shape)} that this graph uses was changed in place after that",
+                    hint="Tensors of more than 64 KiB are used as they are: record with a copy (.clone()).",
+                    **positions.fields(here()),
+                )
 
     def wire(self) -> bytes:
         """The graph in wire form."""
@@ -45,15 +57,34 @@ class Recording:
         data = self.wire()
         return _ffi.call(_ffi.lib().nng_graph_text, data, len(data), mermaid).decode()
 
-    def save(self, path: str | os.PathLike[str], kind: str) -> None:
+    def save(self, path: str | os.PathLike[str], kind: str, facts: Facts) -> None:
         """Writes a file that ``load`` reads."""
         from safetensors.torch import save_file
 
         tensors = {str(i): t.detach().cpu().contiguous().clone() for i, t in enumerate(self.constants)}
-        save_file(tensors, os.fspath(path), {"nnsight_go": kind, "graph": base64.b64encode(self.wire()).decode()})
+        graph = base64.b64encode(self.wire()).decode()
+        save_file(
+            tensors, os.fspath(path), {"nnsight_go": kind, "graph": graph, "facts": msgspec.json.encode(facts).decode()}
+        )
 
 
-def load(path: str | os.PathLike[str], kind: str) -> Recording:
+class Facts(msgspec.Struct, omit_defaults=True):
+    """What a file says beside its graph.
+
+    Attributes:
+        kept: the save nodes whose values are wanted.
+        pinned: a line that used sizes of the input it was recorded with: file, line, function.
+        forced: a line that used values of it.
+        resizes: whether it may put values of other sizes in the place of the model's.
+    """
+
+    kept: list[int] = []
+    pinned: tuple[str, int, str] | None = None
+    forced: tuple[str, int, str] | None = None
+    resizes: bool = False
+
+
+def load(path: str | os.PathLike[str], kind: str) -> tuple[Recording, Facts]:
     """Reads a file that ``Recording.save`` wrote.
 
     Raises:
@@ -84,7 +115,10 @@ def load(path: str | os.PathLike[str], kind: str) -> Recording:
         _ffi.call(_ffi.lib().nng_graph_text, data, len(data), False)  # whatever it is, it is well formed
         _, invokes, nodes, lines = msgspec.msgpack.decode(data)
         constants = [tensors[str(i)] for i in range(len(tensors))]
-    except (KeyError, ValueError) as e:
+        facts = msgspec.json.decode(metadata["facts"], type=Facts)
+        placed = [(*n[:2], tuple(lines[n[2]]) if n[2] >= 0 else None, *n[3:]) for n in nodes]
+        if any(nodes[i][0] != Kind.SAVE for i in facts.kept):
+            raise ValueError("it keeps what is not saved")
+    except (LookupError, ValueError, msgspec.MsgspecError) as e:
         raise GraphError(f"{name} cannot be read: {e}", **positions.fields(here())) from None
-    placed = [(*n[:2], tuple(lines[n[2]]) if n[2] >= 0 else None, *n[3:]) for n in nodes]
-    return Recording([tuple(v) for v in invokes], placed, constants)
+    return Recording([tuple(v) for v in invokes], placed, constants), facts

@@ -17,7 +17,7 @@ from .positions import here
 from .recorder import Recorder, current
 from .steps import Chosen, Steps
 from .stopping import Stop
-from .stored import Recording
+from .stored import Facts, Recording
 
 if TYPE_CHECKING:
     from .envoy import Envoy
@@ -116,8 +116,14 @@ class Tracer:
     def graph(self) -> Graph:
         """What has been recorded so far; after the block, the whole trace."""
         rec = self._recorder
-        recording = Recording([v.wire() for v in rec.invokes], list(rec.nodes), [c.sent for c in rec.captures])
-        return Graph(recording, rec.kept, rec.pinned)
+        recording = Recording(
+            [v.wire() for v in rec.invokes],
+            list(rec.nodes),
+            [c.sent for c in rec.captures],
+            tuple(c.version if c.sent is c.original else -1 for c in rec.captures),
+        )
+        pinned, forced = (place and positions.row(place) for place in (rec.pinned, rec.forced))
+        return Graph(recording, Facts(list(rec.kept), pinned, forced))
 
     def barrier(self, n: int) -> Barrier:
         """A meeting point of ``n`` invokes: each calls it. Values flow to later invokes without it.

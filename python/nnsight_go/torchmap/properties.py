@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from .. import shapes
 from ..errors import NnsightError
 from ..positions import fields, here
 from ..proxy import Proxy
-from ..recorder import Recorder, proxies
+from ..recorder import Recorder
 from .computing import compute
 from .operators import Rule, need
 
@@ -33,10 +31,7 @@ _DEVICES = frozenset("is_cuda is_cpu is_xpu is_mps is_meta is_ipu is_maia is_mti
 
 def facts(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A question about sizes or dtypes: answered by meta tensors."""
-    for p in proxies((args, kwargs)):
-        rec.meta(p)
-    with torch._C.DisableTorchFunction():
-        return func(*shapes.on_meta(rec, args), **shapes.on_meta(rec, kwargs))
+    return rec.fact(func, args, kwargs)
 
 
 def attribute(name: str, access: str) -> Rule:
