@@ -24,7 +24,7 @@ from torch.overrides import get_overridable_functions
 
 import conformance
 from conformance import Call, check, describe, difference
-from nnsight_go import LanguageModel, NnsightError
+from nnsight_go import InputError, LanguageModel, NnsightError
 from nnsight_go.recorder import Recorder, current
 from references import gpt2, reference
 
@@ -371,9 +371,10 @@ def test_default_dtype_and_device(model: LanguageModel) -> None:
 
 def test_autocast(model: LanguageModel) -> None:
     def mixed(t: torch.Tensor, w: torch.Tensor) -> Any:
+        before = t @ w
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = t @ w
-            return y, F.softmax(y, -1), y + 1, F.linear(t, w.T)
+            return before, y, F.softmax(y, -1), y + 1, F.linear(t, w.T), torch.einsum("ij,jk->ik", t, w), before @ w.T
 
     same(model, mixed, normal(3, 4), normal(4, 5), recorded=None)
 
@@ -639,6 +640,19 @@ def _scripted(x: torch.Tensor) -> torch.Tensor:
     if bool(x.sum() > 0):
         return x * 2
     return x - 1
+
+
+def test_calls_from_cpp_are_refused(model: LanguageModel) -> None:
+    """C++ that is handed a proxy without torch's Python API fails, rather than computing on nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = torch.jit.script(_scripted).graph
+    with model.trace([0]):
+        p = recorder().constant(normal(3)).clone()
+        with pytest.raises(RuntimeError):
+            torch._C._jit_interpret_graph(graph, (p,))
+        with torch._C.DisableTorchFunction(), pytest.raises(InputError, match="called from C\\+\\+"):
+            torch.add(p, 1)
 
 
 def test_compiled(model: LanguageModel) -> None:

@@ -52,7 +52,7 @@ class Proxy(torch.Tensor):
         return torchmap.dispatch(func, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> NoReturn:
         # calls from C++ that come here have not gone through __torch_function__, so nothing is known of them
@@ -61,7 +61,7 @@ class Proxy(torch.Tensor):
 
         raise InputError(
             f"{func} was called from C++ on a value of the trace, which has no numbers there",
-            hint="Give such a function a tensor, torch.as_tensor(x.numpy()), or call it on saved values after the block.",
+            hint="Give such a function a tensor, torch.as_tensor(x.numpy()), or call it after the block.",
             **fields(here()),
         )
 

@@ -114,7 +114,7 @@ class Recorder:
     def __init__(self, native: Native) -> None:
         self.native = native
         self.device = native.device
-        self.default_dtype = torch.get_default_dtype()
+        self.default_dtype, self.autocast = torch.get_default_dtype(), torch._C._is_any_autocast_enabled()
         self.nodes: list[tuple[Any, ...]] = []
         self.made: list[tuple[Callable[..., Any], Any, Any] | None] = []
         self.metas: dict[int, Any] = {}

@@ -70,7 +70,7 @@ def _view(rec: Recorder, target: Proxy, view: torch.Tensor) -> Proxy:
 def _as_recorded(rec: Recorder) -> Iterator[None]:
     """Lets what was recorded run as it was meant, whatever holds at the line that asks for its value."""
     now = torch.get_default_dtype()
-    with transforms.outside():
+    with transforms.outside(), contextlib.nullcontext() if rec.autocast else torch._C._DisableAutocast():
         if now is rec.default_dtype:
             yield
             return

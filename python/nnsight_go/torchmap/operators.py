@@ -28,7 +28,7 @@ class Operator:
     place of the argument that a method is called on. ``out`` are the argument names of the overloads
     that take ``out=``. ``draws``: its numbers are random. ``changes`` are the places of arguments that
     it changes though neither its name nor ``out`` tells. ``autocast``: autocast makes something else of
-    it.
+    it, or of what it calls.
     """
 
     name: str
@@ -59,7 +59,7 @@ def find(name: str) -> Operator | None:
         frozenset(a.name for s in schemas if any(a.name == "out" for a in s.arguments) for a in s.arguments),
         _seeded(name, functional),
         frozenset(i for s in functional for i, a in enumerate(s.arguments) if _writes(a) and (i or not in_place)),
-        any(torch._C._dispatch_has_kernel_for_dispatch_key(_full_name(s), "AutocastCPU") for s in functional),
+        any(_has_kernel(s, key) for s in functional for key in ("AutocastCPU", "CompositeImplicitAutograd")),
     )
 
 
@@ -82,8 +82,10 @@ def _full_name(schema: Any) -> str:
     return f"{schema.name}.{schema.overload_name}" if schema.overload_name else str(schema.name)
 
 
-def _has_kernel(schema: Any) -> bool:
-    return bool(torch._C._dispatch_has_kernel(_full_name(schema)))
+def _has_kernel(schema: Any, key: str | None = None) -> bool:
+    if key is None:
+        return bool(torch._C._dispatch_has_kernel(_full_name(schema)))
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(_full_name(schema), key))
 
 
 def _index_of_self(schema: Any) -> int:
@@ -145,9 +147,8 @@ def direct(op: Operator, func: Any = None, name: str | None = None) -> Rule:
             if kwargs.get("out") is not None:
                 return _into(rec, op, func, args, kwargs)
             named = _named(op, kwargs)
-        if varargs >= 0 and len(args) > varargs and (len(args) > varargs + 1 or type(args[varargs]) is Proxy):
-            if _is_number(args[varargs]):
-                args = (*args[:varargs], list(args[varargs:]))
+        if varargs >= 0 and _are_sizes(args, varargs):
+            args = (*args[:varargs], list(args[varargs:]))
         if len(args) > most:  # an older order of arguments, which no schema knows
             return compute(rec, func, args, kwargs)
         for x in args:
@@ -165,8 +166,11 @@ def direct(op: Operator, func: Any = None, name: str | None = None) -> Rule:
     return rule
 
 
-def _is_number(x: Any) -> bool:
-    return not isinstance(x, list | tuple | torch.dtype)
+def _are_sizes(args: tuple[Any, ...], first: int) -> bool:
+    """Whether sizes are given one by one from ``first`` on; a single number is no list only where it is a proxy."""
+    if len(args) <= first or isinstance(args[first], list | tuple | torch.dtype):
+        return False
+    return len(args) > first + 1 or type(args[first]) is Proxy
 
 
 def _named(op: Operator, kwargs: dict[str, Any]) -> dict[str, Any]:
