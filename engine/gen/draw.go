@@ -111,11 +111,11 @@ func (g *Generation) process(s *scores) error {
 	}
 	r := 0
 	s.rows(func(line []float32) {
-		row := g.rows[r]
+		row, lead := g.rows[r], g.lead[r]
 		r++
 		if penalty {
 			seen := map[int64]bool{}
-			for _, id := range row {
+			for _, id := range row[lead:] {
 				if seen[id] || id >= int64(len(line)) {
 					continue
 				}

@@ -36,6 +36,7 @@ type Generation struct {
 	cache    *host.Cache
 	settings Settings
 	rows     [][]int64 // all tokens so far, padding on the left included
+	lead     []int     // tokens of padding, and others that a mask leaves out, before each prompt
 	prompt   int       // tokens of a prompt, padding included
 	ended    []bool
 	step     int
@@ -58,7 +59,12 @@ func New(m *host.Native, rows, masks [][]int64, s Settings) (*Generation, error)
 	for _, row := range rows {
 		g.prompt = max(g.prompt, len(row))
 	}
-	for _, row := range rows {
+	for r, row := range rows {
+		lead := g.prompt - len(row)
+		for i := 0; masks != nil && i < len(row) && masks[r][i] == 0; i++ {
+			lead++
+		}
+		g.lead = append(g.lead, lead)
 		all := make([]int64, g.prompt-len(row), g.prompt+s.MaxNewTokens)
 		for i := range all {
 			all[i] = s.Pad
