@@ -53,19 +53,20 @@ def steps_of(
     ids, mask = padded(rows)
     cache = transformers.DynamicCache(config=theirs.config)
     seen: list[torch.Tensor] = []
-    now = 0
+    at = [0]
 
     def hook(module: Any, args: Any, output: Any) -> Any:
         if edit is not None and len(seen) == 1:
             output = output.clone()
-            edit(now, output)
+            edit(at[0], output)
         seen.append(output)
         return output
 
     handles = [block.register_forward_hook(hook) for block in blocks(theirs)]
     try:
         new = ids
-        for now in range(steps):
+        for step in range(steps):
+            at[0] = step
             seen.clear()
             positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
             with torch.no_grad():
@@ -256,7 +257,7 @@ def test_counters_dicts_and_conditions(made: Made) -> None:
 def test_documented_lines(made: Made) -> None:
     model, _ = made
     with model.generate(IDS, max_new_tokens=6) as tracer:
-        hidden_states = list().save()
+        hidden_states = list().save()  # noqa: C408  (the documented line)
         with tracer.all():
             blocks(model)[1].output[0][:, -1, :] *= 0.9
             hidden_states.append(blocks(model)[-1].output)
