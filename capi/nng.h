@@ -7,7 +7,7 @@
  * Buffers. An nng_buf given to the caller is owned by the caller, who frees it with nng_free.
  * Memory passed in (strings, graphs, arrays) is read during the call only and stays the caller's.
  *
- * Handles. Models, runs and tokenizers are generation-checked integers, never pointers; 0 is never
+ * Handles. Models, runs, generations and tokenizers are generation-checked integers, never pointers; 0 is never
  * valid. A stale or foreign handle is a failure with code NNG_EHANDLE, never a crash.
  *
  * Tensors. A void* tensor is a pointer to an at::Tensor made with new. [new] means the caller now
@@ -54,6 +54,7 @@ typedef struct {
 typedef uint64_t nng_model;
 typedef uint64_t nng_run;
 typedef uint64_t nng_tokenizer;
+typedef uint64_t nng_generation;
 
 /* Frees a buffer's memory and zeroes it. Null and empty buffers are fine. */
 void nng_free(nng_buf* buf);
@@ -128,6 +129,27 @@ void nng_tensors_free(void** tensors, int64_t ntensors);
 
 /* Frees one tensor [new]. */
 void nng_tensor_free(void* tensor);
+
+/* ---- generations ---- */
+
+/* Begins to generate. prompt is JSON: {"rows": [[ids], ...], "masks": [[0 or 1], ...] or null}; rows of
+ * different lengths are padded on the left. settings is JSON, with transformers' names:
+ * {"max_new_tokens": 20, "min_new_tokens": 0, "eos_token_id": [..], "pad_token_id": 0, "do_sample": false,
+ * "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1, "repetition_penalty": 1,
+ * "no_repeat_ngram_size": 0}. Sampling draws from torch's default generator. */
+int nng_generation_new(nng_model model, const char* prompt, const char* settings, nng_generation* out, nng_buf* err);
+
+/* Starts the next step: a run as nng_run_new makes one, whose graph has one invoke without rows, which
+ * sees the step's tokens: the prompts at step 0, and then one token a row. */
+int nng_generation_step(nng_generation generation, const uint8_t* graph, int64_t size, void* const* consts,
+                        int64_t nconsts, int32_t end, nng_run* out, nng_buf* err);
+
+/* Draws the next token of each row, once the step's run is done and its results are taken: *out is JSON,
+ * {"tokens": [..], "done": bool}. A row that has ended goes on with pad_token_id. */
+int nng_generation_next(nng_generation generation, nng_buf* out, nng_buf* err);
+
+/* Ends the generation and gives its memory back; a run of it that goes on fails. */
+int nng_generation_free(nng_generation generation, nng_buf* err);
 
 /* Prints a graph in wire form: as text, or (mermaid not 0) as a Mermaid flow chart. Needs no model. */
 int nng_graph_text(const uint8_t* graph, int64_t size, int32_t mermaid, nng_buf* out, nng_buf* err);

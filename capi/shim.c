@@ -73,6 +73,24 @@ int nng_run_results(nng_run run, nng_buf* out, void*** tensors, int64_t* ntensor
 
 int nng_run_free(nng_run run, nng_buf* err) { return forked ? refuse(err) : nngo_run_free(run, err); }
 
+int nng_generation_new(nng_model model, const char* prompt, const char* settings, nng_generation* out, nng_buf* err) {
+  return forked ? refuse(err) : nngo_generation_new(model, (char*)prompt, (char*)settings, out, err);
+}
+
+int nng_generation_step(nng_generation generation, const uint8_t* graph, int64_t size, void* const* consts,
+                        int64_t nconsts, int32_t end, nng_run* out, nng_buf* err) {
+  return forked ? refuse(err)
+                : nngo_generation_step(generation, (uint8_t*)graph, size, (void**)consts, nconsts, end, out, err);
+}
+
+int nng_generation_next(nng_generation generation, nng_buf* out, nng_buf* err) {
+  return forked ? refuse(err) : nngo_generation_next(generation, out, err);
+}
+
+int nng_generation_free(nng_generation generation, nng_buf* err) {
+  return forked ? refuse(err) : nngo_generation_free(generation, err);
+}
+
 int nng_graph_text(const uint8_t* graph, int64_t size, int32_t mermaid, nng_buf* out, nng_buf* err) {
   return forked ? refuse(err) : nngo_graph_text((uint8_t*)graph, size, mermaid, out, err);
 }

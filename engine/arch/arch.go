@@ -90,6 +90,8 @@ type Graphs struct {
 	// Explicit lays the same two variants down with attention done step by step, when it is first
 	// called: few traces look into it.
 	Explicit func() (causal, masked *graph.Model, err error)
+	// Cached lays down one step of generation, likewise when it is first asked for.
+	Cached func(masked, decode bool) (*graph.Model, error)
 }
 
 // Build lays an architecture down.
@@ -102,7 +104,7 @@ func Build(a Architecture) (*Graphs, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Graphs{Causal: causal, Masked: masked, Params: params, Explicit: explicit(a)}, nil
+	return &Graphs{Causal: causal, Masked: masked, Params: params, Explicit: explicit(a), Cached: cached(a)}, nil
 }
 
 func explicit(a Architecture) func() (causal, masked *graph.Model, err error) {
@@ -118,6 +120,24 @@ func explicit(a Architecture) func() (causal, masked *graph.Model, err error) {
 	return func() (*graph.Model, *graph.Model, error) {
 		p, err := build()
 		return p.causal, p.masked, err
+	}
+}
+
+func cached(a Architecture) func(masked, decode bool) (*graph.Model, error) {
+	var mu sync.Mutex
+	made := map[nn.Variant]*graph.Model{}
+	return func(masked, decode bool) (*graph.Model, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		v := nn.Variant{Cached: true, Masked: masked, Decode: decode}
+		if m := made[v]; m != nil {
+			return m, nil
+		}
+		m, _, err := nn.Build(v, a.Build)
+		if err == nil {
+			made[v] = m
+		}
+		return m, err
 	}
 }
 

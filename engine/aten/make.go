@@ -26,6 +26,17 @@ func run(name string, args ...Value) (Tensor, error) {
 	return v.T, nil
 }
 
+// Zeros makes a tensor of zeros.
+func Zeros(dtype, device string, shape ...int64) (Tensor, error) {
+	op, err := Find("aten::zeros.default")
+	if err != nil {
+		return Tensor{}, err
+	}
+	v, err := op.Call([]Value{IntsValue(shape...)}, Named{"dtype", Value{Kind: graph.ArgDType, S: dtype}},
+		Named{"device", Value{Kind: graph.ArgDevice, S: device}})
+	return v.T, err
+}
+
 // Narrow is the view of length elements from start on along an axis.
 func Narrow(t Tensor, axis int, start, length int64) (Tensor, error) {
 	return run("aten::narrow.default", TensorValue(t), IntValue(int64(axis)), IntValue(start), IntValue(length))

@@ -164,6 +164,8 @@ type Dim int64
 const (
 	DimBatch Dim = -1 // number of rows
 	DimSeq   Dim = -2 // number of tokens of the longest row
+	DimTotal Dim = -3 // number of tokens of the longest row so far, those of earlier steps included
+	DimRoom  Dim = -4 // number of tokens that a cache has room for
 )
 
 // Shape is a list of sizes.

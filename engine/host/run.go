@@ -19,6 +19,7 @@ type Run struct {
 	model    *Native
 	graph    *graph.Graph
 	models   plan.Models // of the forward pass
+	cache    *Cache      // of the generation that the run is a step of, or nil
 	explicit bool        // they compute attention step by step
 	plan     *plan.Plan
 	machine  *exec.Machine[value]
@@ -83,6 +84,9 @@ func (r *Run) Extend(grow func(*graph.Graph) error, consts []aten.Tensor, end bo
 	if err := grow(r.graph); err != nil {
 		return err
 	}
+	if r.cache != nil && end {
+		r.askForLogits()
+	}
 	again, err := r.choose()
 	if err != nil {
 		return err
@@ -108,6 +112,15 @@ func (r *Run) Extend(grow func(*graph.Graph) error, consts []aten.Tensor, end bo
 	return err
 }
 
+// askForLogits ends the program of a step of generation with what the next token is drawn from.
+func (r *Run) askForLogits() {
+	g := r.graph
+	read := graph.ID(len(g.Nodes))
+	g.Nodes = append(g.Nodes,
+		graph.Node{Kind: graph.KindRead, Port: graph.PortOutput, Leaf: "logits", Pos: -1},
+		graph.Node{Kind: graph.KindSave, Args: []graph.Arg{graph.Ref(read)}, Pos: -1})
+}
+
 // fresh is a plan that knows which invokes go alone.
 func (r *Run) fresh() *plan.Plan {
 	p := plan.New(r.models)
@@ -129,6 +142,10 @@ func (r *Run) choose() (again bool, err error) {
 	}
 	if !r.explicit {
 		return false, nil
+	}
+	if r.cache != nil {
+		return false, fault.New(fault.ModulePath, "the scores and the pattern of attention are not computed during generation").
+			WithHint("Use heads.q, heads.k, heads.v and heads.z, or a trace of the whole text.")
 	}
 	r.models, err = r.model.explicitModels()
 	return true, err
@@ -192,20 +209,22 @@ func (r *Run) ready(schedule *plan.Schedule) error {
 func (r *Run) bind(s *plan.Schedule) error {
 	defer plainMode()()
 	for _, src := range s.Sources {
-		var t aten.Tensor
+		var v value
 		var err error
-		switch src.Kind {
-		case graph.KindParam:
-			t, err = r.model.param(src.Name)
-		case graph.KindConst:
-			t = r.consts[src.Index]
-		case graph.KindInput:
-			t, err = r.model.input(&s.Forwards[src.Forward], src.Name)
+		switch {
+		case src.Kind == graph.KindParam:
+			v.tensor, err = r.model.param(src.Name)
+		case src.Kind == graph.KindConst:
+			v.tensor = r.consts[src.Index]
+		case r.cache != nil:
+			v, err = r.cache.input(src.Name)
+		default:
+			v.tensor, err = r.model.input(&s.Forwards[src.Forward], src.Name)
 		}
 		if err != nil {
 			return err
 		}
-		r.machine.Bind(src.Slot, value{tensor: t})
+		r.machine.Bind(src.Slot, v)
 	}
 	return nil
 }
@@ -301,6 +320,14 @@ func (r *Run) Results() ([]graph.Result, []aten.Tensor, error) {
 		}
 		out = append(out, graph.Result{Node: saved.Node, Value: replace(saved.Value, hand)})
 	}
+	if r.cache != nil && r.end && failed == nil {
+		logits := out[len(out)-1].Value // a tensor that the user saved too is there once
+		r.cache.logits, failed = tensors[logits.Ref].Share()
+		if out = out[:len(out)-1]; int(logits.Ref) == len(tensors)-1 && !names(out, logits.Ref) {
+			tensors[logits.Ref].Free()
+			tensors = tensors[:logits.Ref]
+		}
+	}
 	if r.end {
 		r.Free()
 	}
@@ -311,6 +338,14 @@ func (r *Run) Results() ([]graph.Result, []aten.Tensor, error) {
 		return nil, nil, failed
 	}
 	return out, tensors, nil
+}
+
+// names reports whether results name a tensor.
+func names(results []graph.Result, tensor graph.ID) (found bool) {
+	for i := range results {
+		results[i].Value.Refs(func(id graph.ID) { found = found || id == tensor })
+	}
+	return found
 }
 
 func (r *Run) handTree(v *aten.Value, tensors *[]aten.Tensor, failed *error) graph.Arg {

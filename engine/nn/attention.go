@@ -1,6 +1,7 @@
 package nn
 
 import (
+	"fmt"
 	"math"
 	"slices"
 
@@ -30,6 +31,9 @@ func (m *Module) Attention(q, k, v, mask Value, scale float64) Value {
 	m.Internal(heads+"q", &q)
 	m.Internal(heads+"k", &k)
 	m.Internal(heads+"v", &v)
+	if m.b.variant.Cached {
+		m.b.varying(func() { k, v = m.b.remember(k, v) })
+	}
 	var z Value
 	if m.b.variant.Explicit {
 		z = m.explicit(q, k, v, mask, scale)
@@ -48,12 +52,13 @@ func (b *Builder) varying(f func()) {
 }
 
 func (m *Module) fused(q, k, v, mask Value, scale float64) Value {
-	causal, groups := mask.IsNone(), q.Size(1)/k.Size(1)
+	groups := q.Size(1) / k.Size(1)
+	causal := mask.IsNone() && !m.b.variant.Decode // a single token looks at all before it
 	kwargs := []graph.Kwarg{{Name: "scale", Arg: graph.Float(scale)}}
 	if groups > 1 {
 		// The fused kernels know grouped heads only without a mask and up to 256 sizes a head;
 		// elsewhere they would fall back to a slower one than repeating costs.
-		if causal && k.Size(-1) == v.Size(-1) && k.Size(-1) <= 256 {
+		if mask.IsNone() && k.Size(-1) == v.Size(-1) && k.Size(-1) <= 256 {
 			kwargs = append(kwargs, graph.Kwarg{Name: "enable_gqa", Arg: graph.Bool(true)})
 		} else {
 			m.b.varying(func() { k, v = k.RepeatHeads(groups), v.RepeatHeads(groups) })
@@ -66,6 +71,26 @@ func (m *Module) fused(q, k, v, mask Value, scale float64) Value {
 	shape[len(shape)-1] = graph.Dim(v.Size(-1))
 	args := []graph.Arg{q.arg(), k.arg(), v.arg(), mask.arg(), graph.Float(0), graph.Bool(causal)}
 	return q.b.call("scaled_dot_product_attention", shape, q.dtype, args, kwargs...)
+}
+
+// remember puts keys and values into the next layer's cache, and gives those of all tokens so far. The
+// first step looks at its own alone, but where rows are padded.
+func (b *Builder) remember(k, v Value) (Value, Value) {
+	layer := b.caches
+	b.caches++
+	out := [2]Value{k, v}
+	for i, name := range []string{"k", "v"} {
+		x := out[i]
+		room := graph.Shape{graph.DimBatch, x.shape[1], graph.DimRoom, x.shape[3]}
+		cache := b.input(fmt.Sprintf("cache.%d.%s", layer, name), x.dtype, room)
+		now := b.call("narrow", x.shape, x.dtype, []graph.Arg{cache.arg(), graph.Int(2), b.number("past"), b.number("seq")})
+		b.call("copy_", x.shape, x.dtype, []graph.Arg{now.arg(), x.arg()})
+		if b.variant.Decode {
+			all := graph.Shape{graph.DimBatch, x.shape[1], graph.DimTotal, x.shape[3]}
+			out[i] = b.call("narrow", all, x.dtype, []graph.Arg{cache.arg(), graph.Int(2), graph.Int(0), b.number("total")})
+		}
+	}
+	return out[0], out[1]
 }
 
 func (m *Module) explicit(q, k, v, mask Value, scale float64) Value {

@@ -31,6 +31,9 @@ type Variant struct {
 	Masked bool
 	// Explicit: attention is computed step by step, so that its scores and pattern are there.
 	Explicit bool
+	// Cached: one step of generation. Keys and values go into a cache, and the head sees the last token
+	// alone. Decode: the step is not the first, so attention looks into the cache.
+	Cached, Decode bool
 }
 
 // ParamSpec is a tensor that a model's graph names: a parameter, or a buffer computed at load.
@@ -53,6 +56,7 @@ type Builder struct {
 	inputs  map[string]Value
 	paths   map[string]bool
 	entered []*Module // modules whose forward pass is under way, outermost first
+	caches  int       // attention layers so far that have a cache
 	own     bool      // operators go in that only this variant has
 	varies  map[graph.ID]bool
 }
@@ -158,12 +162,22 @@ func (b *Builder) PositionIDs() Value {
 }
 
 // AttentionMask is the graph input "attention_mask": bool [batch, 1, seq, seq], true where a query
-// (third axis) may look at a key (fourth). In the causal variant there is none.
+// (third axis) may look at a key (fourth). In the causal variant there is none. In generation the last
+// axis has all tokens so far.
 func (b *Builder) AttentionMask() Value {
 	if !b.variant.Masked {
 		return None
 	}
+	if b.variant.Cached {
+		return b.input("attention_mask", "bool", graph.Shape{graph.DimBatch, 1, graph.DimSeq, graph.DimTotal})
+	}
 	return b.input("attention_mask", "bool", graph.Shape{graph.DimBatch, 1, graph.DimSeq, graph.DimSeq})
+}
+
+// Number is the graph input of that name that is an int: "past" tokens of earlier steps, "seq" tokens
+// of this one, and their sum "total".
+func (b *Builder) number(name string) graph.Arg {
+	return b.input(name, "", nil).arg()
 }
 
 // causalMask is the graph input "causal_mask": bool [1, 1, seq, seq], true where a key (fourth axis)
@@ -430,6 +444,8 @@ func shapeText(s graph.Shape) string {
 			parts[i] = "B"
 		case graph.DimSeq:
 			parts[i] = "S"
+		case graph.DimTotal:
+			parts[i] = "T"
 		default:
 			parts[i] = fmt.Sprint(int64(d))
 		}

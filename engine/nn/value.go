@@ -222,6 +222,21 @@ func (v Value) Split(size int64, dim int) []Value {
 	return out
 }
 
+// LastToken is the view of the last token of a tensor [batch, seq, ...], where the model generates: there
+// the head computes what comes next, and nothing else. Elsewhere it is the tensor itself.
+func (v Value) LastToken() Value {
+	if !v.b.variant.Cached {
+		return v
+	}
+	shape := slices.Clone(v.shape)
+	shape[1] = 1
+	var out Value
+	v.b.varying(func() {
+		out = v.b.call("slice.Tensor", shape, v.dtype, []graph.Arg{v.arg(), graph.Int(1), graph.Int(-1), graph.Null()})
+	})
+	return out
+}
+
 // Slice is the view [start:end] of an axis whose size does not depend on the input; end may be -1
 // for the axis's end.
 func (v Value) Slice(dim int, start, end int64) Value {

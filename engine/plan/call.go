@@ -63,6 +63,10 @@ func (s *Plan) module(p *pass, n int) error {
 			}
 			env[k] = slot
 		default:
+			if isInPlace(m.Op) {
+				return fault.New(fault.Op, "module %q cannot be called on a value during generation: it would write to the cache", node.Path).
+					WithHint("Call the modules in it that look at one token alone (norms, MLPs, the head).")
+			}
 			var failed error
 			m.Refs(func(id graph.ID) {
 				slot, err := s.inner(p, node.Invoke, id, env, start)

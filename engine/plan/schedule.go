@@ -71,6 +71,9 @@ type Instr struct {
 	Fresh  bool       // its result shares no storage with its arguments
 }
 
+// CachePrefix begins the names of inputs that outlive a run: the keys and values of earlier steps.
+const CachePrefix = "cache."
+
 // Source says where the value of a slot comes from before a run starts.
 type Source struct {
 	Slot    Slot

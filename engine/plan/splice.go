@@ -1,6 +1,8 @@
 package plan
 
 import (
+	"strings"
+
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
 )
@@ -252,7 +254,7 @@ func (s *Plan) compute(p *pass, id graph.ID, env []Slot) error {
 	in.Args, in.Kwargs = substitute(n.Args, look), substituteKw(n.Kwargs, look)
 	switch n.Kind {
 	case graph.KindCall:
-		in.Op, in.Name, in.Fresh = OpCall, n.Op, isFresh(n.Op)
+		in.Op, in.Name, in.Fresh, in.Mutate = OpCall, n.Op, isFresh(n.Op), isInPlace(n.Op)
 	case graph.KindItem:
 		in.Op = OpItem
 	case graph.KindIndex:
@@ -379,7 +381,7 @@ func (s *Plan) slot() Slot {
 func (s *Plan) source(src Source) Slot {
 	src.Slot = s.slot()
 	s.sources = append(s.sources, src)
-	s.borrowed[src.Slot] = src.Kind != graph.KindInput
+	s.borrowed[src.Slot] = src.Kind != graph.KindInput || strings.HasPrefix(src.Name, CachePrefix)
 	return src.Slot
 }
 

@@ -15,6 +15,7 @@ from . import _ffi, envoy, foreign, hub, positions, renaming, tracebacks
 from .edits import Edit, Editing
 from .envoy import Envoy
 from .errors import InputError, ModelLoadError, RemoteError
+from .generating import Generating, Generator
 from .native import Native
 from .positions import here
 from .scanning import ScanRecorder
@@ -159,6 +160,26 @@ class LanguageModel(Envoy):
         with tracer:
             out = self.output.save()
         return out
+
+    def generate(self, *inputs: Any, **settings: Any) -> Generating:
+        """Generates text, with every step open: ``with model.generate("Hello", max_new_tokens=5) as tracer:``.
+
+        Args:
+            inputs: as ``trace`` takes them; a list of prompts is padded on the left.
+            settings: as in transformers: ``max_new_tokens`` (or ``max_length``), ``min_new_tokens``,
+                ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``typical_p``,
+                ``repetition_penalty``, ``no_repeat_ngram_size``, ``eos_token_id``, ``pad_token_id``. Those not
+                given are the model's ``generation_config.json``'s. Sampling draws from torch's generator.
+
+        Raises:
+            InputError: the input or a setting cannot be used, or there is no room for so many tokens.
+        """
+        return Generating(self, inputs, settings)
+
+    @property
+    def generator(self) -> Generator:
+        """What the generation that goes on gives: ``model.generator.output``."""
+        return Generator()
 
     def scan(self, *inputs: Any, **kwargs: Any) -> Tracer:
         """A trace that computes nothing: shapes and dtypes are known, saved values are tensors on the meta device.

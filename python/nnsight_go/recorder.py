@@ -111,6 +111,9 @@ class Recorder:
     shape on meta tensors, or None.
     """
 
+    # Replaces values of other recordings among arguments, where they can be used.
+    localized: Callable[[Any], Any] | None = None
+
     def __init__(self, native: Native) -> None:
         self.native = native
         self.device = native.device
@@ -480,7 +483,7 @@ class Recorder:
         constants = [c.sent for c in self.captures[sent.captures :]]
         try:
             if self._run is None:
-                self._run = self.native.begin(data, constants, end)
+                self._run = self._begin(data, constants, end)
             else:
                 self._run.more(data, constants, end)
             self._sent = _Sent(len(self.nodes), len(self.invokes), len(self.captures), sent.positions + len(rows))
@@ -493,6 +496,9 @@ class Recorder:
         finally:
             if end:
                 self._free()
+
+    def _begin(self, data: bytes, constants: list[torch.Tensor], end: bool) -> Run:
+        return self.native.begin(data, constants, end)
 
     def _free(self) -> None:
         """Ends the run, if there is one; what is asked for next starts from the beginning."""

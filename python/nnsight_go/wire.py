@@ -149,23 +149,28 @@ def references(node: Node) -> Iterator[int]:
             arguments += x[1:]
 
 
-def renumbered(node: Node, invoke: int, nodes: int, constants: int) -> Node:
-    """A node as part of another recording, where its nodes and constants are numbered on from others."""
+def mapped(node: Node, number: Callable[[int], int]) -> Node:
+    """A node with the numbers of the nodes it uses replaced."""
 
     def argument(x: Any) -> Any:
         if type(x) is not list:
             return x
         if x[0] == _REF:
-            return [_REF, x[1] + nodes]
+            return [_REF, number(x[1])]
         return [x[0], *map(argument, x[1:])] if x[0] in (_LIST, _TUPLE, _DICT, _SLICE, Tag.OBJECT) else x
 
-    head = (node[0], invoke, *node[2:4])
-    if node[0] == Kind.CONST:
-        return (*head, node[4] + constants)
     if node[0] in (Kind.CALL, Kind.MODULE):
         named = {k: argument(x) for k, x in node[6].items()} if node[6] else None
-        return (*head, node[4], [argument(x) for x in node[5]], named)
-    return (*head, *map(argument, node[4:]))
+        return (*node[:5], [argument(x) for x in node[5]], named)
+    return (*node[:4], *map(argument, node[4:]))
+
+
+def renumbered(node: Node, invoke: int, nodes: int, constants: int) -> Node:
+    """A node as part of another recording, where its nodes and constants are numbered on from others."""
+    if node[0] == Kind.CONST:
+        return (node[0], invoke, *node[2:4], node[4] + constants)
+    kind, _, *rest = mapped(node, lambda ref: ref + nodes)
+    return (kind, invoke, *rest)
 
 
 _encoder = msgspec.msgpack.Encoder()

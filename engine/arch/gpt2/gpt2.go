@@ -89,7 +89,7 @@ func (c *Config) Build(b *nn.Builder) {
 
 	ids := b.InputIDs()
 	m.Enter(nn.Kwarg("input_ids", &ids), nn.Kwarg("attention_mask", nil))
-	logits := head.Forward(transformer.forward(ids, b.PositionIDs(), b.AttentionMask()))
+	logits := head.Forward(transformer.forward(ids, b.PositionIDs(), b.AttentionMask()).LastToken())
 	m.LeaveObject("CausalLMOutputWithCrossAttentions", nn.Field("logits", &logits), nn.Field("past_key_values", nil))
 }
 

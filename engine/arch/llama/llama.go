@@ -92,7 +92,7 @@ func (c *Config) Build(b *nn.Builder) {
 
 	ids := b.InputIDs()
 	m.Enter(nn.Kwarg("input_ids", &ids), nn.Kwarg("attention_mask", nil))
-	logits := head.Forward(base.forward(ids, b.PositionIDs(), b.AttentionMask()))
+	logits := head.Forward(base.forward(ids, b.PositionIDs(), b.AttentionMask()).LastToken())
 	m.LeaveObject("CausalLMOutputWithPast", nn.Field("logits", &logits), nn.Field("past_key_values", nil))
 }
 

@@ -58,6 +58,8 @@ def dispatch(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         for p in proxies((args, kwargs)):
             p._rec.refuse(p)
         raise InternalError(f"{func} was called on a proxy outside of a trace")
+    if rec.localized is not None:
+        args, kwargs = rec.localized(args), rec.localized(kwargs)
     try:
         rule = rules.known[func]
     except KeyError:

@@ -1,0 +1,144 @@
+// Package gen generates text: it draws token after token from what a model says.
+//
+// Phases: [New] takes the prompts and settings; each step is a run ([Generation.Begin], or
+// [Generation.Plain] without a program), and then [Generation.Next] draws its tokens. Settings mean what
+// they mean in transformers' generate, and the scores are changed in the same order. A [Generation]
+// belongs to one goroutine at a time and is freed by its owner.
+package gen
+
+import (
+	"slices"
+
+	"github.com/nnsight-go/nnsight-go/engine/aten"
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/host"
+)
+
+// Settings say how tokens are drawn. Zero values of the filters leave scores as they are.
+type Settings struct {
+	MaxNewTokens  int     `json:"max_new_tokens"`
+	MinNewTokens  int     `json:"min_new_tokens"`
+	EOS           []int64 `json:"eos_token_id"` // a row ends with one of these
+	Pad           int64   `json:"pad_token_id"` // what rows that have ended go on with
+	Sample        bool    `json:"do_sample"`
+	Temperature   float64 `json:"temperature"`
+	TopK          int64   `json:"top_k"`
+	TopP          float64 `json:"top_p"`
+	MinP          float64 `json:"min_p"`
+	TypicalP      float64 `json:"typical_p"`
+	Repetition    float64 `json:"repetition_penalty"`
+	NoRepeatNgram int     `json:"no_repeat_ngram_size"`
+}
+
+// Generation is a batch of rows that grow.
+type Generation struct {
+	cache    *host.Cache
+	settings Settings
+	rows     [][]int64 // all tokens so far, padding on the left included
+	lead     []int     // tokens of padding, and others that a mask leaves out, before each prompt
+	prompt   int       // tokens of a prompt, padding included
+	ended    []bool
+	step     int
+	done     bool
+}
+
+// New begins a generation. Rows of different lengths are padded on the left.
+func New(m *host.Native, rows, masks [][]int64, s Settings) (*Generation, error) {
+	if s.MaxNewTokens < 1 {
+		return nil, fault.New(fault.Input, "%d new tokens were asked for", s.MaxNewTokens).WithHint("Ask for at least one.")
+	}
+	if err := s.check(); err != nil {
+		return nil, err
+	}
+	cache, err := m.NewCache(rows, masks, s.MaxNewTokens-1) // the last token is drawn and never fed
+	if err != nil {
+		return nil, err
+	}
+	g := &Generation{cache: cache, settings: s, ended: make([]bool, len(rows))}
+	for _, row := range rows {
+		g.prompt = max(g.prompt, len(row))
+	}
+	for r, row := range rows {
+		lead := g.prompt - len(row)
+		for i := 0; masks != nil && i < len(row) && masks[r][i] == 0; i++ {
+			lead++
+		}
+		g.lead = append(g.lead, lead)
+		all := make([]int64, g.prompt-len(row), g.prompt+s.MaxNewTokens)
+		for i := range all {
+			all[i] = s.Pad
+		}
+		g.rows = append(g.rows, append(all, row...))
+	}
+	return g, nil
+}
+
+// Begin starts the next step with a program: see [host.Cache.Begin].
+func (g *Generation) Begin(program *graph.Graph, consts []aten.Tensor, end bool) (*host.Run, error) {
+	if g.done {
+		for _, t := range consts {
+			t.Free()
+		}
+		return nil, fault.New(fault.Handle, "this generation has ended")
+	}
+	return g.cache.Begin(program, consts, end)
+}
+
+// Plain does a step without a program, up to its tokens.
+func (g *Generation) Plain() ([]int64, error) {
+	run, err := g.Begin(&graph.Graph{}, nil, true)
+	if err != nil {
+		return nil, err
+	}
+	defer run.Free()
+	if _, err := run.Step(0); err != nil {
+		return nil, err
+	}
+	if _, _, err := run.Results(); err != nil {
+		return nil, err
+	}
+	return g.Next()
+}
+
+// Next draws the tokens of the step that is done, one a row, and makes ready for the next step.
+func (g *Generation) Next() ([]int64, error) {
+	logits, err := g.cache.TakeLogits()
+	if err != nil {
+		return nil, err
+	}
+	defer logits.Free()
+	tokens, err := g.draw(logits)
+	if err != nil {
+		return nil, err
+	}
+	g.step++
+	all := true
+	for r := range tokens {
+		if g.ended[r] {
+			tokens[r] = g.settings.Pad
+		}
+		g.rows[r] = append(g.rows[r], tokens[r])
+		g.ended[r] = g.ended[r] || slices.Contains(g.settings.EOS, tokens[r])
+		all = all && g.ended[r]
+	}
+	if g.done = all || g.step >= g.settings.MaxNewTokens; g.done {
+		return tokens, nil
+	}
+	return tokens, g.cache.Append(tokens)
+}
+
+// Done reports whether all rows have ended, or have all tokens that were asked for.
+func (g *Generation) Done() bool { return g.done }
+
+// Stop ends the generation before its time.
+func (g *Generation) Stop() { g.done = true }
+
+// Rows gives all tokens, prompts and padding included.
+func (g *Generation) Rows() [][]int64 { return g.rows }
+
+// Free gives the memory back. It may be called twice.
+func (g *Generation) Free() {
+	g.done = true
+	g.cache.Free()
+}

@@ -1,0 +1,237 @@
+package gen
+
+import (
+	"math"
+	"os"
+	"testing"
+
+	"github.com/nnsight-go/nnsight-go/engine/aten"
+	"github.com/nnsight-go/nnsight-go/engine/enginetest"
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/host"
+	"github.com/stretchr/testify/require"
+)
+
+// TestMain holds the count of tensors to zero at the end.
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if n := aten.Live(); n != 0 && code == 0 {
+		println("tensors left at the end:", n)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func open(t *testing.T, config string) *host.Native {
+	m, err := host.Open(enginetest.Directory(t, config, 1), host.Options{Load: true})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, m.Close()) })
+	return m
+}
+
+// whole runs a trace of full rows and gives a tensor of it.
+func whole(t *testing.T, m *host.Native, rows [][]int64, path, leaf string) []float32 {
+	g := &graph.Graph{Invokes: []graph.Invoke{{Rows: rows}}, Nodes: []graph.Node{
+		{Kind: graph.KindRead, Path: path, Port: graph.PortOutput, Leaf: leaf, Pos: -1},
+		{Kind: graph.KindSave, Args: []graph.Arg{graph.Ref(0)}, Pos: -1},
+	}}
+	r, err := m.Start(g, nil)
+	require.NoError(t, err)
+	defer r.Free()
+	_, err = r.Step(0)
+	require.NoError(t, err)
+	_, tensors, err := r.Results()
+	require.NoError(t, err)
+	defer tensors[0].Free()
+	data, err := tensors[0].Float32s()
+	require.NoError(t, err)
+	return data
+}
+
+var configs = map[string]string{"gpt2": enginetest.GPT2, "llama": enginetest.Llama}
+
+func TestGreedyIsThatOfWholeRows(t *testing.T) {
+	for name, config := range configs {
+		for _, prompts := range [][][]int64{{{1, 2, 3}}, {{4}}, {{1, 2, 3}, {4, 5, 6}}, {{1, 2, 3, 4, 5}, {6}, {7, 8, 9}}} {
+			m := open(t, config)
+			g, err := New(m, prompts, nil, Settings{MaxNewTokens: 12})
+			require.NoError(t, err)
+			got := make([][]int64, len(prompts))
+			for !g.Done() {
+				tokens, err := g.Plain()
+				require.NoError(t, err)
+				for r, token := range tokens {
+					got[r] = append(got[r], token)
+				}
+			}
+			for r, prompt := range prompts {
+				row := append([]int64{}, prompt...)
+				var want []int64
+				for range 12 {
+					logits := whole(t, m, [][]int64{row}, "lm_head", "")
+					last := logits[len(logits)-m.Describe().Vocab:]
+					best := 0
+					for i, x := range last {
+						if x > last[best] {
+							best = i
+						}
+					}
+					want = append(want, int64(best))
+					row = append(row, int64(best))
+				}
+				require.Equal(t, want, got[r], "%s, row %d of %v", name, r, prompts)
+				require.Equal(t, row, g.Rows()[r][len(g.Rows()[r])-len(row):])
+			}
+			_, err = g.Plain()
+			require.ErrorContains(t, err, "has ended")
+			g.Free()
+			g.Free()
+		}
+	}
+}
+
+// A program sees one token a step, and what it changes stays in the cache.
+func TestProgramsOfSteps(t *testing.T) {
+	for name, config := range configs {
+		m := open(t, config)
+		block, scale := map[string]string{"gpt2": "transformer.h.0", "llama": "model.layers.0"}[name], 0.5
+		g, err := New(m, [][]int64{{1, 2, 3}}, nil, Settings{MaxNewTokens: 5})
+		require.NoError(t, err)
+		live := aten.Live()
+		var rows []int64
+		for step := 0; !g.Done(); step++ {
+			program := &graph.Graph{Nodes: []graph.Node{
+				{Kind: graph.KindRead, Path: block, Port: graph.PortOutput, Leaf: "0", Pos: -1},
+				{Kind: graph.KindCall, Op: "aten::mul_", Args: []graph.Arg{graph.Ref(0), graph.Float(scale)}, Pos: -1},
+				{Kind: graph.KindSave, Args: []graph.Arg{graph.Ref(0)}, Pos: -1},
+			}}
+			run, err := g.Begin(program, nil, true)
+			require.NoError(t, err)
+			_, err = run.Step(0)
+			require.NoError(t, err)
+			saved, tensors, err := run.Results()
+			require.NoError(t, err)
+			require.Len(t, saved, 1, "the logits are the generation's own")
+			tokens := map[bool]int64{true: 3, false: 1}[step == 0]
+			require.Equal(t, []int64{1, tokens, 16}, tensors[0].Shape())
+			tensors[0].Free()
+			run.Free()
+			next, err := g.Next()
+			require.NoError(t, err)
+			require.Equal(t, live, aten.Live())
+			rows = append(rows, next...)
+		}
+		g.Free()
+
+		row := []int64{1, 2, 3}
+		for range 5 { // the same change of all tokens of whole rows
+			trace := &graph.Graph{Invokes: []graph.Invoke{{Rows: [][]int64{row}}}, Nodes: []graph.Node{
+				{Kind: graph.KindRead, Path: block, Port: graph.PortOutput, Leaf: "0", Pos: -1},
+				{Kind: graph.KindCall, Op: "aten::mul_", Args: []graph.Arg{graph.Ref(0), graph.Float(scale)}, Pos: -1},
+				{Kind: graph.KindRead, Path: "lm_head", Port: graph.PortOutput, Pos: -1},
+				{Kind: graph.KindSave, Args: []graph.Arg{graph.Ref(2)}, Pos: -1},
+			}}
+			r, err := m.Start(trace, nil)
+			require.NoError(t, err)
+			_, err = r.Step(0)
+			require.NoError(t, err)
+			_, tensors, err := r.Results()
+			require.NoError(t, err)
+			data, err := tensors[0].Float32s()
+			require.NoError(t, err)
+			tensors[0].Free()
+			r.Free()
+			last, best := data[len(data)-24:], 0
+			for i, x := range last {
+				if x > last[best] {
+					best = i
+				}
+			}
+			row = append(row, int64(best))
+		}
+		require.Equal(t, row[3:], rows, name)
+	}
+}
+
+func TestEnds(t *testing.T) {
+	m := open(t, enginetest.GPT2)
+	g, err := New(m, [][]int64{{1, 2}, {3}}, nil, Settings{MaxNewTokens: 6})
+	require.NoError(t, err)
+	var free [][]int64
+	for !g.Done() {
+		tokens, err := g.Plain()
+		require.NoError(t, err)
+		free = append(free, tokens)
+	}
+	g.Free()
+	g, err = New(m, [][]int64{{1, 2}, {3}}, nil, Settings{MaxNewTokens: 6, EOS: []int64{free[1][0]}, Pad: 9})
+	require.NoError(t, err)
+	defer g.Free()
+	ended := false
+	for step := 0; !g.Done(); step++ {
+		tokens, err := g.Plain()
+		require.NoError(t, err)
+		if ended {
+			require.Equal(t, int64(9), tokens[0])
+		}
+		ended = ended || tokens[0] == free[1][0]
+	}
+	require.True(t, ended)
+	g.Stop()
+	require.True(t, g.Done())
+}
+
+func TestRefused(t *testing.T) {
+	m := open(t, enginetest.GPT2)
+	for says, c := range map[string]struct {
+		rows [][]int64
+		s    Settings
+	}{
+		"0 new tokens":              {[][]int64{{1}}, Settings{}},
+		"30 tokens of prompt and 3": {[][]int64{make([]int64, 30)}, Settings{MaxNewTokens: 4}},
+		"no prompt":                 {nil, Settings{MaxNewTokens: 4}},
+		"has no tokens":             {[][]int64{{}}, Settings{MaxNewTokens: 4}},
+		"is id 24":                  {[][]int64{{24}}, Settings{MaxNewTokens: 4}},
+		"top_p is 2":                {[][]int64{{1}}, Settings{MaxNewTokens: 4, TopP: 2}},
+	} {
+		_, err := New(m, c.rows, nil, c.s)
+		require.ErrorContains(t, err, says)
+		require.Equal(t, fault.Input, fault.As(err).Code)
+	}
+}
+
+func TestFilters(t *testing.T) {
+	logits := []float32{1, 3, 2, 0.5, -1}
+	left := func(f func(*scores)) []int {
+		x, err := aten.FromFloat32s(append([]float32{}, logits...), 1, 5)
+		require.NoError(t, err)
+		s := &scores{t: x}
+		f(s)
+		require.NoError(t, s.err)
+		data, err := s.t.Float32s()
+		require.NoError(t, err)
+		s.t.Free()
+		var out []int
+		for i, v := range data {
+			if !math.IsInf(float64(v), -1) {
+				require.Equal(t, logits[i], v)
+				out = append(out, i)
+			}
+		}
+		return out
+	}
+	// softmax: 0.084 0.618 0.227 0.051 0.011
+	require.Equal(t, []int{1, 2}, left(func(s *scores) { s.topK(2) }))
+	require.Equal(t, []int{0, 1, 2, 3, 4}, left(func(s *scores) { s.topK(50) }))
+	require.Equal(t, []int{1}, left(func(s *scores) { s.nucleus(0.5) }))
+	require.Equal(t, []int{1, 2}, left(func(s *scores) { s.nucleus(0.8) }))
+	require.Equal(t, []int{0, 1, 2}, left(func(s *scores) { s.nucleus(0.9) }))
+	require.Equal(t, []int{1, 2}, left(func(s *scores) { s.minP(0.2) }))
+	require.Equal(t, []int{2}, left(func(s *scores) { s.typical(0.2) })) // entropy 1.04, and -log 0.227 is 1.48
+	require.Equal(t, []int{1, 2}, left(func(s *scores) { s.typical(0.3) }))
+	require.Equal(t, []int64{5}, banned([]int64{1, 2, 5, 3, 1, 2}, 3))
+	require.Nil(t, banned([]int64{1, 2, 5}, 3))
+	require.Equal(t, []int64{1, 2}, banned([]int64{1, 2}, 1))
+	require.Nil(t, banned([]int64{1}, 0))
+}

@@ -1,0 +1,255 @@
+package host
+
+import (
+	"strings"
+
+	"github.com/nnsight-go/nnsight-go/engine/aten"
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/plan"
+)
+
+// Cache is a batch of rows on its way through several steps of a model: each step is a [Run] over the
+// tokens that are new, which looks back at the keys and values of those before.
+//
+// Phases: [Model.NewCache] takes the prompts; [Cache.Begin] starts a step, whose run goes as any other;
+// when it is done, [Cache.TakeLogits] gives what the model says, and [Cache.Append] takes the tokens of
+// the next step. It belongs to one goroutine at a time, and has one run at a time.
+//
+// Rows of different lengths are padded on the left, so that all go on at the same place.
+type Cache struct {
+	model   *Native
+	rows    [][]int64 // the tokens of the step, unpadded
+	masks   [][]int64
+	real    [][]bool // of all tokens so far, padding included: whether they count
+	past    int64    // tokens of earlier steps
+	seq     int64    // tokens of this one, of the longest row
+	room    int64    // tokens in all
+	masked  bool     // not all tokens count
+	tensors map[string]aten.Tensor
+	logits  aten.Tensor
+	freed   bool
+}
+
+// NewCache makes room for the prompts and more tokens a row. It asks for no work of the model.
+func (m *Native) NewCache(rows, masks [][]int64, more int) (*Cache, error) {
+	g := &graph.Graph{Invokes: []graph.Invoke{{Rows: rows, Masks: masks}}}
+	if err := graph.Verify(g, m.graphs.Causal, 0); err != nil {
+		return nil, err
+	}
+	if err := m.checkInputs(g, 0); err != nil {
+		return nil, err
+	}
+	c := &Cache{model: m, rows: rows, masks: masks, tensors: map[string]aten.Tensor{}}
+	for r, row := range rows {
+		c.masked = c.masked || len(row) != len(rows[0])
+		c.seq = max(c.seq, int64(len(row)))
+		if masks != nil {
+			for _, bit := range masks[r] {
+				c.masked = c.masked || bit == 0
+			}
+		}
+	}
+	if c.seq == 0 {
+		return nil, fault.New(fault.Input, "there is no prompt").WithHint("Give at least one token.")
+	}
+	c.room = c.seq + int64(more)
+	if context := m.arch.Context(); c.room > int64(context) {
+		return nil, fault.New(fault.Input, "%d tokens of prompt and %d new ones are %d; the model's context holds %d",
+			c.seq, more, c.room, context).WithHint("Shorten the prompt, or ask for at most %d new tokens.", max(int64(context)-c.seq, 0))
+	}
+	if int64(len(rows))*c.room > graph.MaxTokens {
+		return nil, fault.New(fault.Input, "%d rows of %d tokens are %d tokens; %d are allowed",
+			len(rows), c.room, int64(len(rows))*c.room, graph.MaxTokens)
+	}
+	for r, row := range rows {
+		real := make([]bool, c.seq-int64(len(row)), c.room)
+		for k := range row {
+			real = append(real, masks == nil || masks[r][k] != 0)
+		}
+		c.real = append(c.real, real)
+	}
+	if err := m.enter(); err != nil {
+		return nil, err
+	}
+	if err := c.allocate(); err != nil {
+		c.Free()
+		return nil, err
+	}
+	return c, nil
+}
+
+// allocate makes the tensors that keys and values go into.
+func (c *Cache) allocate() error {
+	defer plainMode()()
+	m, err := c.model.graphs.Cached(c.masked, false)
+	if err != nil {
+		return err
+	}
+	for i := range m.Nodes {
+		n := &m.Nodes[i]
+		if n.Kind != graph.KindInput || !strings.HasPrefix(n.Op, plan.CachePrefix) {
+			continue
+		}
+		dtype := n.DType
+		if dtype == "" {
+			dtype = c.model.dtype
+		}
+		t, err := aten.Zeros(dtype, c.model.device, int64(len(c.rows)), int64(n.Shape[1]), c.room, int64(n.Shape[3]))
+		if err != nil {
+			return err
+		}
+		c.tensors[n.Op] = t
+	}
+	return nil
+}
+
+// Batch is the number of rows.
+func (c *Cache) Batch() int { return len(c.rows) }
+
+// Begin starts a run of the step: a trace without invokes of its own, whose lines see the step's
+// tokens. With end nothing will be added to it. It takes over the graph, and consts also where it fails.
+func (c *Cache) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, error) {
+	free := func() {
+		for _, t := range consts {
+			t.Free()
+		}
+	}
+	if c.freed {
+		free()
+		return nil, fault.New(fault.Handle, "this generation has ended")
+	}
+	model, err := c.model.graphs.Cached(c.masked, c.past > 0)
+	if err != nil {
+		free()
+		return nil, err
+	}
+	if err := c.model.enter(); err != nil {
+		free()
+		return nil, err
+	}
+	r := &Run{model: c.model, graph: &graph.Graph{}, models: plan.Models{Causal: model, Masked: model}, cache: c}
+	r.plan = plan.New(r.models)
+	err = r.Extend(func(own *graph.Graph) error {
+		*own = *g
+		own.Invokes = []graph.Invoke{{Rows: c.rows, Masks: c.masks}}
+		return nil
+	}, consts, end)
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// TakeLogits gives the logits [batch, 1, vocab] of the step that is done, after all edits. They are the
+// caller's from then on.
+func (c *Cache) TakeLogits() (aten.Tensor, error) {
+	if c.logits.IsZero() {
+		return c.logits, fault.New(fault.Handle, "the step has not come to its end yet").WithHint("Step its run until it is done.")
+	}
+	t := c.logits
+	c.logits = aten.Tensor{}
+	return t, nil
+}
+
+// Append gives each row its next token, and so begins the next step.
+func (c *Cache) Append(tokens []int64) error {
+	if c.past+c.seq >= c.room {
+		return fault.New(fault.Input, "there is no room for more than %d tokens", c.room)
+	}
+	c.past += c.seq
+	c.seq, c.masks = 1, nil
+	c.rows = make([][]int64, len(tokens))
+	for r, token := range tokens {
+		c.rows[r] = []int64{token}
+		c.real[r] = append(c.real[r], true)
+	}
+	return nil
+}
+
+// Free gives the cache's memory back. It may be called twice.
+func (c *Cache) Free() {
+	if c.freed {
+		return
+	}
+	c.freed = true
+	for _, t := range c.tensors {
+		t.Free()
+	}
+	if !c.logits.IsZero() {
+		c.logits.Free()
+	}
+	c.tensors, c.logits = nil, aten.Tensor{}
+	c.model.done()
+}
+
+// input makes one of the inputs of the step's forward pass.
+func (c *Cache) input(name string) (value, error) {
+	number := func(n int64) (value, error) {
+		v := aten.IntValue(n)
+		return value{other: &v}, nil
+	}
+	batch, total := int64(len(c.rows)), c.past+c.seq
+	var t aten.Tensor
+	var err error
+	switch name {
+	case "past":
+		return number(c.past)
+	case "seq":
+		return number(c.seq)
+	case "total":
+		return number(total)
+	case "input_ids":
+		t, err = aten.FillInt64s(func(ids []int64) { // padding is id 0: nobody sees it
+			for r, row := range c.rows {
+				copy(ids[int64(r+1)*c.seq-int64(len(row)):], row)
+			}
+		}, batch, c.seq)
+	case "position_ids":
+		if !c.masked {
+			t, err = aten.FillInt64s(func(ids []int64) {
+				for i := range ids {
+					ids[i] = c.past + int64(i)
+				}
+			}, 1, c.seq)
+			break
+		}
+		t, err = aten.FillInt64s(func(ids []int64) {
+			for r := range c.rows {
+				next := int64(0)
+				for i, real := range c.real[r][:total] {
+					if int64(i) >= c.past {
+						ids[int64(r)*c.seq+int64(i)-c.past] = max(next, 1) - 1
+						if real {
+							ids[int64(r)*c.seq+int64(i)-c.past] = next
+						}
+					}
+					if real {
+						next++
+					}
+				}
+			}
+		}, batch, c.seq)
+	case "attention_mask":
+		// a query sees the real tokens up to itself, and itself, so that padding stays finite
+		t, err = aten.FillBools(func(mask []bool) {
+			for r := range c.rows {
+				for q := range c.seq {
+					at := (int64(r)*c.seq + q) * total
+					copy(mask[at:at+c.past+q], c.real[r])
+					mask[at+c.past+q] = true
+				}
+			}
+		}, batch, 1, c.seq, total)
+	default:
+		if t, ok := c.tensors[name]; ok {
+			return value{tensor: t}, nil
+		}
+		return value{}, fault.New(fault.Internal, "the model asks for an input %q", name)
+	}
+	if err != nil {
+		return value{}, err
+	}
+	t, err = c.model.place(t, t.DType())
+	return value{tensor: t}, err
+}

@@ -1,0 +1,261 @@
+"""One generation: steps of a model, each a recording of its own that runs when the program has got past it."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import _ffi, positions, wire
+from .errors import InputError, NnsightError, OutOfOrderError, StepLoopError
+from .native import Run, _pointers
+from .points import Leaf
+from .positions import Place, here
+from .proxy import Proxy
+from .recorder import _CONST, Invoke, Recorder, _Capture, current
+from .sessions import Living
+
+if TYPE_CHECKING:
+    from .generating import Generating
+    from .loops import Loop
+    from .native import Native
+
+
+_LATER = -2  # the version of a constant that is no tensor yet
+
+
+class Handle:
+    """A generation in the engine."""
+
+    def __init__(self, native: Native, rows: Any, masks: Any, settings: dict[str, Any]) -> None:
+        handle = ctypes.c_uint64()
+        prompt = json.dumps({"rows": rows, "masks": masks}).encode()
+        _ffi.check(
+            _ffi.lib().nng_generation_new, native._handle, prompt, json.dumps(settings).encode(), ctypes.byref(handle)
+        )
+        self._handle = handle.value
+
+    def step(self, graph: bytes, constants: list[torch.Tensor], end: bool) -> Run:
+        """Starts the run of the next step."""
+        run = ctypes.c_uint64()
+        with _pointers(constants) as pointers:
+            given = (graph, len(graph), pointers, len(constants), end)
+            _ffi.check(_ffi.lib().nng_generation_step, self._handle, *given, ctypes.byref(run))
+        return Run(run.value)
+
+    def next(self) -> tuple[list[int], bool]:
+        """Draws the tokens of the step that is done, and tells whether it was the last."""
+        out = json.loads(_ffi.call(_ffi.lib().nng_generation_next, self._handle))
+        return out["tokens"], out["done"]
+
+    def free(self) -> None:
+        """Gives the memory back."""
+        _ffi.check(_ffi.lib().nng_generation_free, self._handle)
+
+
+class StepRecorder(Recorder):
+    """Records what the program does at one step."""
+
+    def __init__(self, generation: Generation, step: int) -> None:
+        super().__init__(generation.native)
+        self.generation, self.step = generation, step
+        self.living = Living()
+        self.invokes = [Invoke(None)]  # the engine knows the rows
+        self.invoke = 0
+        self.in_loop: Place = None  # inside the body of a `with` loop, which is to be replayed
+        self._const_of: dict[int, int] = {}  # values of other steps: their nodes here
+        self._head = self.native.points["lm_head", wire.INPUT].order
+
+    def batch(self, invoke: int) -> tuple[int, int]:
+        """Rows, and tokens that the step adds to each."""
+        self.pinned = self.pinned or here()
+        rows, tokens = self.generation.sizes
+        return rows, tokens if self.step == 0 else 1
+
+    def _leaf_meta(self, invoke: int, order: int, leaf: Leaf, writes: int) -> torch.Tensor:
+        rows, tokens = self.batch(invoke)
+        if order >= self._head:  # the head sees the last token alone
+            tokens = 1
+        return torch.empty(leaf.sizes(rows, tokens), dtype=leaf.dtype, device="meta")
+
+    def alive(self, proxy: Proxy) -> None:
+        """Raises where a proxy can no longer be used, or not here."""
+        rec = proxy._rec
+        if rec is not self and isinstance(rec, StepRecorder) and rec.generation is self.generation:
+            return
+        mine = isinstance(current.recorder, StepRecorder) and current.recorder.generation is self.generation
+        if self.closed is not None or not mine:
+            self.refuse(proxy)
+
+    def number(self, tensor: torch.Tensor) -> int:
+        """The node of a tensor; a value of another step is a constant that its own step gives."""
+        if type(tensor) is Proxy and tensor._rec is not self and isinstance(tensor._rec, StepRecorder):
+            other = tensor._rec
+            if other.generation is self.generation and other.closed is None:
+                if other.step >= self.step:
+                    raise OutOfOrderError(
+                        f"a line of step {self.step} uses a value of step {other.step}, which comes after it",
+                        hint="Values go from a step to later ones.",
+                        **positions.fields(here()),
+                    )
+                return self._pending(tensor)
+        return super().number(tensor)
+
+    def _pending(self, proxy: Proxy) -> int:
+        """A constant that is a value of an earlier step, a tensor once that step has run."""
+        node = self._const_of.get(id(proxy))
+        if node is None:
+            self.generation.hold(proxy)
+            index = len(self.captures)
+            self.captures.append(_Capture(proxy, _LATER, proxy, index, here()))
+            node = self._const_of[id(proxy)] = self._add(_CONST, (lambda: proxy._rec.meta(proxy), (), None), index)
+        return node
+
+    def localized(self, x: Any) -> Any:
+        """Arguments with values of other steps replaced by their constants here, so that shapes are known."""
+        if type(x) is Proxy and x._rec is not self and isinstance(x._rec, StepRecorder) and x._rec.closed is None:
+            return Proxy._make(self, self.number(x))
+        if type(x) is list or type(x) is tuple:
+            return type(x)(map(self.localized, x))
+        return {k: self.localized(v) for k, v in x.items()} if type(x) is dict else x
+
+    def _go_on(self, ids: list[int], end: bool, adopt: list[Proxy] | None) -> list[torch.Tensor]:
+        for capture in self.captures:
+            if capture.version == _LATER:
+                capture.version = capture.original._version
+        return super()._go_on(ids, end, adopt)
+
+    def _inside(self, what: str) -> int:
+        if self.step < self.generation.ran:
+            raise OutOfOrderError(
+                f"{what} is of step {self.step}, which has run",
+                hint="Write lines of later steps into `for step in tracer.iter[...]:`.",
+                **positions.fields(here()),
+            )
+        return super()._inside(what)
+
+    def force(self, wanted: Iterable[Proxy]) -> list[torch.Tensor]:
+        """The real values of proxies: the steps before run to their end, and this one as far as it must."""
+        if self.in_loop is not None:
+            raise StepLoopError(
+                "this line needs a value, and the body of a `with` loop is recorded once for all its steps",
+                hint="Write `for step in tracer.iter[...]:`, whose body runs at every step.",
+                **positions.fields(here()),
+            )
+        self.generation.run_to(self.step)
+        return super().force(wanted)
+
+    def _begin(self, data: bytes, constants: list[torch.Tensor], end: bool) -> Run:
+        return self.generation.handle.step(data, constants, end)
+
+    def complete(self) -> None:
+        """Runs the step to its end. Every value of it that is in use somewhere becomes its tensor."""
+        self.conclude()
+        self.made, self.metas, self.bound, self._forced = [], {}, {}, (-1, {})  # these hold proxies too
+        assert self.living is not None
+        named = {id(p) for loop in self.generation.loops for p in loop.named}
+        wanted = [p for p in self.living.now() if id(p) not in named]
+        try:
+            self._go_on([p._id for p in wanted], end=True, adopt=wanted)
+        except NnsightError as error:
+            error.step = self.step
+            raise
+        self.close("its step has run, and it was not in use then")
+
+
+class Generation:
+    """A batch of rows that grow, step by step, with what the program does at each."""
+
+    def __init__(self, native: Native, rows: list[list[int]], masks: Any, settings: dict[str, Any]) -> None:
+        self.native = native
+        self.sizes = len(rows), max(map(len, rows))
+        self.most: int = settings["max_new_tokens"]
+        pad = settings["pad_token_id"]
+        self.rows = [[pad] * (self.sizes[1] - len(row)) + row for row in rows]
+        self.handle = Handle(native, rows, masks, settings)
+        self.ran = 0  # steps that have run
+        self.ended = False
+        self.tracer: Generating | None = None
+        self.loops: list[Loop] = []
+        self.saved: dict[int, Any] = {}
+        self._steps: dict[int, StepRecorder] = {}
+        self._held: list[Proxy] = []
+
+    def recorder(self, step: int) -> StepRecorder:
+        """The recording of a step, with the loops before this line replayed into it."""
+        rec = self._steps.get(step)
+        if rec is None:
+            rec = self._steps[step] = StepRecorder(self, step)
+            rec._saved = self.saved
+        for loop in self.loops:
+            loop.replay(rec)
+        return rec
+
+    @contextmanager
+    def at(self, step: int) -> Iterator[StepRecorder]:
+        """Makes a step the one that lines belong to."""
+        before = current.recorder
+        current.recorder = rec = self.recorder(step)
+        try:
+            yield rec
+        finally:
+            current.recorder = before
+
+    def hold(self, proxy: Proxy) -> None:
+        """Keeps a value in use until the generation ends, since a later step needs it."""
+        self._held.append(proxy)
+
+    def run_to(self, step: int) -> bool:
+        """Runs all steps before one, and tells whether that one happens."""
+        while self.ran < step and not self.ended:
+            rec = self.recorder(self.ran)
+            with self.at(self.ran):
+                rec.complete()
+            tokens, self.ended = self.handle.next()
+            for row, token in zip(self.rows, tokens, strict=True):
+                row.append(token)
+            del self._steps[self.ran]
+            for loop in self.loops:
+                loop.happened(self.ran)
+            self.ran += 1
+        return self.ran == step and not self.ended
+
+    def finish(self, steps: int | None = None) -> torch.Tensor:
+        """Runs to the end, or so many steps, and gives all tokens ``[batch, seq]``."""
+        self.run_to(self.most if steps is None else steps)
+        for loop in self.loops:
+            loop.end()
+        return torch.tensor(self.rows, device=self.native.device)
+
+    def close(self, why: str) -> None:
+        """Gives everything back."""
+        for rec in self._steps.values():
+            rec.close(why)
+        self._steps, self._held, self.loops, self.saved = {}, [], [], {}
+        self.handle.free()
+
+
+def chosen(which: Any, most: int) -> list[int] | range:
+    """The steps that a selection names, in order.
+
+    Raises:
+        InputError: it is no step, slice or list of steps.
+    """
+    if isinstance(which, slice):
+        return range(most)[which]
+    if isinstance(which, int) and not isinstance(which, bool):
+        which = [which]
+    if not isinstance(which, list | tuple | range) or not all(isinstance(step, int) for step in which):
+        raise InputError(
+            f"{which!r} names no steps",
+            hint="Write tracer.iter[3], [2:5], [::2] or [[0, 2]].",
+            **positions.fields(here()),
+        )
+    steps = [step + most if step < 0 else step for step in which]
+    if steps != sorted(set(steps)):
+        raise InputError("steps go up, each once", hint="List them in order.", **positions.fields(here()))
+    return [step for step in steps if 0 <= step < most]
