@@ -8,7 +8,7 @@ import einops
 import pytest
 import torch
 
-from nnsight_go import ModulePathError
+from nnsight_go import ModulePathError, OutOfOrderError
 from references import Pair, Seen, close, edits, in_place, main, tensors
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
@@ -605,3 +605,24 @@ def test_draws_that_depend_on_values(either: Pair) -> None:
     with either.model.trace(either.ids()):
         got = torch.multinomial(either.model.lm_head.output[:, -1].softmax(-1), 20, replacement=True).save()
     close(got, tokens)
+
+
+def test_asking_for_sizes_names_nothing(either: Pair) -> None:
+    blocks, ids = either.layers, either.ids()
+    want = either.run(ids, edits({f"{either.blocks}.1.mlp.output": in_place(lambda x: x.mul_(0.5))}))
+    with either.model.trace(ids):
+        late = blocks[2].output[0]
+        assert late.shape[-1] == either.width
+        assert (late.dtype, late.ndim, len(late), late.size(0)) == (torch.float32, 3, 1, 1)
+        blocks[1].mlp.output = blocks[1].mlp.output * 0.5
+        logits = either.model.lm_head.output.save()
+    close(logits, main(want, "lm_head"))
+    for use in (lambda x: x + 1, lambda x: x.save(), lambda x: float(x.mean())):
+        with pytest.raises(OutOfOrderError, match="has already run"), either.model.trace(ids):
+            late = blocks[2].output[0]
+            assert late.shape
+            use(late)
+            blocks[1].mlp.output = blocks[1].mlp.input * 0
+    with pytest.raises(OutOfOrderError, match="has already run"), either.model.trace(ids):
+        _ = blocks[2].output[0]  # named
+        blocks[1].mlp.output = blocks[1].mlp.input * 0

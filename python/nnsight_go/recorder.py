@@ -138,7 +138,10 @@ class Recorder:
         self.skipped: dict[tuple[int, str], Place] = {}  # modules whose work an invoke has replaced
         self._captured: dict[int, _Capture] = {}
         self._const_nodes: dict[tuple[int, int], int] = {}
-        self._reach: dict[int, tuple[Point, Place]] = {}
+        # By invoke: the access points that it has named, by the node that read there (writes: below zero).
+        self._named: dict[int, dict[int, tuple[Point, Place]]] = {}
+        self._fresh: set[int] = set()  # reads of which nothing has been asked yet
+        self._looked: dict[int, tuple[int, Point, Place]] = {}  # reads of which only facts were asked
         self._writes: dict[int, list[_Write]] = {}  # by invoke
         self._resized: set[int] = set()  # invokes with an edit that may give values other sizes
         self._saved: dict[int, Any] = {}
@@ -223,6 +226,8 @@ class Recorder:
                 tensor._rec.refuse(tensor)
             if self._failed and tensor._id in self._failed:
                 raise self._failed[tensor._id]
+            if tensor._id in self._fresh or tensor._id in self._looked:
+                self._used(tensor._id)
             return tensor._id
         return self._constant(tensor)
 
@@ -306,15 +311,18 @@ class Recorder:
         return self.invoke
 
     def touch(self, point: Point, writing: bool = False) -> int:
-        """Notes that the program has come to an access point, and gives the invoke it is in.
+        """Gives the invoke that the program names an access point in; a write moves its position there.
 
-        Raises ``OutOfOrderError`` where the point is written to after a later one was named.
+        Reads move it as well, where they are recorded (``read``). Raises ``OutOfOrderError`` where the point
+        is written to after a later one was named.
         """
         invoke = self._inside(point.text)
-        reach = self._reach.get(invoke)
-        if reach is None or point.order > reach[0].order:
-            self._reach[invoke] = (point, here())
-        elif writing and point.order < reach[0].order:
+        if not writing:
+            return invoke
+        named = self._named.setdefault(invoke, {})
+        reach = max(named.values(), key=lambda name: name[0].order, default=None)
+        named[-1 - len(self.nodes)] = (point, here())
+        if reach is not None and point.order < reach[0].order:
             raise OutOfOrderError(
                 f"{point.text} has already run when this line writes to it: an earlier line went on to {reach[0].text}",
                 path=point.path,
@@ -327,7 +335,25 @@ class Recorder:
     def read(self, point: Point, leaf: Leaf) -> Proxy:
         """Records reading one tensor of an access point."""
         made = (self._leaf_meta, (self.invoke, point.order, leaf, len(self._writes.get(self.invoke, ()))), None)
-        return Proxy._make(self, self._add(_READ, made, point.path, point.port, 0, leaf.name))
+        node = self._add(_READ, made, point.path, point.port, 0, leaf.name)
+        self._named.setdefault(self.invoke, {})[node] = (point, self.nodes[node][2])
+        self._fresh.add(node)
+        return Proxy._make(self, node)
+
+    def _used(self, node: int) -> None:
+        """Notes the first use of what was read at an access point."""
+        self._fresh.discard(node)
+        looked = self._looked.pop(node, None)
+        if looked is not None:
+            self._named[looked[0]][node] = looked[1:]
+
+    def _look(self, proxy: Proxy) -> None:
+        """Notes that a line asks for sizes or dtype. That names nothing, if the value is not used beside it."""
+        if proxy._id in self._fresh and proxy._rec is self:
+            self._fresh.discard(proxy._id)
+            for invoke, named in self._named.items():
+                if proxy._id in named:
+                    self._looked[proxy._id] = (invoke, *named.pop(proxy._id))
 
     def _leaf_meta(self, invoke: int, order: int, leaf: Leaf, writes: int) -> torch.Tensor:
         behind = [w for w in self._writes.get(invoke, ())[:writes] if w.order <= order]
@@ -376,11 +402,13 @@ class Recorder:
 
     def shape(self, proxy: Proxy) -> torch.Size:
         """The proxy's sizes."""
+        self._look(proxy)
         return self.meta(proxy).shape
 
     def fact(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a function says that asks for sizes or dtypes alone."""
         for p in proxies((args, kwargs)):
+            self._look(p)
             self.meta(p)
         with torch._C.DisableTorchFunction():
             return func(*shapes.on_meta(self, args), **shapes.on_meta(self, kwargs))
@@ -397,6 +425,7 @@ class Recorder:
     def rough(self, proxy: Proxy) -> torch.Tensor:
         """As ``meta``, for facts that do not depend on the sizes of the input: dtype, number of axes."""
         pinned = self.pinned
+        self._look(proxy)
         out = self.meta(proxy)
         self.pinned = pinned
         return out
@@ -433,6 +462,8 @@ class Recorder:
         wanted = list(wanted)
         for p in wanted:
             self.alive(p)
+            if p._rec is self:
+                self._used(p._id)
         at, values = self._forced
         if at != len(self.nodes):
             values = {}
@@ -527,6 +558,9 @@ class Recorder:
     def save(self, value: Any) -> None:
         """Notes that a value, or every proxy in a container, is wanted after the block."""
         self._saved[id(value)] = value
+        for proxy in proxies(value):
+            if proxy._rec is self:
+                self._used(proxy._id)
 
     def conclude(self) -> None:
         """Does what is to be done at the end of the block, before the graph runs."""
@@ -562,7 +596,8 @@ class Recorder:
         self.closed = why
         self.made = []  # nodes stay: errors name values by them, and so do constants, for the graph
         self.metas, self.bound, self._captured, self._saved = {}, {}, {}, {}
-        self._const_nodes, self._reach, self._forced, self.moved = {}, {}, (-1, {}), {}
+        self._const_nodes, self._forced, self.moved = {}, (-1, {}), {}
+        self._named, self._fresh, self._looked = {}, set(), {}
         self._writes = {}
         self.at_end = []
 
