@@ -169,6 +169,33 @@ def test_a_later_edit_of_the_trace_may_stand_before_the_edits_places(gpt2_pair: 
     close(logits, main(want, "lm_head"))
 
 
+@pytest.mark.parametrize("others", [0, 2])
+def test_an_edit_and_its_invoke_share_no_tensors(gpt2_pair: Pair, others: int) -> None:
+    """What one of them has read keeps its numbers when the other changes it later, alone or beside other invokes."""
+    model, ids = gpt2_pair.model, gpt2_pair.ids()
+    with model.edit() as edited:
+        early = model.transformer.h[0].output[0]
+        model.transformer.h[1].input[:, 0] = 0  # the same tensor in GPT-2
+        model.transformer.h[2].output[0] = early
+    with edited.trace() as tracer:
+        with tracer.invoke(ids):
+            own = model.transformer.h[0].output[0].save()
+            own[:, -1] = 0
+            logits = model.lm_head.output.save()
+            between = model.transformer.h[1].ln_1.input.save()
+        for n in range(others):
+            with tracer.invoke(gpt2_pair.ids(3 + n)):
+                model.lm_head.output.save()
+    plain = main(gpt2_pair.run(ids), "transformer.h.0")
+    zero = plain.clone()
+    zero[:, -1] = 0
+    close(own, zero)
+    zero = zero.clone()
+    zero[:, 0] = 0
+    close(between, zero)
+    close(logits, main(gpt2_pair.run(ids, edits({"transformer.h.2.output": lambda x: plain})), "lm_head"))
+
+
 def test_skip_and_module_calls_in_an_edit(either: Pair) -> None:
     ids, norm = either.ids(), either.model.get(either.final)
     with either.model.edit() as edited:

@@ -259,3 +259,20 @@ def test_a_trace_of_invokes_without_lines(gpt2_pair: Pair) -> None:
         pass
     with gpt2_pair.model.trace():
         pass
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_what_the_whole_batch_changes_in_place_is_not_what_an_invoke_has_read(either: Pair, prompts: int) -> None:
+    ids = either.ids(4)
+    with either.model.trace() as tracer:
+        for _ in range(prompts):
+            with tracer.invoke(ids):
+                before = either.layers[1].output[0].save()
+        with tracer.invoke():
+            either.layers[1].output[0][:, -1] = 0
+            after = either.layers[1].output[0].save()
+            logits = either.model.lm_head.output.save()
+    change = edits({f"{either.blocks}.1.output": in_place(lambda x: x[:, -1].zero_())})
+    close(before, main(either.run(ids), f"{either.blocks}.1"))
+    close(after[:1], main(either.run(ids, change), f"{either.blocks}.1"))
+    close(logits[:1], main(either.run(ids, change), "lm_head"))

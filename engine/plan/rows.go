@@ -24,12 +24,16 @@ type rowCopy struct {
 	stale  bool // another invoke changed the same rows since
 }
 
-// view is the value of a model node as an invoke sees it: the tensor itself where the invoke is
-// the whole batch, else a copy of its part, one a value.
+// view is the value of a model node as an invoke sees it: the tensor itself where the invoke is the
+// whole batch and nobody else looks at it, else a copy of its part, one a value.
 func (s *Plan) view(p *pass, invoke int32, id graph.ID) (Slot, error) {
 	slot, err := s.resolve(p, id)
 	if err != nil {
 		return NoSlot, err
+	}
+	if s.othersChanged(p, invoke) {
+		s.flush(p)
+		slot = p.env[id]
 	}
 	if c := s.copyOf(p, invoke, slot); c != nil {
 		return c.slot, nil
@@ -38,7 +42,7 @@ func (s *Plan) view(p *pass, invoke int32, id graph.ID) (Slot, error) {
 	slot = p.env[id]
 	f := &s.forwards[p.forward]
 	e := s.extents[invoke]
-	if e.covers(f) {
+	if e.covers(f) && s.alone(invoke) {
 		return slot, nil
 	}
 	shape := p.model.Nodes[id].Shape
@@ -51,6 +55,24 @@ func (s *Plan) view(p *pass, invoke int32, id graph.ID) (Slot, error) {
 	p.copies[copyKey{invoke, slot}] = c
 	p.order = append(p.order, c)
 	return c.slot, nil
+}
+
+// alone reports whether no other invoke and no edit looks at the rows of an invoke's forward pass: it may be
+// handed the activations themselves.
+func (s *Plan) alone(invoke int32) bool {
+	for i := range s.forwardOf {
+		if i != int(invoke) && s.forwardOf[i] == s.forwardOf[invoke] {
+			return false
+		}
+	}
+	return true
+}
+
+// othersChanged reports whether other invokes have changed rows that this one sees, and not written them back.
+func (s *Plan) othersChanged(p *pass, invoke int32) bool {
+	return p.dirty && slices.ContainsFunc(p.order, func(c *rowCopy) bool {
+		return c.dirty && !c.stale && c.invoke != invoke && s.overlap(c.invoke, invoke)
+	})
 }
 
 // link is two activations that were one tensor until an invoke replaced its rows of one of them:
