@@ -114,11 +114,11 @@ func (r *Run) Extend(grow func(*graph.Graph) error, consts []aten.Tensor, end bo
 
 // askForLogits ends the program of a step of generation with what the next token is drawn from.
 func (r *Run) askForLogits() {
-	g := r.graph
+	g, own := r.graph, int32(len(r.graph.Invokes)-1) // edits come before it
 	read := graph.ID(len(g.Nodes))
 	g.Nodes = append(g.Nodes,
-		graph.Node{Kind: graph.KindRead, Port: graph.PortOutput, Leaf: "logits", Pos: -1},
-		graph.Node{Kind: graph.KindSave, Args: []graph.Arg{graph.Ref(read)}, Pos: -1})
+		graph.Node{Kind: graph.KindRead, Port: graph.PortOutput, Leaf: "logits", Invoke: own, Pos: -1},
+		graph.Node{Kind: graph.KindSave, Args: []graph.Arg{graph.Ref(read)}, Invoke: own, Pos: -1})
 }
 
 // fresh is a plan that knows which invokes go alone.
@@ -232,6 +232,10 @@ func (r *Run) bind(s *plan.Schedule) error {
 // Step works for about budget and reports whether the run is done; 0 means to the end. A run that
 // failed, or panicked, has freed what it held.
 func (r *Run) Step(budget time.Duration) (done bool, err error) {
+	if r.cache != nil && r.cache.freed { // its keys and values are gone
+		r.Free()
+		return false, fault.New(fault.Handle, "the generation of this run has ended")
+	}
 	if r.freed {
 		return false, fault.New(fault.Handle, "this run has ended")
 	}
@@ -282,6 +286,9 @@ func (r *Run) Results() ([]graph.Result, []aten.Tensor, error) {
 	switch {
 	case r.taken:
 		return nil, nil, nil
+	case r.cache != nil && r.cache.freed && !r.freed:
+		r.Free()
+		return nil, nil, fault.New(fault.Handle, "the generation of this run has ended")
 	case r.freed:
 		return nil, nil, fault.New(fault.Handle, "this run failed or was freed, so it has no results")
 	case !r.machine.Done():
