@@ -51,6 +51,13 @@ ARGUMENTS: dict[str, list[Any]] = {
     "run_step": [U64, I64, ctypes.POINTER(I32)],
     "run_results": [U64, "out", ctypes.POINTER(ctypes.POINTER(PTR)), ctypes.POINTER(I64)],
     "run_free": [U64],
+    "generation_new": [U64, STR, STR, ctypes.POINTER(U64)],
+    "generation_step": [U64, STR, I64, ctypes.POINTER(PTR), I64, I32, ctypes.POINTER(U64)],
+    "generation_next": [U64, "out"],
+    "generation_scores": [U64, ctypes.POINTER(PTR)],
+    "generation_choose": [U64, PTR, ctypes.POINTER(PTR), "out"],
+    "generation_end": [U64, ctypes.POINTER(I32), I64, ctypes.POINTER(I32)],
+    "generation_free": [U64],
     "graph_text": [STR, I64, I32, "out"],
     "tokenizer_open": [STR, ctypes.POINTER(U64)],
     "tokenizer_close": [U64],
@@ -61,6 +68,9 @@ ARGUMENTS: dict[str, list[Any]] = {
     "tokenizer_tokens": [U64, ctypes.POINTER(I64), I64, "out"],
     "tokenizer_lookup": [U64, STR, "out"],
     "tokenizer_vocab": [U64, "out"],
+    "stream_new": [U64, I32, ctypes.POINTER(U64)],
+    "stream_step": [U64, ctypes.POINTER(I64), I64, I32, "out"],
+    "stream_free": [U64],
 }
 PLAIN: dict[str, list[Any]] = {
     "free": [ctypes.POINTER(BUF)],
@@ -123,6 +133,18 @@ class Library:
         self.ok("tokenizer_open", str(directory).encode(), ctypes.byref(handle))
         return handle.value
 
+    def generation(self, model: int, tokens: int = 4) -> int:
+        handle = U64()
+        neutral = {"temperature": 1, "top_p": 1, "typical_p": 1, "repetition_penalty": 1}
+        settings = json.dumps({"max_new_tokens": tokens} | neutral).encode()
+        self.ok("generation_new", model, PROMPT, settings, ctypes.byref(handle))
+        return handle.value
+
+    def stream(self, tokenizer: int) -> int:
+        handle = U64()
+        self.ok("stream_new", tokenizer, 1, ctypes.byref(handle))
+        return handle.value
+
     def start(self, model: int, data: bytes, *tensors: torch.Tensor, end: int = 1) -> tuple[int, Any]:
         """Starts a run; gives the code, and the handle or the fault."""
         handle = U64()
@@ -152,6 +174,8 @@ def wire(*nodes: list[Any], rows: Any = ((1, 2, 3),)) -> bytes:
 
 
 LOGITS = wire([4, "lm_head", 1, 0, ""], [8, [0, 0]])
+PROMPT = b'{"rows": [[1, 2, 3]], "masks": null}'
+STEP = wire([4, "lm_head", 1, 0, ""], [8, [0, 0]], rows=None)  # the generation knows its rows
 
 
 def busy(n: int) -> bytes:
@@ -242,7 +266,15 @@ USES: dict[str, list[tuple[str, Callable[[], list[Any]]]]] = {
         ("model_describe", list),
         ("model_param", lambda: [b"lm_head.weight", ctypes.byref(PTR())]),
         ("run_new", lambda: [LOGITS, len(LOGITS), NULL, 0, 1, ctypes.byref(U64())]),
+        ("generation_new", lambda: [PROMPT, b"{}", ctypes.byref(U64())]),
         ("model_close", list),
+    ],
+    "generation": [
+        ("generation_step", lambda: [STEP, len(STEP), NULL, 0, 1, ctypes.byref(U64())]),
+        ("generation_next", list),
+        ("generation_scores", lambda: [ctypes.byref(PTR())]),
+        ("generation_end", lambda: [(I32 * 1)(1), 1, ctypes.byref(I32())]),
+        ("generation_free", list),
     ],
     "run": [
         ("run_step", lambda: [0, ctypes.byref(I32())]),
@@ -258,7 +290,12 @@ USES: dict[str, list[tuple[str, Callable[[], list[Any]]]]] = {
         ("tokenizer_tokens", lambda: [(I64 * 1)(1), 1]),
         ("tokenizer_lookup", lambda: [b'["w1"]']),
         ("tokenizer_vocab", list),
+        ("stream_new", lambda: [1, ctypes.byref(U64())]),
         ("tokenizer_close", list),
+    ],
+    "stream": [
+        ("stream_step", lambda: [(I64 * 1)(1), 1, 0]),
+        ("stream_free", list),
     ],
 }
 
@@ -268,7 +305,8 @@ def test_wrong_handles(lib: Library, directory: pathlib.Path, model: int) -> Non
     assert code == OK
     tokenizer, closed = lib.tokenizer(directory), lib.tokenizer(directory)
     lib.ok("tokenizer_close", closed)
-    live = {"model": model, "run": run, "tokenizer": tokenizer}
+    generation, stream = lib.generation(model), lib.stream(tokenizer)
+    live = {"model": model, "run": run, "tokenizer": tokenizer, "generation": generation, "stream": stream}
     forged = [0, 1, 2**64 - 1, 2**63, model + 1, run + 1, tokenizer + 1, closed, *range(2, 40, 7)]
     for kind, uses in USES.items():
         for name, arguments in uses:
@@ -282,7 +320,10 @@ def test_wrong_handles(lib: Library, directory: pathlib.Path, model: int) -> Non
         OK,
         b"".join(i.to_bytes(8, sys.byteorder) for i in (3, 4)),
     )
+    assert lib("stream_step", stream, (I64 * 2)(3, 4), 2, 1) == (OK, b"w3 w4")
+    lib.ok("stream_free", stream)
     lib.ok("tokenizer_close", tokenizer)
+    lib.ok("generation_free", generation)
 
 
 def test_stale_handles_and_second_frees(lib: Library, directory: pathlib.Path) -> None:
@@ -290,10 +331,14 @@ def test_stale_handles_and_second_frees(lib: Library, directory: pathlib.Path) -
         model, tokenizer = lib.open(directory), lib.tokenizer(directory)
         code, run = lib.start(model, LOGITS)
         assert code == OK
+        generation, stream = lib.generation(model), lib.stream(tokenizer)
+        lib.ok("generation_free", generation)
+        lib.ok("stream_free", stream)
         lib.ok("run_free", run)
         lib.ok("model_close", model)
         lib.ok("tokenizer_close", tokenizer)
-        for kind, handle in {"model": model, "run": run, "tokenizer": tokenizer}.items():
+        live = {"model": model, "run": run, "tokenizer": tokenizer, "generation": generation, "stream": stream}
+        for kind, handle in live.items():
             for name, arguments in USES[kind]:
                 code, fault = lib(name, handle, *arguments())
                 assert (code, fault["code"]) == (EHANDLE, "HandleError"), name
@@ -366,6 +411,47 @@ def test_what_is_added_is_held_to_the_rules(lib: Library, model: int) -> None:
         lib.ok("run_free", run)
 
 
+# ---- generations ----
+
+
+def test_a_generation_is_a_chain_of_runs(lib: Library, model: int) -> None:
+    lib.ok("model_load", model)
+    before = lib.counters()
+    generation = lib.generation(model, tokens=3)
+    for step in range(3):
+        run = U64()
+        lib.ok("generation_step", generation, STEP, len(STEP), NULL, 0, 1, ctypes.byref(run))
+        assert lib.step(run.value) == (OK, 1)
+        _, (logits,) = lib.results(run.value)
+        lib.ok("run_free", run.value)
+        drawn = json.loads(lib.ok("generation_next", generation))
+        assert logits.shape == (1, 1, 16)
+        assert drawn == {"tokens": [int(logits.argmax())], "done": step == 2}
+    assert lib("generation_step", generation, STEP, len(STEP), NULL, 0, 1, ctypes.byref(U64()))[0] == EHANDLE
+    lib.ok("generation_free", generation)
+    assert lib.counters() == before
+
+
+def test_a_run_outlives_no_generation(lib: Library, model: int) -> None:
+    lib.ok("model_load", model)
+    before = lib.counters()
+    generation, run = lib.generation(model), U64()
+    lib.ok("generation_step", generation, STEP, len(STEP), NULL, 0, 1, ctypes.byref(run))
+    lib.ok("generation_free", generation)
+    code, fault = lib.step(run.value)
+    assert (code, fault["message"]) == (EHANDLE, "the generation of this run has ended")
+    lib.ok("run_free", run.value)
+    assert lib.counters() == before
+
+
+def test_what_generations_refuse(lib: Library, model: int) -> None:
+    before = lib.counters()
+    for prompt, settings in ((b"{", b"{}"), (PROMPT, b"["), (PROMPT, b'{"max_new_tokens": 0}'), (b"{}", b"{}")):
+        code, fault = lib("generation_new", model, prompt, settings, ctypes.byref(U64()))
+        assert (code, fault["code"]) == (EFAULT, "InputError"), (prompt, settings)
+    assert lib.counters() == before
+
+
 def test_graphs_are_printed(lib: Library) -> None:
     text = lib.ok("graph_text", LOGITS, len(LOGITS), 0).decode()
     assert "read lm_head.output" in text
@@ -421,11 +507,12 @@ def test_null_pointers(lib: Library, directory: pathlib.Path, model: int) -> Non
     tokenizer = lib.tokenizer(directory)
     code, run = lib.start(model, LOGITS)
     assert code == OK and lib.step(run) == (OK, 1)
-    handles = {"model": model, "run": run, "tokenizer": tokenizer}
+    generation, stream = lib.generation(model), lib.stream(tokenizer)
+    handles = {"model": model, "run": run, "tokenizer": tokenizer, "generation": generation, "stream": stream}
     before = lib.counters()
     for name, arguments in ARGUMENTS.items():
         function = getattr(lib.c, "nng_" + name)
-        kind = name.split("_")[0]
+        kind = {"generation_new": "model", "stream_new": "tokenizer"}.get(name, name.split("_")[0])
         first: list[Any] = [handles[kind]] if arguments[0] is U64 else []
         rest = [5 if a in (I64, I32) else NULL for a in arguments[len(first) :]]
         if not rest:
@@ -441,6 +528,8 @@ def test_null_pointers(lib: Library, directory: pathlib.Path, model: int) -> Non
     lib.c.nng_free(ctypes.byref(BUF()))
     lib.c.nng_tensor_free(NULL)
     lib.c.nng_tensors_free(NULL, 3)
+    lib.ok("generation_free", generation)
+    lib.ok("stream_free", stream)
     lib.ok("run_free", run)
     lib.ok("tokenizer_close", tokenizer)
 
@@ -610,14 +699,15 @@ def test_steps_are_short(lib: Library, model: int) -> None:
 def test_fork(lib: Library, directory: pathlib.Path, model: int) -> None:
     code, run = lib.start(model, LOGITS)
     assert code == OK
-    tokenizer = lib.tokenizer(directory)
+    tokenizer, generation = lib.tokenizer(directory), lib.generation(model)
+    stream = lib.stream(tokenizer)
     tensor = PTR()
     lib.ok("model_param", model, b"lm_head.weight", ctypes.byref(tensor))
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            handles = {"model": model, "run": run, "tokenizer": tokenizer}
+            handles = {"model": model, "run": run, "tokenizer": tokenizer, "generation": generation, "stream": stream}
             calls = [(name, handles[kind], arguments()) for kind, uses in USES.items() for name, arguments in uses]
             told = [lib(name, handle, *arguments) for name, handle, arguments in calls]
             told += [lib("version"), lib("counters")]
@@ -640,6 +730,8 @@ def test_fork(lib: Library, directory: pathlib.Path, model: int) -> None:
     assert ended == (child, 0), "the child must be told, not hang"
     assert lib.step(run) == (OK, 1), "the parent goes on"
     lib.ok("run_free", run)
+    lib.ok("generation_free", generation)
+    lib.ok("stream_free", stream)
     lib.ok("tokenizer_close", tokenizer)
     lib.c.nng_tensor_free(tensor)
 
