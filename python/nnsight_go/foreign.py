@@ -14,10 +14,9 @@ from . import positions
 from .errors import InputError
 from .positions import here
 
-_GENERATION = "traces of several steps are not in this version; `with model.trace(prompt):` runs one step"
 _HOSTED = "models that are Python modules are not in this version; LanguageModel opens language models"
 _REMOTE = "remote traces are not in this version"
-_ONE_STEP = "a trace runs the model once, so there is no next step; " + _GENERATION
+_ONE_STEP = "a trace runs the model once, so there is no next step; `with model.generate(prompt) as tracer:` has more"
 _MACHINERY = "it belongs to how nnsight runs a trace; nothing here has its duty"
 _GONE = "nnsight itself dropped it in 0.5; plain Python does it inside a block"
 
@@ -51,10 +50,7 @@ PACKAGE: dict[str, str] = {
 
 # Attributes of modules and models.
 MODULE: dict[str, str] = {
-    "generate": _GENERATION,
-    "generator": _GENERATION,
-    "pipe": _GENERATION,
-    "next": _ONE_STEP,
+    "pipe": "there are no pipelines; `with model.generate(prompt):` writes text",
     "iter": "in a block, `tracer.iter` chooses steps",
     "all": "in a block, `tracer.all()` is every step",
     "export_edits": "an edit is written to a file with model.edits[0].save(path)",
