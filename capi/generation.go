@@ -10,6 +10,7 @@ import (
 	"sync"
 	"unsafe"
 
+	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/gen"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
@@ -104,6 +105,72 @@ func nngo_generation_next(handle C.nng_generation, out, err *C.nng_buf) C.int {
 				return e
 			}
 			return setJSON(out, map[string]any{"tokens": tokens, "done": g.Done()})
+		})
+	})
+}
+
+//export nngo_generation_scores
+func nngo_generation_scores(handle C.nng_generation, tensor *unsafe.Pointer, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		if tensor == nil {
+			return missing("tensor")
+		}
+		return withGeneration(handle, func(g *gen.Generation) error {
+			t, e := g.Scores()
+			if e != nil {
+				return e
+			}
+			*tensor = t.Release()
+			return nil
+		})
+	})
+}
+
+//export nngo_generation_choose
+func nngo_generation_choose(handle C.nng_generation, scores unsafe.Pointer, filtered *unsafe.Pointer, out, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		if scores == nil || out == nil {
+			return missing("scores or out")
+		}
+		return withGeneration(handle, func(g *gen.Generation) error {
+			given, e := aten.Borrow(scores)
+			if e != nil {
+				return fault.New(fault.Input, "the scores are no tensor").WithCause(e)
+			}
+			defer given.Free()
+			tokens, left, e := g.Choose(given)
+			if e != nil {
+				return e
+			}
+			if filtered != nil {
+				*filtered = left.Release()
+			} else {
+				left.Free()
+			}
+			return setJSON(out, map[string]any{"tokens": tokens, "done": g.Done()})
+		})
+	})
+}
+
+//export nngo_generation_end
+func nngo_generation_end(handle C.nng_generation, rows *C.int32_t, n C.int64_t, done *C.int32_t, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		if rows == nil || n < 0 || done == nil {
+			return missing("rows or done")
+		}
+		return withGeneration(handle, func(g *gen.Generation) error {
+			ends := make([]bool, int(n))
+			for i, bit := range unsafe.Slice(rows, int(n)) {
+				ends[i] = bit != 0
+			}
+			if e := g.End(ends); e != nil {
+				return e
+			}
+			*done = 0
+			if g.Done() {
+				*done = 1
+			}
+			return nil
 		})
 	})
 }

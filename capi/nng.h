@@ -7,8 +7,8 @@
  * Buffers. An nng_buf given to the caller is owned by the caller, who frees it with nng_free.
  * Memory passed in (strings, graphs, arrays) is read during the call only and stays the caller's.
  *
- * Handles. Models, runs, generations and tokenizers are generation-checked integers, never pointers; 0 is never
- * valid. A stale or foreign handle is a failure with code NNG_EHANDLE, never a crash.
+ * Handles. Models, runs, generations, tokenizers and streams are generation-checked integers, never
+ * pointers; 0 is never valid. A stale or foreign handle is a failure with code NNG_EHANDLE, never a crash.
  *
  * Tensors. A void* tensor is a pointer to an at::Tensor made with new. [new] means the caller now
  * owns it and frees it with nngpy_tensor_free (Python) or nng_tensor_free; [borrowed] means it is
@@ -55,6 +55,7 @@ typedef uint64_t nng_model;
 typedef uint64_t nng_run;
 typedef uint64_t nng_tokenizer;
 typedef uint64_t nng_generation;
+typedef uint64_t nng_stream;
 
 /* Frees a buffer's memory and zeroes it. Null and empty buffers are fine. */
 void nng_free(nng_buf* buf);
@@ -136,7 +137,8 @@ void nng_tensor_free(void* tensor);
  * different lengths are padded on the left. settings is JSON, with transformers' names:
  * {"max_new_tokens": 20, "min_new_tokens": 0, "eos_token_id": [..], "pad_token_id": 0, "do_sample": false,
  * "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1, "repetition_penalty": 1,
- * "no_repeat_ngram_size": 0}. Sampling draws from torch's default generator. */
+ * "no_repeat_ngram_size": 0, "num_return_sequences": 1}. The last makes so many rows of each prompt,
+ * side by side. Sampling draws from torch's default generator. */
 int nng_generation_new(nng_model model, const char* prompt, const char* settings, nng_generation* out, nng_buf* err);
 
 /* Starts the next step: a run as nng_run_new makes one, whose graph has one invoke without rows, which
@@ -147,6 +149,19 @@ int nng_generation_step(nng_generation generation, const uint8_t* graph, int64_t
 /* Draws the next token of each row, once the step's run is done and its results are taken: *out is JSON,
  * {"tokens": [..], "done": bool}. A row that has ended goes on with pad_token_id. */
 int nng_generation_next(nng_generation generation, nng_buf* out, nng_buf* err);
+
+/* The first half of nng_generation_next, for a caller who changes scores: *tensor [new] is float32
+ * [rows, vocab], with repetition_penalty, no_repeat_ngram_size and min_new_tokens applied. */
+int nng_generation_scores(nng_generation generation, void** tensor, nng_buf* err);
+
+/* The second half: draws from scores [borrowed], a tensor as nng_generation_scores gave it. *filtered
+ * [new], unless filtered is null, is what temperature, top_k, top_p, min_p and typical_p left of them;
+ * *out is as nng_generation_next gives it. */
+int nng_generation_choose(nng_generation generation, void* scores, void** filtered, nng_buf* out, nng_buf* err);
+
+/* Ends the rows r of n with rows[r] not 0, as an eos_token_id just drawn would have. *done tells whether
+ * all have ended. Without any eos_token_id, rows that have ended go on until all have. */
+int nng_generation_end(nng_generation generation, const int32_t* rows, int64_t n, int32_t* done, nng_buf* err);
 
 /* Ends the generation and gives its memory back; a run of it that goes on fails. */
 int nng_generation_free(nng_generation generation, nng_buf* err);
@@ -187,6 +202,16 @@ int nng_tokenizer_lookup(nng_tokenizer tokenizer, const char* tokens, nng_buf* o
 
 /* The whole vocabulary with added tokens, as a JSON object token -> id. */
 int nng_tokenizer_vocab(nng_tokenizer tokenizer, nng_buf* out, nng_buf* err);
+
+/* Starts to turn ids that come one at a time into pieces of text; once the tokenizer is closed, its
+ * streams fail. */
+int nng_stream_new(nng_tokenizer tokenizer, int32_t skip_special_tokens, nng_stream* out, nng_buf* err);
+
+/* Takes the next n ids; *out is the text that became certain, empty inside a character of several
+ * bytes. With end not 0 nothing follows: *out has what was held back too. */
+int nng_stream_step(nng_stream stream, const int64_t* ids, int64_t n, int32_t end, nng_buf* out, nng_buf* err);
+
+int nng_stream_free(nng_stream stream, nng_buf* err);
 
 #ifdef __cplusplus
 }

@@ -87,6 +87,18 @@ int nng_generation_next(nng_generation generation, nng_buf* out, nng_buf* err) {
   return forked ? refuse(err) : nngo_generation_next(generation, out, err);
 }
 
+int nng_generation_scores(nng_generation generation, void** tensor, nng_buf* err) {
+  return forked ? refuse(err) : nngo_generation_scores(generation, tensor, err);
+}
+
+int nng_generation_choose(nng_generation generation, void* scores, void** filtered, nng_buf* out, nng_buf* err) {
+  return forked ? refuse(err) : nngo_generation_choose(generation, scores, filtered, out, err);
+}
+
+int nng_generation_end(nng_generation generation, const int32_t* rows, int64_t n, int32_t* done, nng_buf* err) {
+  return forked ? refuse(err) : nngo_generation_end(generation, (int32_t*)rows, n, done, err);
+}
+
 int nng_generation_free(nng_generation generation, nng_buf* err) {
   return forked ? refuse(err) : nngo_generation_free(generation, err);
 }
@@ -141,3 +153,13 @@ int nng_tokenizer_lookup(nng_tokenizer tokenizer, const char* tokens, nng_buf* o
 int nng_tokenizer_vocab(nng_tokenizer tokenizer, nng_buf* out, nng_buf* err) {
   return forked ? refuse(err) : nngo_tokenizer_vocab(tokenizer, out, err);
 }
+
+int nng_stream_new(nng_tokenizer tokenizer, int32_t skip_special_tokens, nng_stream* out, nng_buf* err) {
+  return forked ? refuse(err) : nngo_stream_new(tokenizer, skip_special_tokens, out, err);
+}
+
+int nng_stream_step(nng_stream stream, const int64_t* ids, int64_t n, int32_t end, nng_buf* out, nng_buf* err) {
+  return forked ? refuse(err) : nngo_stream_step(stream, (int64_t*)ids, n, end, out, err);
+}
+
+int nng_stream_free(nng_stream stream, nng_buf* err) { return forked ? refuse(err) : nngo_stream_free(stream, err); }

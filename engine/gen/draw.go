@@ -65,32 +65,58 @@ func call(name string, args ...aten.Value) (aten.Tensor, error) {
 	return v.T, err
 }
 
-// draw chooses a token for each row from logits [batch, 1, vocab], as transformers does: processors of
-// scores first, then, where tokens are sampled, the filters, softmax and one multinomial draw.
-func (g *Generation) draw(logits aten.Tensor) ([]int64, error) {
-	s, o := &scores{}, &g.settings
+// scored makes scores [batch, vocab] of logits [batch, 1, vocab], as transformers does: in float32, with
+// the processors that come before any of the user's applied.
+func (g *Generation) scored(logits aten.Tensor) (aten.Tensor, error) {
+	s := &scores{}
 	s.t, s.err = call("aten::select.int", aten.TensorValue(logits), aten.IntValue(1), aten.IntValue(-1))
-	s.set("aten::to.dtype", aten.TensorValue(s.t), aten.Value{Kind: graph.ArgDType, S: "float32"}, aten.BoolValue(false), aten.BoolValue(true))
+	s.float32()
 	if s.err == nil {
 		s.err = g.process(s)
 	}
-	if o.Sample && s.err == nil {
+	return s.give()
+}
+
+// float32 makes the scores a copy of that type.
+func (s *scores) float32() {
+	s.set("aten::to.dtype", aten.TensorValue(s.t), aten.Value{Kind: graph.ArgDType, S: "float32"}, aten.BoolValue(false), aten.BoolValue(true))
+}
+
+// give hands the scores over, or frees them where something went wrong.
+func (s *scores) give() (aten.Tensor, error) {
+	if s.err != nil && !s.t.IsZero() {
+		s.t.Free()
+		s.t = aten.Tensor{}
+	}
+	return s.t, s.err
+}
+
+// filtered copies scores and, where tokens are sampled, narrows what they are sampled from.
+func (g *Generation) filtered(given aten.Tensor) (aten.Tensor, error) {
+	s := &scores{}
+	s.t, s.err = given.Share()
+	s.float32()
+	if g.settings.Sample && s.err == nil {
 		s.err = g.filter(s)
 	}
+	return s.give()
+}
+
+// pick chooses a token for each row: the one of the highest score, or one drawn from their softmax.
+func (g *Generation) pick(t aten.Tensor) ([]int64, error) {
 	var out aten.Tensor
-	if s.err == nil && o.Sample {
-		s.set("aten::softmax.int", aten.TensorValue(s.t), aten.IntValue(-1))
-		if s.err == nil {
-			out, s.err = call("aten::multinomial", aten.TensorValue(s.t), aten.IntValue(1))
+	var err error
+	if g.settings.Sample {
+		var p aten.Tensor
+		if p, err = call("aten::softmax.int", aten.TensorValue(t), aten.IntValue(-1)); err == nil {
+			out, err = call("aten::multinomial", aten.TensorValue(p), aten.IntValue(1))
+			p.Free()
 		}
-	} else if s.err == nil {
-		out, s.err = call("aten::argmax", aten.TensorValue(s.t), aten.IntValue(-1))
+	} else {
+		out, err = call("aten::argmax", aten.TensorValue(t), aten.IntValue(-1))
 	}
-	if !s.t.IsZero() {
-		s.t.Free()
-	}
-	if s.err != nil {
-		return nil, s.err
+	if err != nil {
+		return nil, err
 	}
 	defer out.Free()
 	onCPU, err := aten.To(out, "cpu", "int64")
@@ -116,7 +142,7 @@ func (g *Generation) process(s *scores) error {
 		if penalty {
 			seen := map[int64]bool{}
 			for _, id := range row[lead:] {
-				if seen[id] || id >= int64(len(line)) {
+				if seen[id] || id < 0 || id >= int64(len(line)) {
 					continue
 				}
 				seen[id] = true
@@ -128,7 +154,9 @@ func (g *Generation) process(s *scores) error {
 			}
 		}
 		for _, id := range banned(row, o.NoRepeatNgram) {
-			line[id] = never
+			if id >= 0 && id < int64(len(line)) { // padding may be no token
+				line[id] = never
+			}
 		}
 		if barred {
 			for _, id := range o.EOS {

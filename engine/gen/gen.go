@@ -29,6 +29,7 @@ type Settings struct {
 	TypicalP      float64 `json:"typical_p"`
 	Repetition    float64 `json:"repetition_penalty"`
 	NoRepeatNgram int     `json:"no_repeat_ngram_size"`
+	Returned      int     `json:"num_return_sequences"` // rows of each prompt, side by side; 0 is 1
 }
 
 // Generation is a batch of rows that grow.
@@ -40,6 +41,7 @@ type Generation struct {
 	prompt   int       // tokens of a prompt, padding included
 	ended    []bool
 	step     int
+	vocab    int64 // scores of a row, once [Generation.Scores] gave some that wait for [Generation.Choose]
 	done     bool
 }
 
@@ -51,6 +53,7 @@ func New(m *host.Native, rows, masks [][]int64, s Settings) (*Generation, error)
 	if err := s.check(); err != nil {
 		return nil, err
 	}
+	rows, masks = repeated(rows, s.Returned), repeated(masks, s.Returned)
 	cache, err := m.NewCache(rows, masks, s.MaxNewTokens-1) // the last token is drawn and never fed
 	if err != nil {
 		return nil, err
@@ -103,19 +106,64 @@ func (g *Generation) Plain() ([]int64, error) {
 
 // Next draws the tokens of the step that is done, one a row, and makes ready for the next step.
 func (g *Generation) Next() ([]int64, error) {
+	t, err := g.Scores()
+	if err != nil {
+		return nil, err
+	}
+	defer t.Free()
+	tokens, filtered, err := g.Choose(t)
+	if err == nil {
+		filtered.Free()
+	}
+	return tokens, err
+}
+
+// Scores is the first half of [Generation.Next]: it gives the scores [batch, vocab] of the step that is
+// done, in float32, with penalties and bans applied. They are the caller's, who may change them.
+func (g *Generation) Scores() (aten.Tensor, error) {
 	logits, err := g.cache.TakeLogits()
 	if err != nil {
-		return nil, err
+		return aten.Tensor{}, err
 	}
 	defer logits.Free()
-	tokens, err := g.draw(logits)
-	if err != nil {
-		return nil, err
+	t, err := g.scored(logits)
+	if err == nil {
+		g.vocab = t.Shape()[1]
 	}
+	return t, err
+}
+
+// Choose is the second half: it draws tokens from scores, which stay the caller's, and also gives what
+// the filters left of them, which becomes the caller's.
+func (g *Generation) Choose(given aten.Tensor) ([]int64, aten.Tensor, error) {
+	if g.vocab == 0 {
+		return nil, aten.Tensor{}, fault.New(fault.Handle, "no scores were asked for").WithHint("Ask for them first.")
+	}
+	if want := []int64{int64(len(g.rows)), g.vocab}; !slices.Equal(given.Shape(), want) {
+		return nil, aten.Tensor{}, fault.New(fault.Input, "these scores are %v, and those of this step are %v", given.Shape(), want)
+	}
+	filtered, err := g.filtered(given)
+	if err != nil {
+		return nil, filtered, err
+	}
+	tokens, err := g.pick(filtered)
+	if err == nil {
+		g.vocab = 0
+		err = g.append(tokens)
+	}
+	if err != nil {
+		filtered.Free()
+		return nil, aten.Tensor{}, err
+	}
+	return tokens, filtered, nil
+}
+
+// append gives each row its token; rows that have ended get padding, where there are tokens that end rows.
+func (g *Generation) append(tokens []int64) error {
 	g.step++
 	all := true
 	for r := range tokens {
-		if g.ended[r] {
+		if g.ended[r] && len(g.settings.EOS) > 0 {
 			tokens[r] = g.settings.Pad
 		}
 		g.rows[r] = append(g.rows[r], tokens[r])
@@ -123,9 +171,35 @@ func (g *Generation) Next() ([]int64, error) {
 		all = all && g.ended[r]
 	}
 	if g.done = all || g.step >= g.settings.MaxNewTokens; g.done {
-		return tokens, nil
+		return nil
 	}
-	return tokens, g.cache.Append(tokens)
+	return g.cache.Append(tokens)
+}
+
+// End ends rows, as one of the tokens that do so would have; others stay as they are.
+func (g *Generation) End(rows []bool) error {
+	if len(rows) != len(g.rows) {
+		return fault.New(fault.Input, "%d rows are told to end or not, and there are %d", len(rows), len(g.rows))
+	}
+	for r, end := range rows {
+		g.ended[r] = g.ended[r] || end
+	}
+	g.done = g.done || !slices.Contains(g.ended, false)
+	return nil
+}
+
+// repeated gives each row so many times, side by side.
+func repeated(rows [][]int64, times int) [][]int64 {
+	if times <= 1 {
+		return rows
+	}
+	out := make([][]int64, 0, len(rows)*times)
+	for _, row := range rows {
+		for range times {
+			out = append(out, row)
+		}
+	}
+	return out
 }
 
 // Done reports whether all rows have ended, or have all tokens that were asked for.

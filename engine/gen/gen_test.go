@@ -201,28 +201,6 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-func TestRunsEndWithTheirGeneration(t *testing.T) {
-	m := open(t, enginetest.GPT2)
-	for _, stepped := range []bool{false, true} {
-		g, err := New(m, [][]int64{{1, 2, 3}}, nil, Settings{MaxNewTokens: 3})
-		require.NoError(t, err)
-		run, err := g.Begin(&graph.Graph{}, nil, true)
-		require.NoError(t, err)
-		if stepped {
-			_, err = run.Step(0)
-			require.NoError(t, err)
-		}
-		g.Free()
-		if stepped {
-			_, _, err = run.Results()
-		} else {
-			_, err = run.Step(0)
-		}
-		require.ErrorContains(t, err, "the generation of this run has ended")
-		run.Free()
-	}
-}
-
 func TestFilters(t *testing.T) {
 	logits := []float32{1, 3, 2, 0.5, -1}
 	left := func(f func(*scores)) []int {

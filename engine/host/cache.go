@@ -2,6 +2,7 @@ package host
 
 import (
 	"strings"
+	"sync"
 
 	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
@@ -28,7 +29,10 @@ type Cache struct {
 	masked  bool     // not all tokens count
 	tensors map[string]aten.Tensor
 	logits  aten.Tensor
-	freed   bool
+
+	mu    sync.Mutex // over what follows, and logits: a run may end on another thread than its generation
+	run   *Run       // under way; it borrows tensors, so these live until it ends
+	freed bool
 }
 
 // NewCache makes room for the prompts and more tokens a row. It asks for no work of the model.
@@ -54,9 +58,9 @@ func (m *Native) NewCache(rows, masks [][]int64, more int) (*Cache, error) {
 		return nil, fault.New(fault.Input, "there is no prompt").WithHint("Give at least one token.")
 	}
 	c.room = c.seq + int64(more)
-	if context := m.arch.Context(); c.room > int64(context) {
+	if context := m.arch.Context(); int64(more) > int64(context)-c.seq { // the sum may overflow
 		return nil, fault.New(fault.Input, "%d tokens of prompt and %d new ones are %d; the model's context holds %d",
-			c.seq, more, c.room, context).WithHint("Shorten the prompt, or ask for at most %d new tokens.", max(int64(context)-c.seq, 0))
+			c.seq, more, uint64(c.seq)+uint64(more), context).WithHint("Shorten the prompt, or ask for at most %d new tokens.", max(int64(context)-c.seq, 0))
 	}
 	if int64(len(rows))*c.room > graph.MaxTokens {
 		return nil, fault.New(fault.Input, "%d rows of %d tokens are %d tokens; %d are allowed",
@@ -115,24 +119,40 @@ func (c *Cache) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, err
 			t.Free()
 		}
 	}
-	if c.freed {
+	r := &Run{model: c.model, graph: &graph.Graph{}, cache: c}
+	if err := c.enter(r); err != nil {
 		free()
-		return nil, fault.New(fault.Handle, "this generation has ended")
+		return nil, err
 	}
 	model, err := c.model.graphs.Cached(c.masked, c.past > 0)
+	if err == nil {
+		err = c.model.enter()
+	}
 	if err != nil {
 		free()
+		c.leave(r)
 		return nil, err
 	}
-	if err := c.model.enter(); err != nil {
-		free()
-		return nil, err
-	}
-	r := &Run{model: c.model, graph: &graph.Graph{}, models: plan.Models{Causal: model, Masked: model}, cache: c}
+	r.models = plan.Models{Causal: model, Masked: model}
 	r.plan = plan.New(r.models)
 	err = r.Extend(func(own *graph.Graph) error {
 		*own = *g
-		own.Invokes = []graph.Invoke{{Rows: c.rows, Masks: c.masks}}
+		main := -1
+		for i := range own.Invokes {
+			if in := &own.Invokes[i]; !in.Edit {
+				if main >= 0 || in.Rows != nil {
+					return fault.New(fault.Graph, "a step of generation has one invoke, without rows")
+				}
+				main = i
+				in.Rows, in.Masks = c.rows, c.masks
+			}
+		}
+		if main >= 0 && main != len(own.Invokes)-1 {
+			return fault.New(fault.Graph, "the invoke of a step of generation comes after the edits")
+		}
+		if main < 0 {
+			own.Invokes = append(own.Invokes, graph.Invoke{Rows: c.rows, Masks: c.masks})
+		}
 		return nil
 	}, consts, end)
 	if err != nil {
@@ -144,6 +164,8 @@ func (c *Cache) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, err
 // TakeLogits gives the logits [batch, 1, vocab] of the step that is done, after all edits. They are the
 // caller's from then on.
 func (c *Cache) TakeLogits() (aten.Tensor, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if c.logits.IsZero() {
 		return c.logits, fault.New(fault.Handle, "the step has not come to its end yet").WithHint("Step its run until it is done.")
 	}
@@ -167,12 +189,65 @@ func (c *Cache) Append(tokens []int64) error {
 	return nil
 }
 
-// Free gives the cache's memory back. It may be called twice.
-func (c *Cache) Free() {
-	if c.freed {
-		return
+// ended tells whether Free was called.
+func (c *Cache) ended() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.freed
+}
+
+// enter notes the run of a step: one at a time, and one a step.
+func (c *Cache) enter(r *Run) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.freed:
+		return fault.New(fault.Handle, "this generation has ended")
+	case c.run != nil:
+		return fault.New(fault.Handle, "this step has a run already").WithHint("Free it, or step it to its end.")
+	case !c.logits.IsZero():
+		return fault.New(fault.Handle, "this step is done").WithHint("Draw its tokens.")
 	}
+	c.run = r
+	return nil
+}
+
+// leave notes that a run has ended, and gives back what was kept for it.
+func (c *Cache) leave(r *Run) {
+	c.mu.Lock()
+	last := c.run == r && c.freed
+	if c.run == r {
+		c.run = nil
+	}
+	c.mu.Unlock()
+	if last {
+		c.release()
+	}
+}
+
+// keep takes the logits of the step over; those of a generation that has been freed are not kept.
+func (c *Cache) keep(logits aten.Tensor) {
+	c.mu.Lock()
+	if !c.freed {
+		c.logits, logits = logits, c.logits
+	}
+	c.mu.Unlock()
+	logits.Free()
+}
+
+// Free gives the cache's memory back, once a run under way has ended. It may be called twice.
+func (c *Cache) Free() {
+	c.mu.Lock()
+	ready := !c.freed && c.run == nil
 	c.freed = true
+	c.mu.Unlock()
+	if ready {
+		c.release()
+	}
+}
+
+// release frees what a cache holds that nobody uses any more.
+func (c *Cache) release() {
 	for _, t := range c.tensors {
 		t.Free()
 	}

@@ -84,6 +84,9 @@ func (r *Run) Extend(grow func(*graph.Graph) error, consts []aten.Tensor, end bo
 	if err := grow(r.graph); err != nil {
 		return err
 	}
+	if r.cache != nil && r.machine != nil && len(r.graph.Invokes) != invokes {
+		return fault.New(fault.Graph, "a step of generation has one invoke, which its rows are")
+	}
 	if r.cache != nil && end {
 		r.askForLogits()
 	}
@@ -229,12 +232,20 @@ func (r *Run) bind(s *plan.Schedule) error {
 	return nil
 }
 
+// outlived ends a run whose generation has ended, with an error.
+func (r *Run) outlived() error {
+	if r.freed || r.cache == nil || !r.cache.ended() {
+		return nil
+	}
+	r.Free()
+	return fault.New(fault.Handle, "the generation of this run has ended")
+}
+
 // Step works for about budget and reports whether the run is done; 0 means to the end. A run that
 // failed, or panicked, has freed what it held.
 func (r *Run) Step(budget time.Duration) (done bool, err error) {
-	if r.cache != nil && r.cache.freed { // its keys and values are gone
-		r.Free()
-		return false, fault.New(fault.Handle, "the generation of this run has ended")
+	if err := r.outlived(); err != nil {
+		return false, err
 	}
 	if r.freed {
 		return false, fault.New(fault.Handle, "this run has ended")
@@ -283,12 +294,12 @@ func release(dead []value) {
 // tensors the trees number, which are now the caller's. A tensor saved twice is there once. A second
 // call gives nothing; a run that is not done has no results. One whose program is complete ends here.
 func (r *Run) Results() ([]graph.Result, []aten.Tensor, error) {
+	if err := r.outlived(); err != nil {
+		return nil, nil, err
+	}
 	switch {
 	case r.taken:
 		return nil, nil, nil
-	case r.cache != nil && r.cache.freed && !r.freed:
-		r.Free()
-		return nil, nil, fault.New(fault.Handle, "the generation of this run has ended")
 	case r.freed:
 		return nil, nil, fault.New(fault.Handle, "this run failed or was freed, so it has no results")
 	case !r.machine.Done():
@@ -329,7 +340,10 @@ func (r *Run) Results() ([]graph.Result, []aten.Tensor, error) {
 	}
 	if r.cache != nil && r.end && failed == nil {
 		logits := out[len(out)-1].Value // a tensor that the user saved too is there once
-		r.cache.logits, failed = tensors[logits.Ref].Share()
+		var kept aten.Tensor
+		if kept, failed = tensors[logits.Ref].Share(); failed == nil {
+			r.cache.keep(kept)
+		}
 		if out = out[:len(out)-1]; int(logits.Ref) == len(tensors)-1 && !names(out, logits.Ref) {
 			tensors[logits.Ref].Free()
 			tensors = tensors[:logits.Ref]
@@ -399,6 +413,9 @@ func (r *Run) Free() {
 		t.Free()
 	}
 	r.consts = nil
+	if r.cache != nil {
+		r.cache.leave(r)
+	}
 	r.model.done()
 }
 
