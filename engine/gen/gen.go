@@ -190,7 +190,7 @@ func (g *Generation) End(rows []bool) error {
 
 // repeated gives each row so many times, side by side.
 func repeated(rows [][]int64, times int) [][]int64 {
-	if times <= 1 {
+	if rows == nil || times <= 1 { // there may be no masks
 		return rows
 	}
 	out := make([][]int64, 0, len(rows)*times)

@@ -235,3 +235,63 @@ func TestFilters(t *testing.T) {
 	require.Equal(t, []int64{1, 2}, banned([]int64{1, 2}, 1))
 	require.Nil(t, banned([]int64{1}, 0))
 }
+
+func TestScoresOfTheCallers(t *testing.T) {
+	m := open(t, enginetest.Llama)
+	g, err := New(m, [][]int64{{1, 2, 3}, {4}}, [][]int64{{1, 1, 1}, {1}}, Settings{MaxNewTokens: 5, Returned: 2, EOS: []int64{9}, Pad: 8})
+	require.NoError(t, err)
+	defer g.Free()
+	step := func() aten.Tensor {
+		run, err := g.Begin(&graph.Graph{}, nil, true)
+		require.NoError(t, err)
+		defer run.Free()
+		_, err = run.Step(0)
+		require.NoError(t, err)
+		_, _, err = run.Results()
+		require.NoError(t, err)
+		scores, err := g.Scores()
+		require.NoError(t, err)
+		return scores
+	}
+	scores := step()
+	_, err = g.Scores()
+	require.ErrorContains(t, err, "not come to its end")
+	require.Equal(t, []int64{4, 24}, scores.Shape())
+	data, err := scores.Float32s()
+	require.NoError(t, err)
+	require.Equal(t, data[:24], data[24:48], "the rows of a prompt stand side by side")
+	require.NotEqual(t, data[:24], data[48:72])
+	wrong, err := aten.FromFloat32s(data[:48], 2, 24)
+	require.NoError(t, err)
+	_, _, err = g.Choose(wrong)
+	wrong.Free()
+	require.ErrorContains(t, err, "these scores are [2 24]")
+	for r, id := range []int{9, 5, 6, 7} {
+		data[r*24+id] = 100
+	}
+	changed, err := aten.FromFloat32s(data, 4, 24)
+	require.NoError(t, err)
+	tokens, filtered, err := g.Choose(changed)
+	require.NoError(t, err)
+	require.Equal(t, []int64{9, 5, 6, 7}, tokens)
+	left, err := filtered.Float32s()
+	require.NoError(t, err)
+	require.Equal(t, data, left)
+	filtered.Free()
+	_, _, err = g.Choose(changed)
+	require.ErrorContains(t, err, "no scores were asked for")
+	require.ErrorContains(t, g.End([]bool{true}), "1 rows are told to end or not, and there are 4")
+	require.NoError(t, g.End([]bool{false, true, true, false}))
+	require.False(t, g.Done())
+	scores.Free()
+
+	scores = step()
+	tokens, filtered, err = g.Choose(changed)
+	require.NoError(t, err)
+	require.Equal(t, []int64{8, 8, 8, 7}, tokens)
+	require.NoError(t, g.End([]bool{false, false, false, true}))
+	require.True(t, g.Done())
+	for _, x := range []aten.Tensor{scores, filtered, changed} {
+		x.Free()
+	}
+}

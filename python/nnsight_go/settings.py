@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import positions
+from .drawing import OPTIONS
 from .errors import InputError
 from .positions import here
 
@@ -16,7 +17,8 @@ DEFAULT_NEW_TOKENS = 20
 
 _PLAIN = frozenset(
     """max_new_tokens max_length min_new_tokens min_length do_sample temperature top_k top_p min_p typical_p
-    repetition_penalty no_repeat_ngram_size eos_token_id pad_token_id""".split()
+    repetition_penalty no_repeat_ngram_size eos_token_id pad_token_id
+    num_return_sequences stop_strings""".split()
 )
 
 # Settings that mean nothing here, or whose default value is the only one there is.
@@ -24,9 +26,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "bos_token_id": (),
     "use_cache": (True, None),
     "num_beams": (1, None),
-    "num_return_sequences": (1, None),
     "return_dict_in_generate": (False, None),
-    "output_scores": (False, None),
     "output_hidden_states": (False, None),
     "output_attentions": (False, None),
     "transformers_version": (),
@@ -50,7 +50,7 @@ def collect(given: Mapping[str, Any], directory: Path, prompt: int) -> dict[str,
     for name, value in given.items():
         if name in _PLAIN or (name in _HARMLESS and (not _HARMLESS[name] or value in _HARMLESS[name])):
             continue
-        known = ", ".join(sorted(_PLAIN))
+        known = ", ".join(sorted(_PLAIN | OPTIONS))
         what = f"{name}={value!r}" if name in _HARMLESS else name
         raise InputError(
             f"generate does not take {what} in this version", hint=f"It takes {known}.", **positions.fields(here())
@@ -72,12 +72,22 @@ def collect(given: Mapping[str, Any], directory: Path, prompt: int) -> dict[str,
     ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     sample = bool(chosen.get("do_sample", False))
     pad = chosen.get("pad_token_id")
+    returned = int(_number(chosen, "num_return_sequences", 1))
+    if returned < 1 or (returned > 1 and not sample):
+        why = "rows of a prompt would all be the same" if returned > 1 else "there is no such number of rows"
+        raise InputError(
+            f"num_return_sequences={returned}: {why}",
+            hint="Sample them: do_sample=True." if returned > 1 else "Give 1 or more.",
+            **positions.fields(here()),
+        )
     return {
         "max_new_tokens": new,
         "min_new_tokens": least,
         "eos_token_id": ends,
         "pad_token_id": pad if pad is not None else ends[0] if ends else 0,
         "do_sample": sample,
+        "num_return_sequences": returned,
+        "stop_strings": chosen.get("stop_strings"),
         "temperature": _number(chosen, "temperature", 1.0),
         "top_k": int(_number(chosen, "top_k", 50 if sample else 0)),
         "top_p": _number(chosen, "top_p", 1.0),

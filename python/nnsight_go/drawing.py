@@ -1,0 +1,164 @@
+"""What the program has a say in between a step of a generation and its tokens, called as transformers calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import positions
+from .errors import InputError
+from .positions import here
+from .recorder import current
+
+if TYPE_CHECKING:
+    from .generation import Handle
+
+OPTIONS = frozenset({"logits_processor", "stopping_criteria", "streamer", "output_scores", "tokenizer"})
+
+Rows = list[list[int]]
+
+
+class Drawing:
+    """Draws the tokens of steps, with the user's processors, criteria and streamer.
+
+    Attributes:
+        scores: what tokens were drawn from, float32 ``[batch, vocab]`` a step; None unless asked for.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        """Takes what is meant for it out of the options of ``generate``."""
+        self._processors = _callables("logits_processor", options.pop("logits_processor", None))
+        self._criteria = _callables("stopping_criteria", options.pop("stopping_criteria", None))
+        self.streamer = options.pop("streamer", None)
+        self._tokenizer = options.pop("tokenizer", None)
+        self.scores: list[torch.Tensor] | None = None
+        if options.pop("output_scores", False):
+            self.scores = []
+            options.pop("return_dict_in_generate", None)  # the way there in transformers
+        for verb in ("put", "end"):
+            if self.streamer is not None and not callable(getattr(self.streamer, verb, None)):
+                raise InputError(
+                    f"a {type(self.streamer).__name__} is no streamer: it has no {verb}()",
+                    hint="Give an object like transformers' TextStreamer.",
+                    **positions.fields(here()),
+                )
+
+    def stop_at(self, strings: str | Sequence[str], tokenizer: Callable[[], Any]) -> None:
+        """Ends rows that come to one of these strings.
+
+        Args:
+            strings: one, or several.
+            tokenizer: gives the model's; one that ``generate`` was given goes before.
+        """
+        strings = [strings] if isinstance(strings, str) else list(strings)
+        if not strings or not all(isinstance(s, str) and s for s in strings):
+            raise InputError(
+                f"stop_strings={strings!r} are no strings to stop at",
+                hint="Give a string or a list of strings, none of them empty.",
+                **positions.fields(here()),
+            )
+        self._criteria.insert(0, StopStrings(strings, self._tokenizer or tokenizer()))
+
+    def begin(self, rows: Rows) -> None:
+        """Hands the prompts to the streamer."""
+        if self.streamer is not None:
+            with _aside():
+                self.streamer.put(torch.tensor(rows))
+
+    def draw(self, handle: Handle, rows: Rows, device: torch.device) -> bool:
+        """Draws the tokens of the step that is done, adds them to the rows, and tells whether it was the last."""
+        with _aside():
+            if self._processors or self.scores is not None:
+                tokens, done = self._chosen(handle, rows, device)
+            else:
+                tokens, done = handle.next()
+            for row, token in zip(rows, tokens, strict=True):
+                row.append(token)
+            if self._criteria:
+                done = handle.end(self._ends(torch.tensor(rows, device=device)))
+            if self.streamer is not None:
+                self.streamer.put(torch.tensor(tokens))
+        return done
+
+    def finish(self) -> None:
+        """Tells the streamer that no tokens follow."""
+        if self.streamer is not None:
+            with _aside():
+                self.streamer.end()
+
+    def _chosen(self, handle: Handle, rows: Rows, device: torch.device) -> tuple[list[int], bool]:
+        scores = handle.scores()
+        if self._processors:
+            ids = torch.tensor(rows, device=device)
+            for process in self._processors:
+                scores = process(ids, scores)
+                if not isinstance(scores, torch.Tensor):
+                    raise InputError(
+                        f"a logits processor returned {scores!r}, and scores are a tensor",
+                        hint="End it with `return scores`.",
+                        **positions.fields(here()),
+                    )
+        tokens, done, left = handle.choose(scores)
+        if self.scores is not None:
+            self.scores.append(left)
+        return tokens, done
+
+    def _ends(self, ids: torch.Tensor) -> list[bool]:
+        out = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        scores = None if self.scores is None else tuple(self.scores)
+        for criterion in self._criteria:
+            says = criterion(ids, scores)
+            told = torch.as_tensor(says, device=ids.device).bool()
+            if told.dim() and told.shape != out.shape:
+                raise InputError(
+                    f"a stopping criterion returned a tensor {list(told.shape)} for {len(ids)} rows",
+                    hint="Return True or False, or a tensor with one of them a row.",
+                    **positions.fields(here()),
+                )
+            out |= told
+        found: list[bool] = out.tolist()
+        return found
+
+
+class StopStrings:
+    """True for rows whose last token completes one of some strings; text of the prompt counts as well."""
+
+    def __init__(self, strings: list[str], tokenizer: Any) -> None:
+        self._strings, self._tokenizer = strings, tokenizer
+        # no character takes more than four tokens; decoders change the text of the first ones of a window
+        self._window = 4 * max(map(len, strings)) + 16
+
+    def __call__(self, ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        """As a stopping criterion is called."""
+        return torch.tensor([self._ends(row) for row in ids[:, -self._window :].tolist()], device=ids.device)
+
+    def _ends(self, row: list[int]) -> bool:
+        text, before = (self._tokenizer.decode(part, skip_special_tokens=False) for part in (row, row[:-1]))
+        kept = next((i for i, (a, b) in enumerate(zip(text, before, strict=False)) if a != b), len(before))
+        ends = ((s, text.rfind(s)) for s in self._strings)
+        return any(at >= 0 and at + len(s) > kept for s, at in ends)
+
+
+class _aside:
+    """The user's functions see tensors, and what they compute is no part of a step's recording."""
+
+    def __enter__(self) -> None:
+        self._before, current.recorder = current.recorder, None
+
+    def __exit__(self, *_: object) -> None:
+        current.recorder = self._before
+
+
+def _callables(name: str, given: Any) -> list[Callable[..., Any]]:
+    # transformers' lists of them are callable as well
+    items = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    for item in items:
+        if not callable(item):
+            raise InputError(
+                f"{name} has {type(item).__name__} {item!r}, which cannot be called",
+                hint="Give functions (input_ids, scores), or a list of them.",
+                **positions.fields(here()),
+            )
+    return items
