@@ -6,6 +6,7 @@ The functions are called without the package's own layer, so that nothing is cau
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import pathlib
@@ -208,6 +209,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def lib() -> Iterator[Library]:
     """The library; what a test opens it closes, tensors and handles."""
     library = Library()
+    gc.collect()  # models that other tests have left are not this one's
     before = library.counters()
     yield library
     assert library.counters() == before
