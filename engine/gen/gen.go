@@ -54,7 +54,7 @@ func New(m *host.Native, rows, masks [][]int64, s Settings) (*Generation, error)
 		return nil, err
 	}
 	rows, masks = repeated(rows, s.Returned), repeated(masks, s.Returned)
-	cache, err := m.NewCache(rows, masks, s.MaxNewTokens-1) // the last token is drawn and never fed
+	cache, err := m.NewCache(rows, masks, s.MaxNewTokens)
 	if err != nil {
 		return nil, err
 	}

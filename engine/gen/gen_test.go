@@ -189,7 +189,7 @@ func TestRefused(t *testing.T) {
 		s    Settings
 	}{
 		"0 new tokens":              {[][]int64{{1}}, Settings{}},
-		"30 tokens of prompt and 3": {[][]int64{make([]int64, 30)}, Settings{MaxNewTokens: 4}},
+		"30 tokens of prompt and 4": {[][]int64{make([]int64, 30)}, Settings{MaxNewTokens: 4}},
 		"no prompt":                 {nil, Settings{MaxNewTokens: 4}},
 		"has no tokens":             {[][]int64{{}}, Settings{MaxNewTokens: 4}},
 		"is id 24":                  {[][]int64{{24}}, Settings{MaxNewTokens: 4}},

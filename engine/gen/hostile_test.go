@@ -82,7 +82,7 @@ func TestStepsBringNoRows(t *testing.T) {
 func TestHostileNumbers(t *testing.T) {
 	m := open(t, enginetest.GPT2)
 	_, err := New(m, [][]int64{{1, 2, 3}}, nil, Settings{MaxNewTokens: math.MaxInt64})
-	require.ErrorContains(t, err, "at most 29 new tokens")
+	require.ErrorContains(t, err, "at most 30 new tokens")
 	require.Equal(t, fault.Input, fault.As(err).Code)
 	for _, pad := range []int64{-1, 1 << 40} {
 		g, err := New(m, [][]int64{{1, 2, 3}, {4}}, nil, Settings{MaxNewTokens: 2, Pad: pad, NoRepeatNgram: 1, Repetition: 1.5})

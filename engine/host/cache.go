@@ -35,7 +35,8 @@ type Cache struct {
 	freed bool
 }
 
-// NewCache makes room for the prompts and more tokens a row. It asks for no work of the model.
+// NewCache makes room for the prompts and more tokens a row, 1 or more; the last of them is drawn and never
+// fed back. It asks for no work of the model.
 func (m *Native) NewCache(rows, masks [][]int64, more int) (*Cache, error) {
 	g := &graph.Graph{Invokes: []graph.Invoke{{Rows: rows, Masks: masks}}}
 	if err := graph.Verify(g, m.graphs.Causal, 0); err != nil {
@@ -57,10 +58,10 @@ func (m *Native) NewCache(rows, masks [][]int64, more int) (*Cache, error) {
 	if c.seq == 0 {
 		return nil, fault.New(fault.Input, "there is no prompt").WithHint("Give at least one token.")
 	}
-	c.room = c.seq + int64(more)
-	if context := m.arch.Context(); int64(more) > int64(context)-c.seq { // the sum may overflow
-		return nil, fault.New(fault.Input, "%d tokens of prompt and %d new ones are %d; the model's context holds %d",
-			c.seq, more, uint64(c.seq)+uint64(more), context).WithHint("Shorten the prompt, or ask for at most %d new tokens.", max(int64(context)-c.seq, 0))
+	c.room = c.seq + int64(more) - 1
+	if most := int64(m.arch.Context()) - c.seq + 1; int64(more) > most { // the sum may overflow
+		return nil, fault.New(fault.Input, "%d tokens of prompt and %d new ones are asked for; the model's context holds %d, and the last new one takes none of it",
+			c.seq, more, m.arch.Context()).WithHint("Shorten the prompt, or ask for at most %d new tokens.", max(most, 0))
 	}
 	if int64(len(rows))*c.room > graph.MaxTokens {
 		return nil, fault.New(fault.Input, "%d rows of %d tokens are %d tokens; %d are allowed",

@@ -7,39 +7,44 @@ for another keep their meaning, and a barrier that not everyone reaches is still
 from __future__ import annotations
 
 import collections
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from . import positions
 from .errors import InputError
 from .positions import here
 
-if TYPE_CHECKING:
-    from .recorder import Recorder
-
 
 class Barrier:
     """A barrier of ``n`` invokes: each calls it once, at the point where it would wait for the others."""
 
-    def __init__(self, recorder: Recorder, n: int) -> None:
+    def __init__(self, invoke: Callable[[], int], at_end: list[Callable[[], None]], n: int) -> None:
+        """Makes one.
+
+        Args:
+            invoke: gives the number of the invoke that is open, or a negative one.
+            at_end: what is done at the end of the block, which gains a check of this barrier.
+            n: how many invokes meet.
+        """
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise InputError(
                 f"a barrier is for a number of invokes, not {n!r}",
                 hint="Give how many invokes meet there: tracer.barrier(2).",
                 **positions.fields(here()),
             )
-        self._recorder, self._n, self._place = recorder, n, here()
+        self._invoke, self._n, self._place = invoke, n, here()
         self._reached: collections.Counter[int] = collections.Counter()  # how often, by invoke
-        recorder.at_end.append(self._check)
+        at_end.append(self._check)
 
     def __call__(self) -> None:
         """Says that this invoke has come to the barrier."""
-        if self._recorder.invoke < 0:
+        invoke = self._invoke()
+        if invoke < 0:
             raise InputError(
                 "a barrier is reached by an invoke, and this line stands outside of every invoke",
                 hint="Call it inside `with tracer.invoke(...):`.",
                 **positions.fields(here()),
             )
-        self._reached[self._recorder.invoke] += 1
+        self._reached[invoke] += 1
 
     def _check(self) -> None:
         # it opens when n have come, and nobody comes twice before it does

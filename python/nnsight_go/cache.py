@@ -15,6 +15,7 @@ from .positions import here
 from .structures import Fields, Items
 
 if TYPE_CHECKING:
+    from .generation import StepRecorder
     from .recorder import Recorder
 
 
@@ -153,6 +154,20 @@ class View:
         return f"<{self._path}: {len(self.keys())} entries>"
 
 
+def conversion(
+    device: torch.device | str | None, dtype: torch.dtype | None, detach: bool, non_blocking: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What is done with each value that a cache collects."""
+
+    def convert(value: torch.Tensor) -> torch.Tensor:
+        value = value.detach() if detach else value
+        if dtype is not None and value.dtype.is_floating_point:
+            value = value.to(dtype)
+        return value if device is None else value.to(device, non_blocking=non_blocking)
+
+    return convert
+
+
 def gather(
     rec: Recorder,
     root: Envoy,
@@ -187,6 +202,41 @@ def gather(
     filled: dict[str, Any] = {}
     rec.at_end.append(fill)
     rec.when_done.append(lambda: cache.update(filled))
+    return cache
+
+
+def follow(
+    rec: StepRecorder,
+    root: Envoy,
+    modules: Iterable[Envoy | str] | Envoy | str | None,
+    convert: Callable[[torch.Tensor], torch.Tensor],
+    include_output: bool,
+    include_inputs: bool,
+) -> Cache:
+    """Makes a cache that each step of a generation fills from now on, when it has run."""
+    cache = Cache(root)
+    paths = _paths(root, modules)
+    ports = [port for port, wanted in ((wire.OUTPUT, include_output), (wire.INPUT, include_inputs)) if wanted]
+    first = rec.step
+    entries: dict[str, list[Entry | None]] = {}
+
+    def collect(rec: StepRecorder) -> Callable[[], None]:
+        found: dict[str, Entry | None] = {}
+        for path in paths if rec.step >= first else ():
+            skipped = skipping.skipped(rec, rec.invoke, path) is not None
+            parts = {} if skipped else {port: _value(rec, root, path, port, convert) for port in ports}
+            found[path] = None if skipped else Entry(parts.get(wire.OUTPUT), parts.get(wire.INPUT))
+
+        def add() -> None:
+            for path, entry in found.items():
+                steps = entries.setdefault(path, [])
+                steps.append(entry)
+                if any(steps):
+                    cache["model." + path if path else "model"] = steps[0] if len(steps) == 1 else steps
+
+        return add
+
+    rec.generation.collectors.append(collect)
     return cache
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 
@@ -167,6 +167,18 @@ class Envoy(Placed):
             OutOfOrderError: the module, or one inside it, has already run.
         """
         skipping.skip(self, replacement)
+
+    def next(self, steps: int = 1) -> Self:
+        """Goes on to the next step of a generation, ``model.lm_head.next().output``; gives this module.
+
+        All lines that follow belong to that step, those of other modules too.
+
+        Raises:
+            InputError: there is no generation around this line.
+            OutOfOrderError: the generation ends before that step.
+        """
+        self._recorder("next").advance(steps)
+        return self
 
     @property
     def source(self) -> Source:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from . import _ffi, inputs, positions, saving, settings, torchmap
-from .errors import InputError, NotSavedError
+from . import foreign, positions, saving
+from .barrier import Barrier
+from .cache import Cache, conversion, follow
+from .continuation import Continuation
+from .errors import InputError
 from .generation import Generation, StepRecorder, chosen
 from .loops import Loop
 from .positions import here
@@ -18,40 +21,8 @@ from .recorder import current
 from .stopping import Stop
 
 if TYPE_CHECKING:
+    from .envoy import Envoy
     from .model import LanguageModel
-
-
-class Awaited(torch.Tensor):
-    """The tokens of a generation: a tensor after its block. Using it inside the block runs all steps."""
-
-    _tracer: Generating
-    _wanted: bool
-
-    @staticmethod
-    def _of(tracer: Generating) -> Awaited:
-        out: Any = torch.Tensor._make_subclass(Awaited, torch.empty(0, device="meta"))
-        out._tracer, out._wanted = tracer, False
-        return out  # type: ignore[no-any-return]
-
-    def save(self) -> Awaited:
-        """Keeps the tokens: after the block this object is the tensor, int64 ``[batch, seq]``."""
-        self._wanted = True
-        return self
-
-    @property
-    def value(self) -> Awaited:
-        """The tokens."""
-        return self
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for x in [*args, *(kwargs or {}).values()]:
-            if type(x) is Awaited:
-                x._tracer._await(x)
-        return func(*args, **(kwargs or {}))
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return "<the tokens of a generation>"
 
 
 class Generator:
@@ -61,23 +32,23 @@ class Generator:
     def output(self) -> Any:
         """All tokens, prompts included: int64 ``[batch, seq]``; rows that ended early are filled up."""
         rec = current.recorder
-        if not isinstance(rec, StepRecorder) or rec.generation.tracer is None:
+        if not isinstance(rec, StepRecorder) or rec.generation.input is None:
             raise InputError(
                 "model.generator has a value only inside of a generation",
                 hint="Use it in `with model.generate(prompt, max_new_tokens=...):`.",
                 **positions.fields(here()),
             )
-        return rec.generation.tracer.result
+        return rec.generation.input.result
 
 
 class Steps:
     """``tracer.iter[2:5]``: steps of a generation, by number from 0, which is the prompt."""
 
-    def __init__(self, tracer: Generating) -> None:
-        self._tracer = tracer
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
 
     def __getitem__(self, which: Any) -> Chosen:
-        return Chosen(self._tracer, chosen(which, self._tracer._generation.most))
+        return Chosen(self._generation, chosen(which, self._generation.most))
 
 
 class Chosen:
@@ -87,13 +58,13 @@ class Chosen:
     runs its body once, and what it recorded is replayed at each of them.
     """
 
-    def __init__(self, tracer: Generating, steps: list[int] | range) -> None:
-        self._tracer, self._steps = tracer, steps
+    def __init__(self, generation: Generation, steps: list[int] | range) -> None:
+        self._generation, self._steps = generation, steps
         self._open: Any = None
         self._loop: Loop | None = None
 
     def __iter__(self) -> Iterator[int]:
-        generation = self._tracer._generation
+        generation = self._generation
         for step in self._steps:
             if not generation.run_to(step):
                 return
@@ -103,7 +74,7 @@ class Chosen:
     def __enter__(self) -> int:
         if not self._steps:
             raise InputError("these are no steps", hint="Steps go from 0 on.", **positions.fields(here()))
-        generation = self._tracer._generation
+        generation = self._generation
         frame = sys._getframe(1)
         first = self._steps[0]
         if first < generation.ran:
@@ -137,14 +108,11 @@ class Generating:
     def __init__(self, model: LanguageModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.model = model
         by_name: dict[str, Any] = {k: kwargs.pop(k) for k in ("input_ids", "attention_mask") if k in kwargs}
-        rows, masks = inputs.read(model._tokenizer_for_text, args, by_name)
-        options = settings.collect(kwargs, model.directory, max(map(len, rows)))
-        self._generation = Generation(model._native, rows, masks, options)
-        self._generation.tracer = self
-        self._awaited: list[Awaited] = []
-        self._tokens: torch.Tensor | None = None
-        self._mode: torchmap.Mode | None = None
-        self._used = False
+        self._options = kwargs
+        self._own = Continuation(model, args, by_name, kwargs) if args or by_name else None
+        self._at_end: list[Callable[[], None]] = []
+        self._invokes = 0
+        self._inside = self._used = False
 
     def __enter__(self) -> Generating:
         if current.recorder is not None or self._used:
@@ -153,84 +121,164 @@ class Generating:
                 hint="Call model.generate(...) again.",
                 **positions.fields(here()),
             )
-        self._used = True
+        self._used = self._inside = True
         saving.mount()
-        self._mode = torchmap.Mode()
-        self._mode.__enter__()
-        current.recorder = self._generation.recorder(0)
+        if self._own is not None:
+            self._own.enter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        assert self._mode is not None
-        self._mode.__exit__(kind, error, traceback)
-        stopped = isinstance(error, Stop) and isinstance(error.recorder, StepRecorder)
-        stopped = stopped and error.recorder.generation is self._generation  # type: ignore[union-attr]
-        why = "it was not in use when its step ran"
-        try:
-            if kind is None:
-                self._finish(None)
-            elif stopped:
-                self._finish(max(error.recorder.step + 1, self._generation.ran))  # type: ignore[union-attr]
-            else:
-                why = f"its block was left by {kind.__name__}"
-        except BaseException as e:
-            why = f"its generation failed with {type(e).__name__}"
-            raise
-        finally:
-            current.recorder = None
-            self._generation.close(why)
+        self._inside = False
+        stopped = self._own is not None and self._own.leave(kind, error, traceback)
+        if kind is None or stopped:
+            for act in self._at_end:
+                act()
         return stopped
 
-    def _finish(self, steps: int | None) -> None:
-        if self._tokens is None:
-            self._tokens = self._generation.finish(steps)
-        for awaited in self._awaited:
-            if type(awaited) is Awaited and awaited._wanted:
-                self._adopt(awaited)
-
-    def _await(self, awaited: Awaited) -> None:
-        """Runs all steps, since a line inside the block uses the tokens."""
-        if current.recorder is None:
-            raise NotSavedError(
-                "the tokens of this generation were not saved",
-                hint="Inside the block, keep them: `output = model.generator.output.save()`.",
+    def _recorder(self) -> StepRecorder:
+        """The recording of the step that lines belong to here."""
+        rec = current.recorder
+        if not self._inside or not isinstance(rec, StepRecorder):
+            raise InputError(
+                "this line stands outside of " + ("every invoke" if self._inside else "the generation's block"),
+                hint="Write it into `with tracer.invoke(prompt):`."
+                if self._inside
+                else "Write it into `with model.generate(prompt, max_new_tokens=...) as tracer:`.",
                 **positions.fields(here()),
             )
-        if self._tokens is None:
-            self._tokens = self._generation.finish()
-        self._adopt(awaited)
-
-    def _adopt(self, awaited: Awaited) -> None:
-        assert self._tokens is not None
-        py = _ffi.py()
-        import ctypes
-
-        pointer = (ctypes.c_void_p * 1)(py.nngpy_unwrap(self._tokens))
-        try:
-            py.nngpy_adopt([awaited], pointer, torch.Tensor)
-        finally:
-            py.nngpy_tensor_free(pointer[0])
+        return rec
 
     @property
     def result(self) -> Any:
-        """All tokens, as ``model.generator.output`` gives them."""
-        out = Awaited._of(self)
-        self._awaited.append(out)
-        return out
+        """All tokens, as ``model.generator.output`` gives them: of this invoke, where there are several."""
+        own = self._recorder().generation.input
+        assert own is not None
+        return own.result
+
+    @property
+    def scores(self) -> list[torch.Tensor]:
+        """What tokens were drawn from, one ``[batch, vocab]`` a step that ran, if ``output_scores=True`` asks for it.
+
+        They are as transformers' ``scores``: after all processors and filters. The list stays after the block;
+        in a generation of several invokes each has its own.
+        """
+        generation = self._own.generation if self._own is not None else self._recorder().generation
+        if generation.drawing.scores is None:
+            raise InputError(
+                "this generation keeps no scores",
+                hint="Ask for them: model.generate(..., output_scores=True).",
+                **positions.fields(here()),
+            )
+        return generation.drawing.scores
 
     @property
     def iter(self) -> Steps:
         """Steps by number: ``for step in tracer.iter[2:5]:``, ``with tracer.iter[:]:``."""
-        return Steps(self)
+        return Steps(self._recorder().generation)
 
     def all(self) -> Chosen:
         """Every step: ``tracer.iter[:]``."""
         return self.iter[:]
 
+    def next(self, steps: int = 1) -> Generating:
+        """Goes on to the next step: the lines that follow belong to it.
+
+        Raises:
+            OutOfOrderError: the generation ends before that step.
+        """
+        self._recorder().advance(steps)
+        return self
+
     def stop(self) -> NoReturn:
-        """Leaves the block there and then. The step that the line belongs to still runs, and none after it."""
-        rec = current.recorder
-        assert isinstance(rec, StepRecorder)
-        raise Stop(rec)
+        """Leaves the block there and then. The step that the line belongs to still runs, and none after it.
+
+        In an invoke, it ends that invoke.
+        """
+        raise Stop(self._recorder())
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
+        """Begins one input of the generation: ``with tracer.invoke("Hello"):``.
+
+        Each invoke is continued as if it were alone, to its end; then the next one begins, which may use
+        what the ones before it saved. Prompts of one invoke, a list, are continued together.
+
+        Raises:
+            InputError: the generation has an input of its own, or another invoke is open.
+        """
+        return Invoker(self, args, kwargs)
+
+    def barrier(self, n: int) -> Barrier:
+        """A meeting point of ``n`` invokes: each calls it. Values flow to later invokes without it.
+
+        Raises:
+            InputError: at the end of the block, if it was not reached by all of them.
+        """
+
+        def invoke() -> int:
+            self._recorder()
+            return self._invokes - 1
+
+        return Barrier(invoke, self._at_end, n)
+
+    def cache(
+        self,
+        modules: Iterable[Envoy | str] | Envoy | str | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        include_output: bool = True,
+        include_inputs: bool = False,
+        non_blocking: bool = False,
+    ) -> Cache:
+        """Collects what modules give at this step and all that follow, as it is after all edits.
+
+        Takes what a trace's ``cache`` takes. Where several steps ran, each module has a list of entries,
+        one a step.
+        """
+        convert = conversion(device, dtype, detach, non_blocking)
+        return follow(self._recorder(), self.model, modules, convert, include_output, include_inputs)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        said = f": {foreign.TRACER[name]}" if name in foreign.TRACER else ""
+        raise AttributeError(f"a generation has no {name!r}{said}", name=name, obj=self)
+
+
+class Invoker:
+    """One input of a generation, as a context manager."""
+
+    def __init__(self, tracer: Generating, args: tuple[Any, ...], by_name: dict[str, Any]) -> None:
+        self._tracer = tracer
+        self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, by_name)
+        self._input: Continuation | None = None
+
+    def __enter__(self) -> Invoker:
+        tracer, why = self._tracer, None
+        if not tracer._inside:
+            why, hint = "invokes belong into the block of their generation", "Write them inside of it."
+        elif tracer._own is not None:
+            why = "this generation has an input already, so it takes no invokes"
+            hint = "Write `with model.generate(max_new_tokens=...) as tracer:`, and give each invoke its input."
+        elif current.recorder is not None:
+            why, hint = "an invoke cannot begin inside another one", "End the first one's block before it."
+        elif self._given is None:
+            why, hint = "an invoke is entered once", "Call tracer.invoke(...) again."
+        elif not any(self._given):
+            why = "an invoke of a generation needs an input: each is continued alone, so there is no whole batch"
+            hint = "Give the prompts that belong together to one invoke, as a list."
+        if why is not None:
+            raise InputError(why, hint=hint, **positions.fields(here()))
+        assert self._given is not None
+        (args, by_name), self._given = self._given, None
+        self._input = Continuation(tracer.model, args, by_name, tracer._options)
+        tracer._invokes += 1
+        self._input.enter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        assert self._input is not None
+        return self._input.leave(kind, error, traceback)

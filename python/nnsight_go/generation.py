@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import _ffi, positions, wire
+from .drawing import Drawing
 from .errors import InputError, NnsightError, OutOfOrderError, StepLoopError
 from .native import Run, _pointers
 from .points import Leaf
@@ -20,7 +21,8 @@ from .recorder import _CONST, Invoke, Recorder, _Capture, current
 from .sessions import Living
 
 if TYPE_CHECKING:
-    from .generating import Generating
+    from .continuation import Continuation
+    from .edits import Edit
     from .loops import Loop
     from .native import Native
 
@@ -52,6 +54,27 @@ class Handle:
         out = json.loads(_ffi.call(_ffi.lib().nng_generation_next, self._handle))
         return out["tokens"], out["done"]
 
+    def scores(self) -> torch.Tensor:
+        """The scores of the step that is done, to be changed: the first half of ``next``."""
+        pointer = ctypes.c_void_p()
+        _ffi.check(_ffi.lib().nng_generation_scores, self._handle, ctypes.byref(pointer))
+        return _taken(pointer)
+
+    def choose(self, scores: torch.Tensor) -> tuple[list[int], bool, torch.Tensor]:
+        """The second half of ``next``: draws from scores, and gives what the filters left of them as well."""
+        left = ctypes.c_void_p()
+        with _pointers([scores]) as pointers:
+            given = (self._handle, pointers[0], ctypes.byref(left))
+            out = json.loads(_ffi.call(_ffi.lib().nng_generation_choose, *given))
+        return out["tokens"], out["done"], _taken(left)
+
+    def end(self, rows: list[bool]) -> bool:
+        """Ends rows, and tells whether all have ended."""
+        done = ctypes.c_int32()
+        given = (self._handle, (ctypes.c_int32 * len(rows))(*rows), len(rows), ctypes.byref(done))
+        _ffi.check(_ffi.lib().nng_generation_end, *given)
+        return bool(done.value)
+
     def free(self) -> None:
         """Gives the memory back."""
         _ffi.check(_ffi.lib().nng_generation_free, self._handle)
@@ -64,8 +87,10 @@ class StepRecorder(Recorder):
         super().__init__(generation.native)
         self.generation, self.step = generation, step
         self.living = Living()
-        self.invokes = [Invoke(None)]  # the engine knows the rows
-        self.invoke = 0
+        for edit in generation.edits:
+            self._bring(edit)
+        self.invokes.append(Invoke(None))  # the engine knows the rows
+        self.invoke = len(self.invokes) - 1
         self.in_loop: Place = None  # inside the body of a `with` loop, which is to be replayed
         self._const_of: dict[int, int] = {}  # values of other steps: their nodes here
         self._head = self.native.points["lm_head", wire.INPUT].order
@@ -149,12 +174,37 @@ class StepRecorder(Recorder):
         self.generation.run_to(self.step)
         return super().force(wanted)
 
+    def advance(self, steps: int) -> None:
+        """Makes a later step the one that the lines that follow belong to.
+
+        Raises:
+            OutOfOrderError: the generation ends before that step.
+            StepLoopError: the line stands in the body of a ``with`` loop, recorded once for all its steps.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise InputError(f"next() goes on by a number of steps, not {steps!r}", **positions.fields(here()))
+        if self.in_loop is not None:
+            raise StepLoopError(
+                "next() goes on to another step, and the body of a `with` loop is recorded once for all its steps",
+                hint="Write `for step in tracer.iter[...]:`, whose body runs at every step.",
+                **positions.fields(here()),
+            )
+        generation, step = self.generation, self.step + steps
+        if not generation.run_to(step):
+            raise OutOfOrderError(
+                f"there is no step {step}: the generation ended after {generation.ran} steps",
+                hint="`for step in tracer.iter[...]:` goes through the steps that happen.",
+                **positions.fields(here()),
+            )
+        current.recorder = generation.recorder(step)
+
     def _begin(self, data: bytes, constants: list[torch.Tensor], end: bool) -> Run:
         return self.generation.handle.step(data, constants, end)
 
     def complete(self) -> None:
         """Runs the step to its end. Every value of it that is in use somewhere becomes its tensor."""
         self.conclude()
+        found = [collect(self) for collect in self.generation.collectors]  # in use until the step has run
         self.made, self.metas, self.bound, self._forced = [], {}, {}, (-1, {})  # these hold proxies too
         assert self.living is not None
         named = {id(p) for loop in self.generation.loops for p in loop.named}
@@ -165,21 +215,36 @@ class StepRecorder(Recorder):
             error.step = self.step
             raise
         self.close("its step has run, and it was not in use then")
+        for add in found:
+            add()
 
 
 class Generation:
     """A batch of rows that grow, step by step, with what the program does at each."""
 
-    def __init__(self, native: Native, rows: list[list[int]], masks: Any, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        native: Native,
+        rows: list[list[int]],
+        masks: Any,
+        settings: dict[str, Any],
+        edits: Sequence[Edit] = (),
+        drawing: Drawing | None = None,
+    ) -> None:
         self.native = native
-        self.sizes = len(rows), max(map(len, rows))
+        self.drawing = drawing or Drawing({})
+        self.edits = edits
+        # Each reads values at the end of a step, and gives what is to be done with them once it has run.
+        self.collectors: list[Callable[[StepRecorder], Callable[[], None]]] = []
+        returned = settings["num_return_sequences"]  # rows of each prompt, side by side
+        self.sizes = len(rows) * returned, max(map(len, rows))
         self.most: int = settings["max_new_tokens"]
         pad = settings["pad_token_id"]
-        self.rows = [[pad] * (self.sizes[1] - len(row)) + row for row in rows]
+        self.rows = [[pad] * (self.sizes[1] - len(row)) + row for row in rows for _ in range(returned)]
         self.handle = Handle(native, rows, masks, settings)
         self.ran = 0  # steps that have run
         self.ended = False
-        self.tracer: Generating | None = None
+        self.input: Continuation | None = None
         self.loops: list[Loop] = []
         self.saved: dict[int, Any] = {}
         self._steps: dict[int, StepRecorder] = {}
@@ -215,9 +280,10 @@ class Generation:
             rec = self.recorder(self.ran)
             with self.at(self.ran):
                 rec.complete()
-            tokens, self.ended = self.handle.next()
-            for row, token in zip(self.rows, tokens, strict=True):
-                row.append(token)
+            if self.ran == 0:
+                self.drawing.begin(self.rows)
+            self.ended = True  # if one of the user's functions fails now, nothing follows
+            self.ended = self.drawing.draw(self.handle, self.rows, self.native.device)
             del self._steps[self.ran]
             for loop in self.loops:
                 loop.happened(self.ran)
@@ -227,6 +293,7 @@ class Generation:
     def finish(self, steps: int | None = None) -> torch.Tensor:
         """Runs to the end, or so many steps, and gives all tokens ``[batch, seq]``."""
         self.run_to(self.most if steps is None else steps)
+        self.drawing.finish()
         for loop in self.loops:
             loop.end()
         return torch.tensor(self.rows, device=self.native.device)
@@ -237,6 +304,16 @@ class Generation:
             rec.close(why)
         self._steps, self._held, self.loops, self.saved = {}, [], [], {}
         self.handle.free()
+
+
+def _taken(pointer: ctypes.c_void_p) -> torch.Tensor:
+    """A tensor that the engine gave away."""
+    py = _ffi.py()
+    try:
+        out: torch.Tensor = py.nngpy_wrap(pointer)
+        return out
+    finally:
+        py.nngpy_tensor_free(pointer)
 
 
 def chosen(which: Any, most: int) -> list[int] | range:

@@ -20,6 +20,7 @@ from .native import Native
 from .positions import here
 from .scanning import ScanRecorder
 from .sessions import Session
+from .streaming import TextStream
 from .tokenizer import Tokenizer
 from .tracing import Tracer
 
@@ -170,11 +171,30 @@ class LanguageModel(Envoy):
                 ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``typical_p``,
                 ``repetition_penalty``, ``no_repeat_ngram_size``, ``eos_token_id``, ``pad_token_id``. Those not
                 given are the model's ``generation_config.json``'s. Sampling draws from torch's generator.
+                ``num_return_sequences`` samples so many rows of each prompt, side by side. ``stop_strings`` end
+                rows, and so do ``stopping_criteria``: functions ``(input_ids, scores)`` that give True, or a tensor
+                of it a row. ``logits_processor`` are functions ``(input_ids, scores)`` that give scores.
+                ``streamer`` has ``put(tokens)``, called with the prompts and then each step's tokens, and
+                ``end()``. ``output_scores=True`` fills ``tracer.scores``.
 
         Raises:
             InputError: the input or a setting cannot be used, or there is no room for so many tokens.
         """
         return Generating(self, inputs, settings)
+
+    def stream(self, *inputs: Any, **settings: Any) -> TextStream:
+        """Writes text behind a prompt, in pieces: ``for piece in model.stream("Once", max_new_tokens=50):``.
+
+        A piece is what became certain, at least one character. Closing the stream frees the generation.
+
+        Args:
+            inputs: one prompt.
+            settings: as ``generate`` takes them, and ``skip_special_tokens``, True unless given.
+
+        Raises:
+            InputError: the input or a setting cannot be used, or there is no room for so many tokens.
+        """
+        return TextStream(self, inputs, settings)
 
     @property
     def generator(self) -> Generator:

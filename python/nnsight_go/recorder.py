@@ -562,6 +562,14 @@ class Recorder:
             if proxy._rec is self:
                 self._used(proxy._id)
 
+    def advance(self, steps: int) -> None:
+        """Goes on to a later step. A trace has none."""
+        raise InputError(
+            "a trace runs the model once, so there is no next step",
+            hint="Steps come from `with model.generate(prompt, max_new_tokens=...) as tracer:`.",
+            **positions.fields(here()),
+        )
+
     def conclude(self) -> None:
         """Does what is to be done at the end of the block, before the graph runs."""
         for act in self.at_end:

@@ -10,7 +10,7 @@ import torch
 
 from . import foreign, inputs, positions, saving, sessions, torchmap
 from .barrier import Barrier
-from .cache import Cache, gather
+from .cache import Cache, conversion, gather
 from .errors import InputError
 from .graphs import Graph
 from .positions import here
@@ -131,7 +131,8 @@ class Tracer:
         Raises:
             InputError: at the end of the block, if it was not reached by all of them.
         """
-        return Barrier(self._recorder, n)
+        rec = self._recorder
+        return Barrier(lambda: rec.invoke, rec.at_end, n)
 
     def cache(
         self,
@@ -158,13 +159,7 @@ class Tracer:
         Returns:
             Entries by ``"model."`` and the module's path, filled when the trace ends.
         """
-
-        def convert(value: torch.Tensor) -> torch.Tensor:
-            value = value.detach() if detach else value
-            if dtype is not None and value.dtype.is_floating_point:
-                value = value.to(dtype)
-            return value if device is None else value.to(device, non_blocking=non_blocking)
-
+        convert = conversion(device, dtype, detach, non_blocking)
         return gather(self._recorder, self.model, modules, convert, include_output, include_inputs)
 
     def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
