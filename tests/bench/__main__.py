@@ -62,6 +62,37 @@ def forward_cases(reference: GPT2LMHeadModel, directory: str, rounds: int) -> li
     return rows
 
 
+def generation_cases(reference: GPT2LMHeadModel, directory: str, rounds: int) -> list[dict]:
+    """Greedy generation, plain and with one save and one edit a step."""
+    model = LanguageModel(directory, tokenizer=False, dispatch=True)
+    middle = len(model.transformer.h) // 2
+    prompt, new = torch.randint(0, reference.config.vocab_size, (1, 10)), 40
+    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+
+    def theirs() -> torch.Tensor:
+        return reference.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+
+    def plain(settings: dict = settings) -> torch.Tensor:
+        with model.generate(prompt, **settings):
+            output = model.generator.output.save()
+        return output
+
+    def steps() -> list[torch.Tensor]:
+        with model.generate(prompt, **settings) as tracer:
+            states = list().save()  # noqa: C408
+            with tracer.all():
+                model.transformer.h[middle].output[0][:, -1, :] *= 0.9
+                states.append(model.transformer.h[-1].output[0])
+        return states
+
+    same = "same ids" if torch.equal(plain(), theirs()) else "OTHER IDS"
+    timed = interleave({"theirs": theirs, "plain": plain, "steps": steps}, max(rounds // 3, 3), 1)
+    rows = [row(f"generate, {new} tokens", timed["plain"], timed["theirs"], same)]
+    rows.append(row("one save and one edit a step", timed["steps"], timed["theirs"]))
+    rows.append(row("the same, against our own plain speed", timed["steps"], timed["plain"], "second column: ours"))
+    return rows
+
+
 def opening_cases(directory: str, rounds: int) -> list[dict]:
     """From nothing to a model, and to its first logits, each in a fresh process."""
     runs: dict[str, list[dict]] = {"ours": [], "theirs": []}
@@ -102,6 +133,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         reference = save_model(directory, args.small)
         rows = forward_cases(reference, directory, args.rounds)
+        rows += generation_cases(reference, directory, args.rounds)
         rows += opening_cases(directory, min(args.rounds, 5))
     machine = (
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
