@@ -137,8 +137,9 @@ void nng_tensor_free(void* tensor);
  * different lengths are padded on the left. settings is JSON, with transformers' names:
  * {"max_new_tokens": 20, "min_new_tokens": 0, "eos_token_id": [..], "pad_token_id": 0, "do_sample": false,
  * "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1, "repetition_penalty": 1,
- * "no_repeat_ngram_size": 0, "num_return_sequences": 1}. The last makes so many rows of each prompt,
- * side by side. Sampling draws from torch's default generator. */
+ * "no_repeat_ngram_size": 0, "num_return_sequences": 1, "num_beams": 1, "length_penalty": 1,
+ * "early_stopping": "false", "true" or "never"}. num_return_sequences and num_beams make so many rows of each
+ * prompt, side by side. Sampling draws from torch's default generator. */
 int nng_generation_new(nng_model model, const char* prompt, const char* settings, nng_generation* out, nng_buf* err);
 
 /* Starts the next step: a run as nng_run_new makes one, whose graph has one invoke without rows, which
@@ -147,11 +148,14 @@ int nng_generation_step(nng_generation generation, const uint8_t* graph, int64_t
                         int64_t nconsts, int32_t end, nng_run* out, nng_buf* err);
 
 /* Draws the next token of each row, once the step's run is done and its results are taken: *out is JSON,
- * {"tokens": [..], "done": bool}. A row that has ended goes on with pad_token_id. */
+ * {"tokens": [..], "done": bool}. A row that has ended goes on with pad_token_id. A
+ * beam search adds "rows": [[ids], ..], all tokens of its beams, in whose order the next step has them; with
+ * "done" they are the sequences that it found, num_return_sequences of each prompt. */
 int nng_generation_next(nng_generation generation, nng_buf* out, nng_buf* err);
 
 /* The first half of nng_generation_next, for a caller who changes scores: *tensor [new] is float32
- * [rows, vocab], with repetition_penalty, no_repeat_ngram_size and min_new_tokens applied. */
+ * [rows, vocab], log probabilities in a beam search, with repetition_penalty, no_repeat_ngram_size and
+ * min_new_tokens applied. */
 int nng_generation_scores(nng_generation generation, void** tensor, nng_buf* err);
 
 /* The second half: draws from scores [borrowed], a tensor as nng_generation_scores gave it. *filtered

@@ -248,7 +248,12 @@ def test_what_the_users_functions_do_wrong(made: Made) -> None:
         ({"stop_strings": [""]}, InputError, "no strings to stop at"),
         ({"num_return_sequences": 3}, InputError, "would all be the same"),
         ({"num_return_sequences": 0}, InputError, "no such number"),
-        ({"num_beams": 2}, InputError, "does not take num_beams=2 in this version"),
+        ({"num_beams": 0}, InputError, "num_beams=0 says nothing"),
+        ({"num_beams": 2, "early_stopping": "soon"}, InputError, "early_stopping='soon' says nothing"),
+        ({"num_beams": 2, "do_sample": True}, InputError, "a beam search does not sample"),
+        ({"num_beams": 2, "num_return_sequences": 3}, InputError, "num_return_sequences is 3, and there are 2 beams"),
+        ({"num_beams": 2, "streamer": Seen()}, InputError, "a beam search takes no streamer"),
+        ({"num_beams": 2, "stopping_criteria": fails}, InputError, "takes no stopping_criteria and stop_strings"),
     ]:
         with pytest.raises(error, match=says):
             run(**given)
@@ -299,3 +304,72 @@ def test_return_sequences_are_transformers(made: Made) -> None:
     assert torch.equal(ids, want)
     assert ids.shape[0] == hidden.shape[0] == first.shape[0] == 9
     assert len({tuple(row) for row in ids[:3].tolist()}) == 3
+
+
+MANY_ENDS = {"eos_token_id": list(range(0, 61, 4)), "pad_token_id": 60}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 4},
+        {"num_beams": 3, "num_return_sequences": 3},
+        {"num_beams": 4, **MANY_ENDS},
+        {"num_beams": 4, "num_return_sequences": 2, "early_stopping": True, **MANY_ENDS},
+        {"num_beams": 3, "early_stopping": "never", "length_penalty": 2.0, **MANY_ENDS},
+        {"num_beams": 3, "num_return_sequences": 3, "length_penalty": -1.0, **MANY_ENDS},
+        {"num_beams": 2, "length_penalty": 0.0, "min_new_tokens": 6, **MANY_ENDS},
+        {"num_beams": 4, "eos_token_id": 17, "pad_token_id": 0, "num_return_sequences": 4, "length_penalty": 0.2},
+        {"num_beams": 3, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2, **MANY_ENDS},
+        {"num_beams": 3, "logits_processor": [shift, lessen], "num_return_sequences": 3},
+    ],
+    ids=lambda s: "-".join(k.removeprefix("num_") for k in s if "token_id" not in k),
+)
+@pytest.mark.parametrize("rows", [[IDS], RAGGED], ids=["one", "ragged"])
+def test_beams_are_transformers(made: Made, rows: list[list[int]], settings: dict[str, Any]) -> None:
+    model, theirs = made
+    settings = {"max_new_tokens": 14, "pad_token_id": 0} | settings
+    changed = dict(settings)
+    if "logits_processor" in settings:
+        changed["logits_processor"] = transformers.LogitsProcessorList(settings["logits_processor"])
+    want: Any = theirs_generate(theirs, rows, output_scores=True, return_dict_in_generate=True, **changed)
+    with model.generate(rows, output_scores=True, **settings) as tracer:
+        ids = model.generator.output.save()
+    assert ids.tolist() == want.sequences.tolist()
+    assert len(tracer.scores) == len(want.scores)
+    for mine, theirs_one in zip(tracer.scores, want.scores, strict=True):
+        torch.testing.assert_close(mine, theirs_one, rtol=1e-4, atol=1e-3)
+
+
+def test_beams_are_rows_of_every_step(made: Made) -> None:
+    model, theirs = made
+
+    def halve(module: Any, args: Any, output: Any) -> Any:
+        return output * 0.5
+
+    handle = blocks(theirs)[1].register_forward_hook(halve)
+    try:
+        want = theirs_generate(theirs, RAGGED, max_new_tokens=10, num_beams=3)
+    finally:
+        handle.remove()
+    sizes = []
+    with model.generate(RAGGED, max_new_tokens=10, num_beams=3, pad_token_id=0) as tracer:
+        for step in tracer.iter[:]:
+            hidden = blocks(model)[1].output[0]
+            hidden[:] *= 0.5
+            sizes.append((tuple(hidden.shape), tuple(model.lm_head.output.shape)))
+            assert step == len(sizes) - 1
+        ids = tracer.result.save()
+    assert sizes == [((9, 5, 48), (9, 1, 61))] + [((9, 1, 48), (9, 1, 61))] * 9
+    assert torch.equal(ids, want)
+    assert not torch.equal(ids, theirs_generate(theirs, RAGGED, max_new_tokens=10, num_beams=3))
+
+
+def test_beams_of_a_real_model(real: Real) -> None:
+    model, theirs, tokenizer = real
+    ids = tokenizer("Once upon a time", return_tensors="pt")
+    settings: dict[str, Any] = {"max_new_tokens": 60, "num_beams": 4, "num_return_sequences": 2, "do_sample": False}
+    want = theirs.generate(**ids, **settings)
+    with model.generate("Once upon a time", **settings):
+        output = model.generator.output.save()
+    assert torch.equal(output, want)

@@ -1,6 +1,8 @@
 package gen
 
 import (
+	"slices"
+
 	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
@@ -28,6 +30,12 @@ func (s *Settings) check() error {
 		return bad("no_repeat_ngram_size", s.NoRepeatNgram, 0, "the length")
 	case s.MinNewTokens < 0:
 		return bad("min_new_tokens", s.MinNewTokens, 0, "max_new_tokens")
+	case s.Beams > 1 && s.Sample:
+		return fault.New(fault.Input, "a beam search does not sample in this version").WithHint("Give num_beams=1, or do_sample=False.")
+	case s.Beams > 1 && s.Returned > s.Beams:
+		return fault.New(fault.Input, "num_return_sequences is %d, and there are %d beams", s.Returned, s.Beams).WithHint("Give at most num_beams.")
+	case s.Beams > 1 && !slices.Contains([]string{"true", "false", "never"}, s.EarlyStopping):
+		return fault.New(fault.Input, "early_stopping is %q", s.EarlyStopping).WithHint("It is true, false or never.")
 	}
 	return nil
 }
@@ -71,6 +79,9 @@ func (g *Generation) scored(logits aten.Tensor) (aten.Tensor, error) {
 	s := &scores{}
 	s.t, s.err = call("aten::select.int", aten.TensorValue(logits), aten.IntValue(1), aten.IntValue(-1))
 	s.float32()
+	if g.beams != nil {
+		s.set("aten::log_softmax.int", aten.TensorValue(s.t), aten.IntValue(-1))
+	}
 	if s.err == nil {
 		s.err = g.process(s)
 	}

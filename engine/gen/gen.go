@@ -30,6 +30,9 @@ type Settings struct {
 	Repetition    float64 `json:"repetition_penalty"`
 	NoRepeatNgram int     `json:"no_repeat_ngram_size"`
 	Returned      int     `json:"num_return_sequences"` // rows of each prompt, side by side; 0 is 1
+	Beams         int     `json:"num_beams"`            // more than 1: beam search, with so many rows of each prompt
+	LengthPenalty float64 `json:"length_penalty"`       // the power of a length that scores of beams are divided by
+	EarlyStopping string  `json:"early_stopping"`       // "true", "false" or "never", as transformers has it
 }
 
 // Generation is a batch of rows that grow.
@@ -43,6 +46,7 @@ type Generation struct {
 	step     int
 	vocab    int64 // scores of a row, once [Generation.Scores] gave some that wait for [Generation.Choose]
 	done     bool
+	beams    *beams // of a beam search
 }
 
 // New begins a generation. Rows of different lengths are padded on the left.
@@ -53,12 +57,15 @@ func New(m *host.Native, rows, masks [][]int64, s Settings) (*Generation, error)
 	if err := s.check(); err != nil {
 		return nil, err
 	}
-	rows, masks = repeated(rows, s.Returned), repeated(masks, s.Returned)
+	rows, masks = repeated(rows, max(s.Returned, s.Beams)), repeated(masks, max(s.Returned, s.Beams))
 	cache, err := m.NewCache(rows, masks, s.MaxNewTokens)
 	if err != nil {
 		return nil, err
 	}
 	g := &Generation{cache: cache, settings: s, ended: make([]bool, len(rows))}
+	if s.Beams > 1 {
+		g.beams = newBeams(s.Beams, len(rows)/s.Beams)
+	}
 	for _, row := range rows {
 		g.prompt = max(g.prompt, len(row))
 	}
@@ -146,11 +153,13 @@ func (g *Generation) Choose(given aten.Tensor) ([]int64, aten.Tensor, error) {
 	if err != nil {
 		return nil, filtered, err
 	}
-	tokens, err := g.pick(filtered)
-	if err == nil {
-		g.vocab = 0
+	var tokens []int64
+	if g.beams != nil {
+		tokens, err = g.search(filtered)
+	} else if tokens, err = g.pick(filtered); err == nil {
 		err = g.append(tokens)
 	}
+	g.vocab = 0
 	if err != nil {
 		filtered.Free()
 		return nil, aten.Tensor{}, err
@@ -176,8 +185,33 @@ func (g *Generation) append(tokens []int64) error {
 	return g.cache.Append(tokens)
 }
 
+// search goes on with a beam search: rows become those that go on, or, at the end, those that it found.
+func (g *Generation) search(logProbs aten.Tensor) ([]int64, error) {
+	parents, tokens, over, err := g.advance(logProbs)
+	if err != nil {
+		return nil, err
+	}
+	g.step++
+	rows := make([][]int64, len(parents))
+	for r, p := range parents {
+		rows[r] = append(slices.Clone(g.rows[p]), tokens[r])
+	}
+	g.rows = rows
+	if g.done = over; over {
+		g.rows = g.sequences()
+		return tokens, nil
+	}
+	if err := g.cache.Reorder(parents); err != nil {
+		return nil, err
+	}
+	return tokens, g.cache.Append(tokens)
+}
+
 // End ends rows, as one of the tokens that do so would have; others stay as they are.
 func (g *Generation) End(rows []bool) error {
+	if g.beams != nil {
+		return fault.New(fault.Input, "rows of a beam search end by eos_token_id alone")
+	}
 	if len(rows) != len(g.rows) {
 		return fault.New(fault.Input, "%d rows are told to end or not, and there are %d", len(rows), len(g.rows))
 	}
@@ -205,10 +239,14 @@ func repeated(rows [][]int64, times int) [][]int64 {
 // Done reports whether all rows have ended, or have all tokens that were asked for.
 func (g *Generation) Done() bool { return g.done }
 
+// Searches reports whether this is a beam search.
+func (g *Generation) Searches() bool { return g.beams != nil }
+
 // Stop ends the generation before its time.
 func (g *Generation) Stop() { g.done = true }
 
-// Rows gives all tokens, prompts and padding included.
+// Rows gives all tokens, prompts and padding included. Those of a beam search are its beams until it is
+// done, and then the best it found, Returned of each prompt.
 func (g *Generation) Rows() [][]int64 { return g.rows }
 
 // Free gives the memory back. It may be called twice.

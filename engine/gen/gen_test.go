@@ -1,8 +1,10 @@
 package gen
 
 import (
+	"cmp"
 	"math"
 	"os"
+	"slices"
 	"testing"
 
 	"github.com/nnsight-go/nnsight-go/engine/aten"
@@ -194,6 +196,9 @@ func TestRefused(t *testing.T) {
 		"has no tokens":             {[][]int64{{}}, Settings{MaxNewTokens: 4}},
 		"is id 24":                  {[][]int64{{24}}, Settings{MaxNewTokens: 4}},
 		"top_p is 2":                {[][]int64{{1}}, Settings{MaxNewTokens: 4, TopP: 2}},
+		"does not sample":           {[][]int64{{1}}, Settings{MaxNewTokens: 4, Beams: 2, Sample: true}},
+		"there are 2 beams":         {[][]int64{{1}}, Settings{MaxNewTokens: 4, Beams: 2, Returned: 3}},
+		"early_stopping is":         {[][]int64{{1}}, Settings{MaxNewTokens: 4, Beams: 2}},
 	} {
 		_, err := New(m, c.rows, nil, c.s)
 		require.ErrorContains(t, err, says)
@@ -293,5 +298,49 @@ func TestScoresOfTheCallers(t *testing.T) {
 	require.True(t, g.Done())
 	for _, x := range []aten.Tensor{scores, filtered, changed} {
 		x.Free()
+	}
+}
+
+func TestBeamsFindTheBest(t *testing.T) {
+	for name, config := range configs {
+		m := open(t, config)
+		logProbs := func(row []int64) []float64 {
+			logits := whole(t, m, [][]int64{row}, "lm_head", "")
+			p := probabilities(logits[len(logits)-24:])
+			for i := range p {
+				p[i] = math.Log(p[i])
+			}
+			return p
+		}
+		// with as many beams as there are tokens, two steps leave nothing out
+		prompts := [][]int64{{1, 2, 3}, {4}}
+		g, err := New(m, prompts, nil, Settings{MaxNewTokens: 2, Beams: 24, Returned: 2, LengthPenalty: 1, EarlyStopping: "false"})
+		require.NoError(t, err)
+		for !g.Done() {
+			tokens, err := g.Plain()
+			require.NoError(t, err)
+			require.Len(t, tokens, 48)
+		}
+		require.ErrorContains(t, g.End(make([]bool, 48)), "eos_token_id alone")
+		got := g.Rows()
+		g.Free()
+		require.Len(t, got, 4)
+		for p, prompt := range prompts {
+			type pair struct {
+				score float64
+				row   []int64
+			}
+			var all []pair
+			for a, first := range logProbs(prompt) {
+				row := append(append([]int64{}, prompt...), int64(a))
+				for b, second := range logProbs(row) {
+					all = append(all, pair{first + second, append(append([]int64{}, row...), int64(b))})
+				}
+			}
+			slices.SortFunc(all, func(x, y pair) int { return cmp.Compare(y.score, x.score) })
+			for k := range 2 {
+				require.Equal(t, all[k].row, got[2*p+k][5-len(all[k].row):], name)
+			}
+		}
 	}
 }

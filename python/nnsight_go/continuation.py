@@ -69,6 +69,8 @@ class Continuation:
         chosen = settings.collect(options, model.directory, max(map(len, rows)))
         if strings := chosen.pop("stop_strings"):
             drawing.stop_at(strings, model._tokenizer_for_text)
+        if chosen["num_beams"] > 1:
+            drawing.alone()
         self.generation = Generation(model._native, rows, masks, chosen, model._edits, drawing)
         self.generation.input = self
         self._awaited: list[Awaited] = []

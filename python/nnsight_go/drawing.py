@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,20 @@ if TYPE_CHECKING:
 OPTIONS = frozenset({"logits_processor", "stopping_criteria", "streamer", "output_scores", "tokenizer"})
 
 Rows = list[list[int]]
+
+
+class Drawn(NamedTuple):
+    """What a step gave.
+
+    Attributes:
+        tokens: one a row.
+        done: whether it was the last step.
+        rows: in a beam search all tokens of its beams, or at the end of what it found.
+    """
+
+    tokens: list[int]
+    done: bool
+    rows: Rows | None = None
 
 
 class Drawing:
@@ -61,6 +75,16 @@ class Drawing:
             )
         self._criteria.insert(0, StopStrings(strings, self._tokenizer or tokenizer()))
 
+    def alone(self) -> None:
+        """Raises where a beam search, whose rows are others at each step, cannot call what was given."""
+        for name, given in (("streamer", self.streamer), ("stopping_criteria and stop_strings", self._criteria)):
+            if given:
+                raise InputError(
+                    f"a beam search takes no {name} in this version",
+                    hint="Leave it out, or give num_beams=1.",
+                    **positions.fields(here()),
+                )
+
     def begin(self, rows: Rows) -> None:
         """Hands the prompts to the streamer."""
         if self.streamer is not None:
@@ -70,16 +94,18 @@ class Drawing:
     def draw(self, handle: Handle, rows: Rows, device: torch.device) -> bool:
         """Draws the tokens of the step that is done, adds them to the rows, and tells whether it was the last."""
         with _aside():
-            if self._processors or self.scores is not None:
-                tokens, done = self._chosen(handle, rows, device)
+            plain = not self._processors and self.scores is None
+            drawn = handle.next() if plain else self._chosen(handle, rows, device)
+            if drawn.rows is not None:
+                rows[:] = drawn.rows
             else:
-                tokens, done = handle.next()
-            for row, token in zip(rows, tokens, strict=True):
-                row.append(token)
+                for row, token in zip(rows, drawn.tokens, strict=True):
+                    row.append(token)
+            done = drawn.done
             if self._criteria:
                 done = handle.end(self._ends(torch.tensor(rows, device=device)))
             if self.streamer is not None:
-                self.streamer.put(torch.tensor(tokens))
+                self.streamer.put(torch.tensor(drawn.tokens))
         return done
 
     def finish(self) -> None:
@@ -88,7 +114,7 @@ class Drawing:
             with _aside():
                 self.streamer.end()
 
-    def _chosen(self, handle: Handle, rows: Rows, device: torch.device) -> tuple[list[int], bool]:
+    def _chosen(self, handle: Handle, rows: Rows, device: torch.device) -> Drawn:
         scores = handle.scores()
         if self._processors:
             ids = torch.tensor(rows, device=device)
@@ -100,10 +126,10 @@ class Drawing:
                         hint="End it with `return scores`.",
                         **positions.fields(here()),
                     )
-        tokens, done, left = handle.choose(scores)
+        drawn, left = handle.choose(scores)
         if self.scores is not None:
             self.scores.append(left)
-        return tokens, done
+        return drawn
 
     def _ends(self, ids: torch.Tensor) -> list[bool]:
         out = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _ffi, positions, wire
-from .drawing import Drawing
+from .drawing import Drawing, Drawn
 from .errors import InputError, NnsightError, OutOfOrderError, StepLoopError
 from .native import Run, _pointers
 from .points import Leaf
@@ -49,10 +49,9 @@ class Handle:
             _ffi.check(_ffi.lib().nng_generation_step, self._handle, *given, ctypes.byref(run))
         return Run(run.value)
 
-    def next(self) -> tuple[list[int], bool]:
-        """Draws the tokens of the step that is done, and tells whether it was the last."""
-        out = json.loads(_ffi.call(_ffi.lib().nng_generation_next, self._handle))
-        return out["tokens"], out["done"]
+    def next(self) -> Drawn:
+        """Draws the tokens of the step that is done."""
+        return Drawn(**json.loads(_ffi.call(_ffi.lib().nng_generation_next, self._handle)))
 
     def scores(self) -> torch.Tensor:
         """The scores of the step that is done, to be changed: the first half of ``next``."""
@@ -60,13 +59,13 @@ class Handle:
         _ffi.check(_ffi.lib().nng_generation_scores, self._handle, ctypes.byref(pointer))
         return _taken(pointer)
 
-    def choose(self, scores: torch.Tensor) -> tuple[list[int], bool, torch.Tensor]:
+    def choose(self, scores: torch.Tensor) -> tuple[Drawn, torch.Tensor]:
         """The second half of ``next``: draws from scores, and gives what the filters left of them as well."""
         left = ctypes.c_void_p()
         with _pointers([scores]) as pointers:
             given = (self._handle, pointers[0], ctypes.byref(left))
             out = json.loads(_ffi.call(_ffi.lib().nng_generation_choose, *given))
-        return out["tokens"], out["done"], _taken(left)
+        return Drawn(**out), _taken(left)
 
     def end(self, rows: list[bool]) -> bool:
         """Ends rows, and tells whether all have ended."""
@@ -236,11 +235,11 @@ class Generation:
         self.edits = edits
         # Each reads values at the end of a step, and gives what is to be done with them once it has run.
         self.collectors: list[Callable[[StepRecorder], Callable[[], None]]] = []
-        returned = settings["num_return_sequences"]  # rows of each prompt, side by side
-        self.sizes = len(rows) * returned, max(map(len, rows))
+        each = max(settings["num_return_sequences"], settings["num_beams"])  # rows of each prompt, side by side
+        self.sizes = len(rows) * each, max(map(len, rows))
         self.most: int = settings["max_new_tokens"]
         pad = settings["pad_token_id"]
-        self.rows = [[pad] * (self.sizes[1] - len(row)) + row for row in rows for _ in range(returned)]
+        self.rows = [[pad] * (self.sizes[1] - len(row)) + row for row in rows for _ in range(each)]
         self.handle = Handle(native, rows, masks, settings)
         self.ran = 0  # steps that have run
         self.ended = False

@@ -171,7 +171,9 @@ class LanguageModel(Envoy):
                 ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``typical_p``,
                 ``repetition_penalty``, ``no_repeat_ngram_size``, ``eos_token_id``, ``pad_token_id``. Those not
                 given are the model's ``generation_config.json``'s. Sampling draws from torch's generator.
-                ``num_return_sequences`` samples so many rows of each prompt, side by side. ``stop_strings`` end
+                ``num_beams`` searches with so many beams, rows of their prompt side by side at each step
+                (``length_penalty``, ``early_stopping``; not with ``do_sample``). ``num_return_sequences`` gives so
+                many sampled rows of each prompt, side by side, or so many of its beams. ``stop_strings`` end
                 rows, and so do ``stopping_criteria``: functions ``(input_ids, scores)`` that give True, or a tensor
                 of it a row. ``logits_processor`` are functions ``(input_ids, scores)`` that give scores.
                 ``streamer`` has ``put(tokens)``, called with the prompts and then each step's tokens, and

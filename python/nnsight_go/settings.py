@@ -18,14 +18,14 @@ DEFAULT_NEW_TOKENS = 20
 _PLAIN = frozenset(
     """max_new_tokens max_length min_new_tokens min_length do_sample temperature top_k top_p min_p typical_p
     repetition_penalty no_repeat_ngram_size eos_token_id pad_token_id
-    num_return_sequences stop_strings""".split()
+    num_return_sequences stop_strings
+    num_beams length_penalty early_stopping""".split()
 )
 
 # Settings that mean nothing here, or whose default value is the only one there is.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "bos_token_id": (),
     "use_cache": (True, None),
-    "num_beams": (1, None),
     "return_dict_in_generate": (False, None),
     "output_hidden_states": (False, None),
     "output_attentions": (False, None),
@@ -73,11 +73,20 @@ def collect(given: Mapping[str, Any], directory: Path, prompt: int) -> dict[str,
     sample = bool(chosen.get("do_sample", False))
     pad = chosen.get("pad_token_id")
     returned = int(_number(chosen, "num_return_sequences", 1))
-    if returned < 1 or (returned > 1 and not sample):
+    beams = int(_number(chosen, "num_beams", 1))
+    early = chosen.get("early_stopping") or False
+    if beams < 1 or early not in (True, False, "never"):
+        what = f"num_beams={beams}" if beams < 1 else f"early_stopping={early!r}"
+        raise InputError(
+            f"{what} says nothing about a beam search",
+            hint="Give num_beams, 1 or more, and early_stopping=True, False or 'never'.",
+            **positions.fields(here()),
+        )
+    if returned < 1 or (returned > 1 and not sample and beams == 1):
         why = "rows of a prompt would all be the same" if returned > 1 else "there is no such number of rows"
         raise InputError(
             f"num_return_sequences={returned}: {why}",
-            hint="Sample them: do_sample=True." if returned > 1 else "Give 1 or more.",
+            hint="Sample them, do_sample=True, or give num_beams." if returned > 1 else "Give 1 or more.",
             **positions.fields(here()),
         )
     return {
@@ -87,6 +96,9 @@ def collect(given: Mapping[str, Any], directory: Path, prompt: int) -> dict[str,
         "pad_token_id": pad if pad is not None else ends[0] if ends else 0,
         "do_sample": sample,
         "num_return_sequences": returned,
+        "num_beams": beams,
+        "length_penalty": _number(chosen, "length_penalty", 1.0),
+        "early_stopping": str(early).lower(),
         "stop_strings": chosen.get("stop_strings"),
         "temperature": _number(chosen, "temperature", 1.0),
         "top_k": int(_number(chosen, "top_k", 50 if sample else 0)),
