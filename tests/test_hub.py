@@ -329,6 +329,9 @@ def test_built_in_models(server: hubserver.HubServer, tmp_path: Path, monkeypatc
     (tmp_path / "card.md").touch()
     assert hub.built_in_models() == ["nnsight-go/landmarks"]
     assert hub.resolve("nnsight-go/landmarks") == tmp_path / "landmarks"
+    for name in ("nnsight-go/", "nnsight-go/..", "nnsight-go/landmarks/", "nnsight-go/../" + tmp_path.name):
+        with pytest.raises(ModelLoadError):
+            hub.resolve(name)
     assert not server.requests
 
 

@@ -80,8 +80,8 @@ def resolve(
     directory = Path(text).expanduser()
     if text and directory.is_dir():
         return directory
-    if text.startswith(BUILT_IN) and (built_in := _built_in_root() / text.removeprefix(BUILT_IN)).is_dir():
-        return built_in
+    if text in built_in_models():
+        return _built_in_root() / text.removeprefix(BUILT_IN)
     if not isinstance(name, str) or _is_path(text):
         _no_directory(text, directory)
     if not _REPO.fullmatch(text) or ".." in text or "--" in text:

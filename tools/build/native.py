@@ -268,7 +268,7 @@ def tokenizers() -> pathlib.Path:
 def go_sources() -> list[pathlib.Path]:
     """Every file that may go into the Go library: all Go packages, and what lies beside their files."""
     found: list[pathlib.Path] = []
-    for top in ("capi", "engine", "internal", "pybind", "python", "go.mod", "go.sum"):
+    for top in ("capi", "engine", "internal", "pybind", "go.mod", "go.sum"):
         for path in [ROOT / top, *(ROOT / top).rglob("*")]:
             beside = top in ("capi", "engine", "internal") and "testdata" not in path.parts
             if (beside or path.suffix in (".go", ".h", ".mod", ".sum")) and path.is_file():
