@@ -205,12 +205,12 @@ def small():
 want, before = small(), _ffi.counters()
 try:
     print("running", flush=True)
-    if sys.argv[2] == "end":
+    for _ in range(20):  # so that the signal finds a forward pass, however late it comes
         with model.trace([[7] * 1000] * 4):
-            out = model.lm_head.output.save()
-    elif sys.argv[2] == "value":
-        with model.trace([[7] * 1000] * 4):
-            out = float(model.lm_head.output.sum())
+            if sys.argv[2] == "end":
+                out = model.lm_head.output.save()
+            else:
+                out = float(model.lm_head.output.sum())
     print("finished", flush=True)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
