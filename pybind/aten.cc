@@ -1,6 +1,7 @@
 #include "aten.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/version.h>
 #include <unistd.h>
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "indexing.h"
+#include "linear.h"
 #include "overload.h"
 #include "values.h"
 
@@ -25,6 +27,8 @@ using c10::IValue;
 using nng::as_tensor;
 
 std::atomic<int64_t> live{0};
+
+const int threads_at_load = at::get_num_threads();
 
 char* copy_text(const char* text) {
   size_t n = std::strlen(text) + 1;
@@ -318,6 +322,8 @@ int nnga_index_set(void* self, const nnga_val* index, const nnga_val* value, cha
     }
   });
 }
+
+void nnga_keep_threads(void) { at::set_num_threads(threads_at_load); }
 
 int32_t nnga_grad_enabled(void) { return at::GradMode::is_enabled(); }
 

@@ -87,6 +87,9 @@ int nnga_op_call(void* op, const nnga_val* args, int64_t nargs, int64_t nkw, con
 int nnga_index_get(void* self, const nnga_val* index, void** out, char** err);
 int nnga_index_set(void* self, const nnga_val* index, const nnga_val* value, char** err);
 
+/* Gives torch the number of threads that it had when this library was loaded. */
+void nnga_keep_threads(void);
+
 /* The thread's autograd switches. */
 int32_t nnga_grad_enabled(void);
 void nnga_set_grad_enabled(int32_t on);

@@ -767,6 +767,40 @@ def test_a_process_ends_with_nothing_held(directory: pathlib.Path) -> None:
     assert ran.stdout.split() == ["done", "2"]
 
 
+@pytest.mark.parametrize("threads", [None, 1, 3])
+def test_loading_leaves_torch_its_threads(threads: int | None) -> None:
+    script = """if True:
+        import sys, torch
+        if len(sys.argv) > 1:
+            torch.set_num_threads(int(sys.argv[1]))
+        from nnsight_go import _ffi
+        _ffi.lib()
+        (torch.randn(512, 512) @ torch.randn(512, 512)).sum()
+        print(torch.get_num_threads())
+    """
+    here = pathlib.Path(__file__).parent
+    given = [str(threads)] if threads else []
+    path = os.pathsep.join([str(here.parent / "python"), os.environ.get("PYTHONPATH", "")])
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    ran = subprocess.run(
+        [sys.executable, "-c", script, *given],
+        capture_output=True,
+        text=True,
+        env={**environment, "PYTHONPATH": path},
+    )
+    assert ran.returncode == 0, ran.stderr
+    want = threads or int(
+        subprocess.run(
+            [sys.executable, "-c", "import torch; print(torch.get_num_threads())"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
+        ).stdout
+    )
+    assert int(ran.stdout) == want
+
+
 def test_concurrent_use(lib: Library, model: int) -> None:
     failures: list[Any] = []
 

@@ -1,6 +1,7 @@
 package aten
 
 import (
+	"math"
 	"os"
 	"runtime"
 	"strings"
@@ -245,6 +246,68 @@ func TestFindConcurrently(t *testing.T) {
 		})
 	}
 	wait.Wait()
+}
+
+// A single row has a kernel of its own; it gives what aten::linear gives, of which each output is a sum
+// in another order.
+func TestLinearOfOneRow(t *testing.T) {
+	ours, err := Find("nng::linear")
+	require.NoError(t, err)
+	theirs, err := Find("aten::linear.default")
+	require.NoError(t, err)
+	made := func(name string, args ...Value) Value {
+		x, err := run(name, args...)
+		require.NoError(t, err)
+		t.Cleanup(func() { x.Free() })
+		return TensorValue(x)
+	}
+	double := Value{Kind: graph.ArgDType, S: "float64"}
+	for _, dtype := range []string{"float32", "bfloat16", "float64"} {
+		tolerance := map[string]float64{"float32": 2e-6, "bfloat16": 2e-2, "float64": 1e-12}[dtype]
+		for _, sizes := range [][2]int64{{1, 1}, {3, 5}, {64, 64}, {65, 129}, {768, 768}, {2304, 768}, {7, 4000}, {5003, 3}} {
+			for variant := range 8 {
+				out, in := sizes[0], sizes[1]
+				normal := func(sizes ...int64) Value {
+					x := made("aten::randn", IntsValue(sizes...))
+					return made("aten::to.dtype", x, Value{Kind: graph.ArgDType, S: dtype})
+				}
+				x, w, bias := normal(1, 1, in), normal(out, in), Value{Kind: graph.ArgNone}
+				if variant&1 != 0 {
+					w = made("aten::t", normal(in, out))
+				}
+				if variant&2 != 0 {
+					bias = normal(out)
+				}
+				if variant&4 != 0 { // as a slice of more
+					x = made("aten::narrow", normal(1, 3, in), IntValue(1), IntValue(1), IntValue(1))
+				}
+				got, err := ours.Call([]Value{x, w, bias})
+				require.NoError(t, err)
+				exact := []Value{made("aten::to.dtype", x, double), made("aten::to.dtype", w, double), bias}
+				if variant&2 != 0 {
+					exact[2] = made("aten::to.dtype", bias, double)
+				}
+				want, err := theirs.Call(exact)
+				require.NoError(t, err)
+				require.Equal(t, []int64{1, 1, out}, got.T.Shape())
+				require.Equal(t, dtype, got.T.DType())
+				// relative to what the sums are made of
+				scale := math.Max(sumOf(t, floats32(t, made("aten::norm", exact[0]).T)), 1)
+				distance := made("aten::max", made("aten::abs", made("aten::sub", got, want)))
+				require.LessOrEqual(t, sumOf(t, floats32(t, distance.T)), tolerance*scale, "%v %d", sizes, variant)
+				got.Free()
+				want.Free()
+			}
+		}
+	}
+}
+
+// floats32 is a tensor in single precision, as reading it wants it.
+func floats32(t *testing.T, x Tensor) Tensor {
+	y, err := To(x, "cpu", "float32")
+	require.NoError(t, err)
+	t.Cleanup(func() { y.Free() })
+	return y
 }
 
 func TestSchemas(t *testing.T) {

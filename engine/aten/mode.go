@@ -5,6 +5,10 @@ import "C"
 
 import "github.com/nnsight-go/nnsight-go/engine/graph"
 
+// gotorch, which this package imports and so comes first, gives torch half as many threads as there are
+// processors. That is less than it had, and in a Python process takes them from the user's own code too.
+func init() { C.nnga_keep_threads() }
+
 // GradEnabled reports whether autograd records on this thread.
 func GradEnabled() bool { return C.nnga_grad_enabled() != 0 }
 

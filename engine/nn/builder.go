@@ -110,7 +110,7 @@ func (b *Builder) source() {
 		if n.Kind != graph.KindCall || b.varies[graph.ID(id)] {
 			continue
 		}
-		name := strings.TrimPrefix(n.Op, "aten::")
+		_, name, _ := strings.Cut(n.Op, "::")
 		name, _, _ = strings.Cut(name, ".")
 		key := join(n.Path, "source."+name)
 		number := counts[key]
@@ -226,7 +226,10 @@ func (b *Builder) node(n graph.Node) Value {
 
 // call appends an ATen call.
 func (b *Builder) call(op string, shape graph.Shape, dtype string, args []graph.Arg, kwargs ...graph.Kwarg) Value {
-	return b.node(graph.Node{Kind: graph.KindCall, Op: "aten::" + op, Args: args, Kwargs: kwargs, Shape: shape, DType: dtype})
+	if !strings.Contains(op, "::") {
+		op = "aten::" + op
+	}
+	return b.node(graph.Node{Kind: graph.KindCall, Op: op, Args: args, Kwargs: kwargs, Shape: shape, DType: dtype})
 }
 
 // Param is a parameter or buffer of a module.

@@ -83,14 +83,14 @@ func (l *Linear) Forward(x Value) Value {
 	return out
 }
 
-// linear is aten::linear with a weight of sizes [out, in].
+// linear is aten::linear with a weight of sizes [out, in], faster for a single row (pybind/linear.h).
 func linear(x, w, b Value) Value {
 	if x.shape[x.axis(-1)] != w.shape[1] {
 		x.b.fail("a layer of %d features is given %s", w.shape[1], shapeText(x.shape))
 	}
 	shape := slices.Clone(x.shape)
 	shape[len(shape)-1] = w.shape[0]
-	return x.b.call("linear", shape, x.dtype, []graph.Arg{x.arg(), w.arg(), b.arg()})
+	return x.b.call("nng::linear", shape, x.dtype, []graph.Arg{x.arg(), w.arg(), b.arg()})
 }
 
 // Conv1D is transformers' layer of that name, which GPT-2 uses: x W + b.

@@ -47,6 +47,7 @@ JOBS = int(os.environ.get("NNSIGHT_GO_JOBS") or min(os.cpu_count() or 1, 4))  # 
 # The engine's libraries lie next to torch in an installed wheel: site-packages/{nnsight_go/_lib,torch/lib}.
 RUNPATH = "-Wl,-rpath,$ORIGIN:$ORIGIN/../../torch/lib"
 CXXFLAGS = ["-std=c++20", "-O2", "-fPIC"]
+VECTORS = ["-ftree-vectorize", "-fopenmp-simd"]  # of loops that say so; needs no OpenMP at run time
 TORCH_LIBS = ["-lc10", "-ltorch", "-ltorch_cpu"]
 
 
@@ -233,7 +234,7 @@ def bridge(name: str, source: str, flags: list[str], link: list[str], more: list
 
 
 def nng_aten() -> pathlib.Path:
-    return bridge("nng_aten", "aten.cc", [], [DEFINED], [])
+    return bridge("nng_aten", "aten.cc", VECTORS, [DEFINED], VECTORS)
 
 
 def nng_py() -> pathlib.Path:
