@@ -13,6 +13,7 @@ import (
 
 	"github.com/nnsight-go/nnsight-go/engine/arch"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
+	"github.com/nnsight-go/nnsight-go/engine/gen"
 	"github.com/nnsight-go/nnsight-go/engine/host"
 	"github.com/nnsight-go/nnsight-go/engine/token"
 )
@@ -83,6 +84,10 @@ func (m *Model) Decode(ids []int64) (string, error) {
 	}
 	return t.Decode(ids, false)
 }
+
+// GenerationSettings are the settings that the model's files ask for, over transformers' defaults, to be
+// changed where something else is wanted: 20 new tokens, the likeliest each time.
+func (m *Model) GenerationSettings() (gen.Settings, error) { return gen.Defaults(m.Directory()) }
 
 // Close frees the model and its tokenizer. Runs under way go on, and the last of them gives the
 // weights back; nothing else can be done with a closed model.

@@ -11,6 +11,8 @@
 //	if err := tr.Run(ctx); err != nil { ... }
 //	fmt.Println(logits.Tensor().Shape())
 //
+// [Generate] begins a generation, each step of which is a trace of its own.
+//
 // Mistakes in recording (an unknown module, a value of another trace) are kept and returned by Run,
 // so that a program reads as straight-line code.
 package proxy
@@ -25,6 +27,7 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/host"
 	torch "github.com/wangkuiyi/gotorch"
 )
 
@@ -171,6 +174,19 @@ func (m *Module) Call(args ...any) *Value {
 // Run runs the trace and fills its saved values. Cancelling the context ends the run between two
 // operators; nothing is left behind. A trace runs once.
 func (t *Trace) Run(ctx context.Context) error {
+	return t.run(ctx, func(consts []aten.Tensor) (*host.Run, error) {
+		run, err := t.model.Start(&t.graph, consts)
+		if err != nil {
+			if e := fault.As(err); e.Pos.IsZero() && e.Invoke >= 0 && e.Invoke < len(t.begun) {
+				e.Pos = t.begun[e.Invoke] // a prompt that the model cannot take
+			}
+		}
+		return run, err
+	})
+}
+
+// run does what Run says with a run that start makes, which takes over the constants.
+func (t *Trace) run(ctx context.Context, start func(consts []aten.Tensor) (*host.Run, error)) error {
 	runtime.LockOSThread() // torch's grad mode and thread pool belong to threads
 	defer runtime.UnlockOSThread()
 	if t.err == nil && t.ran {
@@ -184,11 +200,8 @@ func (t *Trace) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	run, err := t.model.Start(&t.graph, consts)
+	run, err := start(consts)
 	if err != nil {
-		if e := fault.As(err); e.Pos.IsZero() && e.Invoke >= 0 && e.Invoke < len(t.begun) {
-			e.Pos = t.begun[e.Invoke] // a prompt that the model cannot take
-		}
 		return err
 	}
 	defer run.Free()
@@ -209,7 +222,12 @@ func (t *Trace) Run(ctx context.Context) error {
 			x.Free()
 		}
 	}()
-	for _, r := range results { // all of them before any is filled
+	return t.fill(results, tensors)
+}
+
+// fill gives saved values their tensors, all of them or none.
+func (t *Trace) fill(results []graph.Result, tensors []aten.Tensor) error {
+	for _, r := range results {
 		if r.Value.Kind != graph.ArgRef {
 			e := fault.New(fault.Op, "what this line saves is no tensor").WithHint("Of several results, save each (Item).")
 			e.Pos = t.graph.PosOf(&t.graph.Nodes[r.Node])

@@ -275,6 +275,7 @@ USES: dict[str, list[tuple[str, Callable[[], list[Any]]]]] = {
         ("generation_step", lambda: [STEP, len(STEP), NULL, 0, 1, ctypes.byref(U64())]),
         ("generation_next", list),
         ("generation_scores", lambda: [ctypes.byref(PTR())]),
+        ("generation_choose", lambda: [PTR(16), ctypes.byref(PTR())]),
         ("generation_end", lambda: [(I32 * 1)(1), 1, ctypes.byref(I32())]),
         ("generation_free", list),
     ],

@@ -373,3 +373,39 @@ def test_beams_of_a_real_model(real: Real) -> None:
     with model.generate("Once upon a time", **settings):
         output = model.generator.output.save()
     assert torch.equal(output, want)
+
+
+@pytest.mark.parametrize("form", ["for", "with"])
+@pytest.mark.parametrize("steps", [slice(None), slice(2, 4), slice(1, None, 2)], ids=str)
+def test_tokens_of_each_step(made: Made, form: str, steps: slice) -> None:
+    model, theirs = made
+    seen = Seen()
+    theirs_generate(theirs, RAGGED, max_new_tokens=6, streamer=seen)
+    want = [ids for _, ids in seen.given[:6]][steps]  # the last of them are drawn and seen by no step
+    tokens: list[Any] = []
+    with model.generate(RAGGED, max_new_tokens=6, pad_token_id=0) as tracer:
+        if form == "for":
+            for _ in tracer.iter[steps]:
+                tokens.append(model.generator.streamer.output)
+        else:
+            with tracer.iter[steps]:
+                blocks(model)[1].output[0][:] *= 1
+                tokens.append(model.generator.streamer.output)
+    assert [t.tolist() for t in tokens] == want
+
+
+def test_tokens_of_a_step_are_a_value(made: Made) -> None:
+    model, _ = made
+    with model.generate(IDS, max_new_tokens=3) as tracer:
+        first = model.generator.streamer.output
+        assert first.shape == (1, len(IDS))
+        assert int(first[0, 0]) == IDS[0]
+        first[0, 0] = 1  # of the tensor, not of the text
+        for _ in tracer.iter[1:]:
+            last = (model.generator.streamer.output * 1).save()
+        output = tracer.result.save()
+    assert first[0].tolist() == [1, *IDS[1:]]
+    assert last.tolist() == [output[0, -2]]
+    assert output[0, : len(IDS)].tolist() == IDS
+    with pytest.raises(InputError, match="only inside of a generation"):
+        _ = model.generator.streamer.output

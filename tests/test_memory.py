@@ -206,6 +206,13 @@ want, before = small(), _ffi.counters()
 try:
     print("running", flush=True)
     for _ in range(20):  # so that the signal finds a forward pass, however late it comes
+        if sys.argv[2] == "generate":  # in its prompt or in a step
+            with model.generate([[7] * 400] * 4, max_new_tokens=600, min_new_tokens=600) as tracer:
+                states = list().save()
+                for step in tracer.iter[:]:
+                    states.append(model.transformer.h[3].output[0])
+                out = tracer.result.save()
+            continue
         with model.trace([[7] * 1000] * 4):
             if sys.argv[2] == "end":
                 out = model.lm_head.output.save()
@@ -214,6 +221,7 @@ try:
     print("finished", flush=True)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
+states = out = None
 import gc; gc.collect()
 assert torch.equal(small(), want)
 assert _ffi.counters() == before, (_ffi.counters(), before)
@@ -227,7 +235,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return pair(gpt2(n_embd=384, n_head=6, n_layer=16, n_positions=1024), tmp_path_factory.mktemp("large"))
 
 
-@pytest.mark.parametrize("where", ["end", "value"])
+@pytest.mark.parametrize("where", ["end", "value", "generate"])
 def test_an_interrupt_returns_within_a_second(large: Pair, where: str) -> None:
     command = [sys.executable, "-c", textwrap.dedent(INTERRUPTED), str(large.directory), where]
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:

@@ -17,6 +17,7 @@ from .errors import InputError
 from .generation import Generation, StepRecorder, chosen
 from .loops import Loop
 from .positions import here
+from .proxy import Proxy
 from .recorder import current
 from .stopping import Stop
 
@@ -31,14 +32,35 @@ class Generator:
     @property
     def output(self) -> Any:
         """All tokens, prompts included: int64 ``[batch, seq]``; rows that ended early are filled up."""
-        rec = current.recorder
-        if not isinstance(rec, StepRecorder) or rec.generation.input is None:
-            raise InputError(
-                "model.generator has a value only inside of a generation",
-                hint="Use it in `with model.generate(prompt, max_new_tokens=...):`.",
-                **positions.fields(here()),
-            )
-        return rec.generation.input.result
+        continuation = _recorder().generation.input
+        assert continuation is not None
+        return continuation.result
+
+    @property
+    def streamer(self) -> Streamer:
+        """``model.generator.streamer.output``: the tokens that are new at each step."""
+        return Streamer()
+
+
+class Streamer:
+    """``model.generator.streamer``: what a streamer is given, step by step."""
+
+    @property
+    def output(self) -> Proxy:
+        """The tokens that the step sees: int64, at step 0 the prompts ``[batch, seq]``, at others ``[batch]``."""
+        rec = _recorder()
+        return Proxy._make(rec, rec.tokens())
+
+
+def _recorder() -> StepRecorder:
+    rec = current.recorder
+    if not isinstance(rec, StepRecorder) or rec.generation.input is None:
+        raise InputError(
+            "model.generator has a value only inside of a generation",
+            hint="Use it in `with model.generate(prompt, max_new_tokens=...):`.",
+            **positions.fields(here()),
+        )
+    return rec
 
 
 class Steps:

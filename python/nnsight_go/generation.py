@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .native import Native
 
 
-_LATER = -2  # the version of a constant that is no tensor yet
+# Versions of constants that are no tensors yet: values of earlier steps, and the tokens that a step sees.
+_LATER, _DRAWN = -2, -3
 
 
 class Handle:
@@ -93,6 +94,8 @@ class StepRecorder(Recorder):
         self.in_loop: Place = None  # inside the body of a `with` loop, which is to be replayed
         self._const_of: dict[int, int] = {}  # values of other steps: their nodes here
         self._head = self.native.points["lm_head", wire.INPUT].order
+        self.tokens_at = -1  # the capture that is the step's tokens
+        self._tokens: int | None = None
 
     def batch(self, invoke: int) -> tuple[int, int]:
         """Rows, and tokens that the step adds to each."""
@@ -139,6 +142,16 @@ class StepRecorder(Recorder):
             node = self._const_of[id(proxy)] = self._add(_CONST, (lambda: proxy._rec.meta(proxy), (), None), index)
         return node
 
+    def tokens(self) -> int:
+        """The node of what the step's tokens are: int64, of step 0 the prompts ``[batch, seq]``, else ``[batch]``."""
+        if self._tokens is None:
+            rows, seq = self.generation.sizes
+            meta = torch.empty((rows, seq) if self.step == 0 else (rows,), dtype=torch.int64, device="meta")
+            self.tokens_at = len(self.captures)
+            self.captures.append(_Capture(meta, _DRAWN, meta, self.tokens_at, here()))
+            self._tokens = self._add(_CONST, (meta.clone, (), None), self.tokens_at)
+        return self._tokens
+
     def localized(self, x: Any) -> Any:
         """Arguments with values of other steps replaced by their constants here, so that shapes are known."""
         if type(x) is Proxy and x._rec is not self and isinstance(x._rec, StepRecorder) and x._rec.closed is None:
@@ -149,7 +162,9 @@ class StepRecorder(Recorder):
 
     def _go_on(self, ids: list[int], end: bool, adopt: list[Proxy] | None) -> list[torch.Tensor]:
         for capture in self.captures:
-            if capture.version == _LATER:
+            if capture.version == _DRAWN:  # the steps before have run
+                capture.original = capture.sent = self.generation.tokens(self.step)
+            if capture.version < 0:
                 capture.version = capture.original._version
         return super()._go_on(ids, end, adopt)
 
@@ -268,6 +283,11 @@ class Generation:
             yield rec
         finally:
             current.recorder = before
+
+    def tokens(self, step: int) -> torch.Tensor:
+        """The tokens that the step which is next sees."""
+        rows = self.rows if step == 0 else [row[-1] for row in self.rows]
+        return torch.tensor(rows, device=self.native.device)
 
     def hold(self, proxy: Proxy) -> None:
         """Keeps a value in use until the generation ends, since a later step needs it."""

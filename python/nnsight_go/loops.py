@@ -119,7 +119,7 @@ class Loop:
         self._done.add(rec.step)
         body = self._rec.nodes[self._start : self._stop]
         outside = {ref: rec._constant(tensor) for ref, tensor in self._outside.items()}  # tensors by now
-        numbers = [rec._constant(self._rec.captures[n[4]].sent) if n[0] == Kind.CONST else -1 for n in body]
+        numbers = [self._again(rec, n[4]) if n[0] == Kind.CONST else -1 for n in body]
         start = len(rec.nodes)
         for node, number in zip(body, numbers, strict=True):
             if number >= 0:
@@ -131,6 +131,10 @@ class Loop:
                 )
             rec.made.append(None)
         self._note(rec, start)
+
+    def _again(self, rec: StepRecorder, capture: int) -> int:
+        """A constant of the body as one of another step, whose tokens are others."""
+        return rec.tokens() if capture == self._rec.tokens_at else rec._constant(self._rec.captures[capture].sent)
 
     def _note(self, rec: StepRecorder, start: int) -> None:
         """Readies the values that a step gives."""
