@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from nnsight_go import InputError, LanguageModel, NotSavedError, OutOfOrderError, StepLoopError
+from nnsight_go.generation import Handle
 from test_generate import IDS, RAGGED, Made, blocks, close, made, theirs_generate
 
 __all__ = ["made"]  # the fixture
@@ -214,3 +217,28 @@ def test_edits_hold_at_every_step(made: Made) -> None:
 
 def model_logits(model: LanguageModel) -> torch.Tensor:
     return model.lm_head.output  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("form", ["for", "with"])
+def test_a_late_step_is_no_longer_than_an_early_one(made: Made, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = made
+    sent: list[tuple[int, int]] = []
+    step = Handle.step
+
+    def counted(self: Handle, graph: bytes, constants: list[torch.Tensor], end: bool) -> Any:
+        sent.append((len(graph), len(constants)))
+        return step(self, graph, constants, end)
+
+    monkeypatch.setattr(Handle, "step", counted)
+    states: list[Any] = []
+    with model.generate(IDS, max_new_tokens=40, min_new_tokens=40, pad_token_id=0) as tracer:
+        if form == "for":
+            for _ in tracer.iter[:]:
+                blocks(model)[0].output[0][:, -1] *= 0.9
+                states.append(blocks(model)[1].output[0])
+        else:
+            with tracer.all():
+                blocks(model)[0].output[0][:, -1] *= 0.9
+                states.append(blocks(model)[1].output[0])
+    assert len(states) == 40
+    assert len(set(sent[1:])) == 1
