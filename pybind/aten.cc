@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "gradient.h"
 #include "indexing.h"
 #include "linear.h"
 #include "overload.h"
@@ -334,6 +335,36 @@ int32_t nnga_inference_enabled(void) { return c10::InferenceMode::is_enabled(); 
 void* nnga_inference_enter(int32_t on) { return new c10::InferenceMode(on != 0); }
 
 void nnga_inference_leave(void* guard) { delete static_cast<c10::InferenceMode*>(guard); }
+
+int nnga_track(void* tensor, int32_t retain, void** out, char** err) {
+  return guarded(err, [&] { *out = hand_out(nng::tracked(as_tensor(tensor), retain != 0)); });
+}
+
+int64_t nnga_grad_order(void* tensor) {
+  const auto& node = as_tensor(tensor).grad_fn();
+  return node == nullptr ? -1 : static_cast<int64_t>(node->sequence_nr());
+}
+
+int nnga_backward(const nnga_tensors* given, int32_t flags, void** grads, char** err) {
+  return guarded(err, [&] {
+    auto list = [](const nnga_tensors& tensors) {
+      nng::variable_list out;
+      for (int64_t i = 0; i < tensors.n; i++) {
+        out.push_back(tensors.p[i] == nullptr ? Tensor() : as_tensor(tensors.p[i]));
+      }
+      return out;
+    };
+    nng::Backward pass{list(given[0]), list(given[1]), list(given[2]), list(given[3]), list(given[4]), list(given[5])};
+    pass.retain = (flags & NNGA_RETAIN) != 0;
+    pass.create = (flags & NNGA_CREATE) != 0;
+    pass.fill = (flags & NNGA_FILL) != 0;
+    at::AutoGradMode on(true);  // a pass under no_grad finds the same graph
+    auto found = pass.run();
+    for (size_t i = 0; i < found.size(); i++) {
+      grads[i] = found[i].defined() ? hand_out(std::move(found[i])) : nullptr;
+    }
+  });
+}
 
 int64_t nnga_dtype(const char* name) {
   for (const DType& d : kDTypes) {

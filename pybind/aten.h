@@ -99,6 +99,31 @@ int32_t nnga_inference_enabled(void);
 void* nnga_inference_enter(int32_t on);
 void nnga_inference_leave(void* guard);
 
+/* The value that takes a tensor's place so that autograd follows it from here on [new]: of the same
+ * memory, or the tensor itself where autograd follows it already. retain: backward passes fill its .grad. */
+int nnga_track(void* t, int32_t retain, void** out, char** err);
+
+/* When autograd met the operation that gave a tensor: what came later has the larger number. -1: none gave it. */
+int64_t nnga_grad_order(void* t);
+
+/* Tensors [borrowed]; null stands for none. */
+typedef struct {
+  void* const* p;
+  int64_t n;
+} nnga_tensors;
+
+enum {
+  NNGA_RETAIN = 1, /* the graph can be gone through again */
+  NNGA_CREATE = 2, /* gradients have a history of their own */
+  NNGA_FILL = 4,   /* fill the .grad of leaves, and of tensors that retain it */
+};
+
+/* A backward pass. given are six lists: the tensors it starts from, their gradients (as many, or
+ * none: ones), the tensors whose gradients are asked for, those that retain theirs, those whose
+ * gradients are replaced on the way, and by what. grads has room for the gradients that are asked for [new]; null where
+ * the pass does not come to the tensor. */
+int nnga_backward(const nnga_tensors* given, int32_t flags, void** grads, char** err);
+
 /* "float32" <-> c10::ScalarType number; -1 and null where there is none. */
 int64_t nnga_dtype(const char* name);
 const char* nnga_dtype_name(int64_t scalar_type);

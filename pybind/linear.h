@@ -171,7 +171,7 @@ inline at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const std::op
   return y.to(x.scalar_type()).view(sizes);
 }
 
-TORCH_LIBRARY(nng, m) { m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor", linear); }
+TORCH_LIBRARY_FRAGMENT(nng, m) { m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor", linear); }
 
 }  // namespace nng
 #endif

@@ -41,7 +41,13 @@ Tensor alias_of(const Tensor& t) {
       /*version_counter=*/t.is_inference() ? c10::VariableVersion() : t.unsafeGetTensorImpl()->version_counter(),
       /*allow_tensor_metadata_change=*/true);
   Tensor copy(std::move(impl));
-  if (t.grad_fn() != nullptr) torch::autograd::impl::set_gradient_edge(copy, torch::autograd::impl::gradient_edge(t));
+  if (t.grad_fn() != nullptr) {
+    torch::autograd::impl::set_gradient_edge(copy, torch::autograd::impl::gradient_edge(t));
+    if (t.retains_grad()) {
+      copy.retain_grad();
+      copy.mutable_grad() = t.grad();
+    }
+  }
   return copy;
 }
 

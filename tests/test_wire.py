@@ -94,10 +94,15 @@ def graph() -> bytes:
         (K.CONST, 1, -1, 1, 0),
         (K.READ, 1, -1, 1, "", wire.INPUT, 3, "kwargs.attention_mask"),
         (K.WRITE, 1, 0, 1, "transformer.h.5", wire.OUTPUT, 0, "0", [0, 6]),
-        (K.READ, 1, 0, 1, "transformer.h.5", wire.GRAD, 0, "0"),
+        (K.READ, 1, 0, 1, "transformer.h.5", wire.OUTPUT, 0, "0"),
         (K.MODULE, 1, -1, 1, "lm_head", [[0, 6]], {"scale": None}),
         (K.SAVE, 2, -1, 1, arg({"logits": value(10), "all": [value(0), (value(2),)]})),
         (K.SAVE, 2, -1, 1, [11, "CausalLMOutput", "logits", [0, 10]]),
+        (K.TRACK, 2, -1, 1, [0, 0], 2),
+        (K.BACKWARD, 2, -1, 1, arg([value(10)]), None, False, True, True, True),
+        (K.GRAD, 2, -1, 1, [0, 0], [0, 14]),
+        (K.SET_GRAD, 2, -1, 1, [0, 0], [0, 14], [0, 15]),
+        (K.END, 2, -1, 1, [0, 14]),
     ]
     invokes = [([[464, 412, 0]], None), ([[1, 2], [300, 70000, 3]], [[0, 1], [1, 1, 1]]), (None, None)]
     positions = [("/home/user/demo.py", 12, "<module>"), ("/home/user/demo.py", 13, "<module>"), ("кот.py", 70000, "f")]

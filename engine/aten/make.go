@@ -47,6 +47,16 @@ func Expand(t Tensor, sizes []int64) (Tensor, error) {
 	return run("aten::expand.default", TensorValue(t), IntsValue(sizes...))
 }
 
+// Detach gives a tensor of the same memory that autograd does not follow.
+func Detach(t Tensor) (Tensor, error) { return run("aten::detach.default", TensorValue(t)) }
+
+// DetachInPlace lets autograd forget how a tensor came to be.
+func DetachInPlace(t Tensor) {
+	if out, err := run("aten::detach_.default", TensorValue(t)); err == nil {
+		out.Free()
+	}
+}
+
 // Clone copies a tensor, keeping the order of its axes in memory.
 func Clone(t Tensor) (Tensor, error) { return run("aten::clone.default", TensorValue(t)) }
 

@@ -21,6 +21,7 @@ const (
 	OutOfOrder Code = "OutOfOrderError"
 	ModulePath Code = "ModulePathError"
 	Op         Code = "OpError"
+	Gradient   Code = "GradientError"
 	ModelLoad  Code = "ModelLoadError"
 	Input      Code = "InputError"
 	Remote     Code = "RemoteError"

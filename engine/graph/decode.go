@@ -231,12 +231,16 @@ func (d *decoder) graph(g *Graph) {
 
 func (d *decoder) invoke() Invoke {
 	parts := d.list("parts of an invoke", 16, 0)
-	if d.err == nil && parts != 2 && parts != 3 {
-		d.fail("an invoke has %d parts instead of 2 or 3", parts)
+	if d.err == nil && (parts < 2 || parts > 4) {
+		d.fail("an invoke has %d parts instead of 2 to 4", parts)
 	}
 	in := Invoke{Rows: d.rows("rows"), Masks: d.rows("masks")}
-	if parts == 3 {
+	if parts >= 3 {
 		in.Edit = d.bool("whether an invoke is an edit")
+	}
+	if parts == 4 {
+		mode := Mode(d.small("the mode of an invoke", 0, int64(ModeGrad|ModeInference)))
+		in.NoGrad, in.Inference = mode&ModeGrad == 0, mode&ModeInference != 0
 	}
 	if d.err == nil && in.Masks != nil && len(in.Masks) != len(in.Rows) {
 		d.fail("an invoke has %d rows and %d masks", len(in.Rows), len(in.Masks))
@@ -282,7 +286,7 @@ func (d *decoder) oneNode(n *Node, invokes int) {
 	if d.err == nil && parts < 4 {
 		d.fail("it has %d parts", parts)
 	}
-	n.Kind = Kind(d.small("its kind", 0, int64(KindSave)))
+	n.Kind = Kind(d.small("its kind", 0, int64(KindParam)-1))
 	if d.err == nil && invokes == 0 {
 		d.fail("it belongs to an invoke, and there is none")
 	}
@@ -306,7 +310,7 @@ func (d *decoder) oneNode(n *Node, invokes int) {
 	}
 	if r.place {
 		n.Path = d.name("a module's path")
-		n.Port = Port(d.small("a port", int64(PortInput), int64(PortGrad)))
+		n.Port = Port(d.small("a port", int64(PortInput), int64(PortOutput)))
 		n.Step = int32(d.small("a step", 0, MaxSteps))
 		n.Leaf = d.name("the name of a tensor")
 	}

@@ -11,15 +11,21 @@ func Encode(g *Graph) []byte {
 	b = msgp.AppendInt(b, wireVersion)
 	b = msgp.AppendArrayHeader(b, uint32(len(g.Invokes)))
 	for i := range g.Invokes {
-		if g.Invokes[i].Edit {
-			b = msgp.AppendArrayHeader(b, 3)
-		} else {
-			b = msgp.AppendArrayHeader(b, 2)
+		n := 2 // what is as it mostly is may be left out
+		switch in := &g.Invokes[i]; {
+		case in.Mode() != ModeGrad:
+			n = 4
+		case in.Edit:
+			n = 3
 		}
+		b = msgp.AppendArrayHeader(b, uint32(n))
 		b = appendRows(b, g.Invokes[i].Rows)
 		b = appendRows(b, g.Invokes[i].Masks)
-		if g.Invokes[i].Edit {
-			b = msgp.AppendBool(b, true)
+		if n > 2 {
+			b = msgp.AppendBool(b, g.Invokes[i].Edit)
+		}
+		if n > 3 {
+			b = msgp.AppendInt(b, int(g.Invokes[i].Mode()))
 		}
 	}
 	b = msgp.AppendArrayHeader(b, uint32(len(g.Nodes)))

@@ -36,10 +36,22 @@ const (
 	KindModule               // calls module Path of the model on Args, Kwargs
 	KindConst                // the tensor numbered Index among the constants
 	KindSave                 // keeps Args[0] (any tree of values) for the user
+	KindTrack                // lets autograd follow Args[0] as Args[1] says: a Track
+	KindBackward             // a backward pass: see the rules
+	KindGrad                 // the gradient of Args[0] in the backward pass Args[1]
+	KindSetGrad              // makes it Args[2] for what the pass goes on to
+	KindEnd                  // ends the backward pass Args[0], which was open for lines
 
 	KindParam // model: the parameter or buffer named Op
 	KindInput // model: a graph input named Op ("input_ids", "position_ids", "attention_mask")
 	KindMark  // model: access point Path, Port, Leaf holds Args[0]; the value is the same tensor
+)
+
+// Track is how far autograd follows a value.
+const (
+	TrackRead    = 0 // so that gradients can be read in the trace
+	TrackHistory = 1 // and what is saved keeps its history
+	TrackRetain  = 2 // and the value keeps its gradient
 )
 
 // Port is the side of a module an access point lies on.
@@ -49,7 +61,6 @@ type Port uint8
 const (
 	PortInput Port = iota
 	PortOutput
-	PortGrad
 )
 
 // ArgKind says what an [Arg] holds.
@@ -127,6 +138,20 @@ type Invoke struct {
 	// Edit marks a program that the next invoke which is none brings along: it has no rows of its own
 	// and works on that one's, where the two meet ahead of it.
 	Edit bool
+	// The autograd state that the model runs under, where it is not the ordinary one.
+	NoGrad, Inference bool
+}
+
+// Mode is the autograd state that the model runs under.
+func (v Invoke) Mode() Mode {
+	m := ModeGrad
+	if v.NoGrad {
+		m = 0
+	}
+	if v.Inference {
+		m |= ModeInference
+	}
+	return m
 }
 
 // WholeBatch reports whether the invoke has no input of its own.

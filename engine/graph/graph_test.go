@@ -121,6 +121,13 @@ func trace() *graph.Graph {
 	f16 := graph.Arg{Kind: graph.ArgDType, S: "float16"}
 	z = add(graph.Node{Kind: graph.KindCall, Op: "aten::to", Args: []graph.Arg{z, {Kind: graph.ArgDevice, S: "cpu"}, f16}, Invoke: 2, Pos: -1})
 	add(graph.Node{Kind: graph.KindSave, Args: []graph.Arg{z}, Invoke: 2, Pos: -1})
+	gradient := func(k graph.Kind, args ...graph.Arg) graph.Arg {
+		return add(graph.Node{Kind: k, Args: args, Invoke: 2, Mode: graph.ModeGrad, Pos: -1})
+	}
+	gradient(graph.KindTrack, h, graph.Int(graph.TrackRetain))
+	b := gradient(graph.KindBackward, z, graph.Null(), graph.Bool(false), graph.Bool(false), graph.Bool(true), graph.Bool(true))
+	gradient(graph.KindSetGrad, h, b, gradient(graph.KindGrad, h, b))
+	gradient(graph.KindEnd, b)
 	return g
 }
 
@@ -199,10 +206,11 @@ func (r *maker) graph(nodes int) *graph.Graph {
 		g.Positions[i] = fault.Pos{File: r.text(), Line: r.IntN(100000), Func: r.text()}
 	}
 	r.values = nil
-	counts := map[graph.Kind]int{graph.KindIndex: 2, graph.KindSetIndex: 3, graph.KindItem: 2, graph.KindWrite: 1, graph.KindSave: 1}
+	counts := map[graph.Kind]int{graph.KindIndex: 2, graph.KindSetIndex: 3, graph.KindItem: 2, graph.KindWrite: 1, graph.KindSave: 1,
+		graph.KindTrack: 2, graph.KindBackward: 6, graph.KindGrad: 2, graph.KindSetGrad: 3, graph.KindEnd: 1}
 	for i := range g.Nodes {
 		n := &g.Nodes[i]
-		n.Kind = graph.Kind(r.IntN(int(graph.KindSave) + 1))
+		n.Kind = graph.Kind(r.IntN(int(graph.KindParam)))
 		n.Invoke, n.Mode, n.Pos = r.Int32N(int32(len(g.Invokes))), graph.Mode(r.IntN(4)), r.Int32N(int32(len(g.Positions)+1))-1
 		n.Args = r.args(counts[n.Kind])
 		switch n.Kind {
@@ -217,7 +225,7 @@ func (r *maker) graph(nodes int) *graph.Graph {
 				n.Path = r.text()
 			}
 		case graph.KindRead, graph.KindWrite:
-			n.Path, n.Leaf, n.Port, n.Step = r.text(), r.text(), graph.Port(r.IntN(3)), r.Int32N(1000)
+			n.Path, n.Leaf, n.Port, n.Step = r.text(), r.text(), graph.Port(r.IntN(2)), r.Int32N(1000)
 		case graph.KindConst:
 			n.Index = r.Int32N(1000)
 		}

@@ -129,6 +129,16 @@ func (n *Node) statement() string {
 		return fmt.Sprintf("const %d", n.Index)
 	case KindSave:
 		return "save " + n.arg(0).String()
+	case KindTrack:
+		return "track " + n.arg(0).String() + [...]string{"", ", with history", ", and retain its gradient"}[min(max(n.arg(1).I, 0), TrackRetain)]
+	case KindBackward:
+		return "backward " + n.arg(0).String()
+	case KindGrad:
+		return "grad of " + n.arg(0).String() + " in " + n.arg(1).String()
+	case KindSetGrad:
+		return "grad of " + n.arg(0).String() + " in " + n.arg(1).String() + " = " + n.arg(2).String()
+	case KindEnd:
+		return "end of " + n.arg(0).String()
 	case KindParam:
 		return "param " + clean(n.Op)
 	case KindInput:

@@ -82,7 +82,6 @@ func TestPrintHostile(t *testing.T) {
 func TestNames(t *testing.T) {
 	require.Equal(t, "set index", graph.KindSetIndex.String())
 	require.Equal(t, "kind 200", graph.Kind(200).String())
-	require.Equal(t, "grad", graph.PortGrad.String())
 	require.Equal(t, "port 7", graph.Port(7).String())
 	require.Equal(t, "[B, S, 768]", graph.Shape{graph.DimBatch, graph.DimSeq, 768}.String())
 	require.Equal(t, "[]", graph.Shape{}.String())

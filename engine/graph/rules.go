@@ -22,6 +22,10 @@ var (
 	anIndex = kinds(ArgNone, ArgBool, ArgInt, ArgFloat, ArgString, ArgRef, ArgList, ArgTuple, ArgSlice, ArgEllipsis)
 	// What the elements of a tensor can be set to.
 	aFill = kinds(ArgRef, ArgBool, ArgInt, ArgFloat, ArgComplex)
+	// What a backward pass starts from, and with.
+	aRoot = kinds(ArgRef, ArgList)
+	aSeed = kinds(ArgNone, ArgRef, ArgList)
+	aBool = kinds(ArgBool)
 	// What bounds a slice.
 	aBound = kinds(ArgNone, ArgBool, ArgInt, ArgRef)
 )
@@ -69,6 +73,30 @@ var rules = [...]rule{
 	KindSave: {name: "save", trace: true, void: true, params: []param{
 		{"what it saves", anything, "anything"},
 	}},
+	KindTrack: {name: "track", trace: true, void: true, params: []param{
+		{"what it follows", aValue, "a value"},
+		{"how far it does", kinds(ArgInt), "a number"},
+	}},
+	KindBackward: {name: "backward", trace: true, params: []param{
+		{"what it starts from", aRoot, "a value or a list of values"},
+		{"the gradient it starts with", aSeed, "a value, a list of them, or None"},
+		{"whether the graph is retained", aBool, "a bool"},
+		{"whether gradients get a graph", aBool, "a bool"},
+		{"whether it fills what leaves keep", aBool, "a bool"},
+		{"whether lines follow in it", aBool, "a bool"},
+	}},
+	KindGrad: {name: "grad", trace: true, params: []param{
+		{"the value whose gradient it is", aValue, "a value"},
+		{"its backward pass", aValue, "a value"},
+	}},
+	KindSetGrad: {name: "set grad", trace: true, void: true, params: []param{
+		{"the value whose gradient it sets", aValue, "a value"},
+		{"its backward pass", aValue, "a value"},
+		{"what it sets", aValue, "a value"},
+	}},
+	KindEnd: {name: "backward end", trace: true, void: true, params: []param{
+		{"its backward pass", aValue, "a value"},
+	}},
 	KindParam: {name: "param", model: true},
 	KindInput: {name: "input", model: true},
 	KindMark: {name: "mark", place: true, model: true, params: []param{
@@ -92,9 +120,9 @@ func (k Kind) String() string {
 	return fmt.Sprintf("kind %d", uint8(k))
 }
 
-var portNames = [...]string{PortInput: "input", PortOutput: "output", PortGrad: "grad"}
+var portNames = [...]string{PortInput: "input", PortOutput: "output"}
 
-// String is the port's name: "input", "output" or "grad".
+// String is the port's name: "input" or "output".
 func (p Port) String() string {
 	if int(p) < len(portNames) {
 		return portNames[p]

@@ -122,6 +122,18 @@ func (v *verifier) node(id ID) *fault.Error {
 			return fault.New(fault.Graph, "%q is not the name of an operator", n.Op).
 				WithHint(`Operators are named as in PyTorch's schemas: "aten::add" or "aten::add.Tensor".`)
 		}
+	case KindTrack:
+		if how := n.Args[1].I; how < TrackRead || how > TrackRetain {
+			return fault.New(fault.Graph, "it tracks to the degree %d, which there is not", how)
+		}
+	case KindGrad, KindSetGrad, KindEnd:
+		pass := n.Args[0].Ref
+		if n.Kind != KindEnd {
+			pass = n.Args[1].Ref
+		}
+		if of := v.nodes[pass].Kind; of != KindBackward {
+			return fault.New(fault.Graph, "%%%d, of kind %s, is no backward pass", pass, of)
+		}
 	case KindItem:
 		switch of := v.nodes[n.Args[0].Ref].Kind; of {
 		case KindCall, KindModule, KindItem:
@@ -209,13 +221,8 @@ func verifyInTrace(g *Graph, m *Model, n *Node, nconsts int) *fault.Error {
 		}
 		return verifyPoint(m, n.Path, PortOutput)
 	case KindRead, KindWrite:
-		if n.Port > PortGrad {
+		if n.Port > PortOutput {
 			return fault.New(fault.Graph, "modules have no %s", n.Port)
-		}
-		if n.Port == PortGrad {
-			err := fault.New(fault.Graph, "gradients of access points are not supported yet")
-			err.Path = n.Path
-			return err.WithHint("Inputs and outputs of modules can be read and written.")
 		}
 		if err := verifyPoint(m, n.Path, n.Port); err != nil {
 			return err

@@ -41,6 +41,7 @@ func TestVerify(t *testing.T) {
 			"what it writes is an int instead of a value"},
 		"key":         {func(g *graph.Graph) { g.Nodes[4].Args[1] = graph.Float(0) }, fault.Graph, 4, "its key is a float instead of a number or a string"},
 		"no elements": {func(g *graph.Graph) { g.Nodes[4].Args[0] = graph.Ref(0) }, fault.Graph, 4, "%0, of kind read, has no elements to take"},
+		"no backward": {func(g *graph.Graph) { g.Nodes[len(g.Nodes)-1].Args[0] = graph.Ref(0) }, fault.Graph, 16, "%0, of kind read, is no backward pass"},
 		"itself":      {func(g *graph.Graph) { g.Nodes[2].Args[0] = graph.Ref(2) }, fault.Graph, 2, "it uses value 2, which does not come before it"},
 		"later, deep": {func(g *graph.Graph) { g.Nodes[5].Args[0].L[1].L[0] = graph.Ref(9) }, fault.Graph, 5, "it uses value 9"},
 		"negative":    {func(g *graph.Graph) { g.Nodes[2].Args[0] = graph.Ref(-1) }, fault.Graph, 2, "it uses value -1"},
@@ -64,7 +65,7 @@ func TestVerify(t *testing.T) {
 		"a later invoke":   {func(g *graph.Graph) { g.Nodes[0].Invoke = 2 }, fault.Graph, 1, "a line of invoke 0 uses value 0, which is of invoke 2"},
 		"step":             {func(g *graph.Graph) { g.Nodes[0].Step = -1 }, fault.Graph, 0, "it names step -1"},
 		"constant":         {func(g *graph.Graph) { g.Nodes[6].Index = 1 }, fault.Graph, 6, "it names constant 1 of 1"},
-		"gradient":         {func(g *graph.Graph) { g.Nodes[0].Port = graph.PortGrad }, fault.Graph, 0, "gradients of access points are not supported yet"},
+		"another port":     {func(g *graph.Graph) { g.Nodes[0].Port = 2 }, fault.Graph, 0, "modules have no port 2"},
 		"port":             {func(g *graph.Graph) { g.Nodes[0].Port = 9 }, fault.Graph, 0, "modules have no port 9"},
 		"module":           {func(g *graph.Graph) { g.Nodes[0].Path = "h.O" }, fault.ModulePath, 0, `the model has no module "h.O"`},
 		"module called":    {func(g *graph.Graph) { g.Nodes[9].Path = "heads" }, fault.ModulePath, 9, `the model has no module "heads"`},
@@ -158,7 +159,7 @@ func TestVerifyModel(t *testing.T) {
 			`module "emb" runs twice`},
 		"output first": {func(m *graph.Model) { at(m, "emb", graph.PortInput).Port = graph.PortOutput },
 			"stands where that module is not the one that runs"},
-		"gradient": {func(m *graph.Model) { at(m, "emb", graph.PortOutput).Port = graph.PortGrad }, `the grad of "emb" stands where`},
+		"gradient": {func(m *graph.Model) { at(m, "emb", graph.PortOutput).Port = 2 }, `the port 2 of "emb" stands where`},
 		"no output": {func(m *graph.Model) {
 			m.Points = m.Points[:len(m.Points)-1]
 			m.Nodes = m.Nodes[:len(m.Nodes)-1]

@@ -226,6 +226,14 @@ func (c *Cache) leave(r *Run) {
 	}
 }
 
+// detach forgets what autograd has noted of the keys and values of a step that it followed.
+func (c *Cache) detach() {
+	defer plainMode()()
+	for _, t := range c.tensors {
+		aten.DetachInPlace(t)
+	}
+}
+
 // keep takes the logits of the step over; those of a generation that has been freed are not kept.
 func (c *Cache) keep(logits aten.Tensor) {
 	c.mu.Lock()

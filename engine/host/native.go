@@ -173,6 +173,18 @@ func (m *Native) loadOne(p *nn.ParamSpec, have map[string]aten.Tensor) (aten.Ten
 	return m.place(t, dtype)
 }
 
+// trained reports whether a parameter asks for gradients.
+func (m *Native) trained() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, t := range m.params {
+		if t.RequiresGrad() {
+			return true
+		}
+	}
+	return false
+}
+
 // place moves a tensor to the model's device and a dtype, taking it over.
 func (m *Native) place(t aten.Tensor, dtype string) (aten.Tensor, error) {
 	if t.DType() == dtype && m.device == "cpu" {

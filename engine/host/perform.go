@@ -52,6 +52,12 @@ func (r *Run) perform(in *plan.Instr) (value, error) {
 		return value{}, r.expect(in)
 	case plan.OpGuard:
 		return value{}, r.guard(in)
+	case plan.OpTrack:
+		return value{}, r.track(in)
+	case plan.OpBackward:
+		return r.backward(in)
+	case plan.OpSetGrad:
+		return value{}, r.setGrad(in)
 	}
 	return value{}, fault.New(fault.Internal, "instruction %d is unknown", in.Op)
 }

@@ -32,6 +32,8 @@ type Run struct {
 	end      bool         // its program is complete
 	freed    bool
 	taken    bool // its results have been handed over
+
+	gradients gradients
 }
 
 // value is what a slot holds: nearly always a tensor.
@@ -134,17 +136,25 @@ func (r *Run) fresh() *plan.Plan {
 }
 
 // choose takes the graphs in which attention is computed step by step once the program names one of
-// those steps, and reports whether the run must then begin anew.
+// those steps, or asks for second derivatives, and reports whether the run must then begin anew.
 func (r *Run) choose() (again bool, err error) {
 	if r.explicit {
 		return false, nil
 	}
+	second := false
 	for n := r.from; n < len(r.graph.Nodes) && !r.explicit; n++ {
 		node := &r.graph.Nodes[n]
 		r.explicit = (node.Kind == graph.KindRead || node.Kind == graph.KindWrite) && r.models.Causal.Hides(node.Path)
+		// the fused attention has first derivatives alone
+		second = second || node.Kind == graph.KindBackward && len(node.Args) > 3 && node.Args[3].I != 0
 	}
+	r.explicit = r.explicit || second
 	if !r.explicit {
 		return false, nil
+	}
+	if r.cache != nil && second {
+		return false, fault.New(fault.Gradient, "a step of a generation has no second derivatives").
+			WithHint("Use a trace of the whole text for create_graph=True.")
 	}
 	if r.cache != nil {
 		return false, fault.New(fault.ModulePath, "the scores and the pattern of attention are not computed during generation").
@@ -185,6 +195,7 @@ func (r *Run) replan(p *plan.Plan) error {
 		release(r.machine.Abort(nil))
 	}
 	r.machine, r.odd, r.plan = nil, nil, p
+	r.gradients.reset()
 	schedule, err := p.Extend(r.graph, r.end)
 	if err != nil {
 		return err
@@ -322,7 +333,7 @@ func (r *Run) Results() ([]graph.Result, []aten.Tensor, error) {
 			numbers[slot] = r.handTree(v.other, &tensors, &failed)
 			return numbers[slot]
 		}
-		t, err := v.tensor.Share()
+		t, err := r.handed(v.tensor)
 		if err != nil {
 			failed = err
 			return graph.Null()
@@ -361,6 +372,14 @@ func (r *Run) Results() ([]graph.Result, []aten.Tensor, error) {
 	return out, tensors, nil
 }
 
+// handed is a tensor as it leaves the run.
+func (r *Run) handed(t aten.Tensor) (aten.Tensor, error) {
+	if r.gradients.followed && t.RequiresGrad() && !r.history() {
+		return aten.Detach(t)
+	}
+	return t.Share()
+}
+
 // names reports whether results name a tensor.
 func names(results []graph.Result, tensor graph.ID) (found bool) {
 	for i := range results {
@@ -371,7 +390,7 @@ func names(results []graph.Result, tensor graph.ID) (found bool) {
 
 func (r *Run) handTree(v *aten.Value, tensors *[]aten.Tensor, failed *error) graph.Arg {
 	if v.Kind == graph.ArgRef {
-		t, err := v.T.Share()
+		t, err := r.handed(v.T)
 		if err != nil {
 			*failed = err
 			return graph.Null()
@@ -413,7 +432,11 @@ func (r *Run) Free() {
 		t.Free()
 	}
 	r.consts = nil
+	r.gradients.reset()
 	if r.cache != nil {
+		if r.gradients.followed {
+			r.cache.detach()
+		}
 		r.cache.leave(r)
 	}
 	r.model.done()
@@ -432,7 +455,7 @@ func (r *Run) explain(in *plan.Instr, err error) error {
 		e.Message += fmt.Sprintf("\nBefore that, this line replaced a value of %s, which had sizes %v, by one of sizes %v",
 			last.path, last.want, last.got)
 	}
-	if node != graph.NoID {
+	if node != graph.NoID && e.Pos.IsZero() {
 		n := &r.graph.Nodes[node]
 		e.Node, e.Invoke, e.Step = int(node), int(n.Invoke), int(n.Step)
 		e.Pos = r.graph.PosOf(n)

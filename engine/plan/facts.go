@@ -56,6 +56,9 @@ func isInPlace(op string) bool {
 		strings.HasPrefix(name, "__i") && strings.HasSuffix(name, "__")
 }
 
+// isGradient tells the kinds that are about gradients.
+func isGradient(k graph.Kind) bool { return k >= graph.KindTrack && k <= graph.KindEnd }
+
 // mutated gives the argument a node changes in place, or nil.
 func mutated(n *graph.Node) *graph.Arg {
 	switch n.Kind {
@@ -81,7 +84,7 @@ func shares(n *graph.Node, f func(graph.ID)) {
 	switch {
 	case mutated(n) != nil && baseName(n.Op) != "set_":
 		mutated(n).Refs(f)
-	case n.Kind == graph.KindCall && isFresh(n.Op):
+	case n.Kind == graph.KindCall && isFresh(n.Op), isGradient(n.Kind):
 	default:
 		n.Refs(f)
 	}
@@ -93,3 +96,9 @@ var random = opSet("rand", "randn", "randint", "randperm", "rand_like", "randn_l
 	"native_dropout", "alpha_dropout", "feature_dropout", "bernoulli", "multinomial", "normal", "poisson", "binomial", "rrelu")
 
 func isRandom(op string) bool { return random[baseName(op)] }
+
+// lasting lists operators that change what a tensor keeps beside its elements: they run though nothing
+// reads their result.
+var lasting = opSet("set_grad", "add_grad")
+
+func isLasting(op string) bool { return lasting[baseName(op)] }

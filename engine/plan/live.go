@@ -45,8 +45,8 @@ func dropDead(s *Schedule, keep []bool, alias aliases) {
 	kept := len(s.Instrs)
 	for i := len(s.Instrs) - 1; i >= 0; i-- {
 		in := &s.Instrs[i]
-		live := in.Out != NoSlot && used[in.Out] || in.Op == OpCall && isRandom(in.Name) && in.Node != graph.NoID
-		live = live || in.Op == OpGuard
+		live := in.Out != NoSlot && used[in.Out] || in.Op == OpCall && (isRandom(in.Name) || isLasting(in.Name)) && in.Node != graph.NoID
+		live = live || in.Op == OpGuard || in.Op == OpTrack || in.Op == OpSetGrad || in.Op == OpBackward
 		if in.Mutate {
 			in.target(func(r Slot) { live = live || seen[alias.find(r)] })
 		}

@@ -41,6 +41,7 @@ type Plan struct {
 	mode      graph.Mode
 	node      graph.ID // the user's node being placed, for the instructions it causes
 	lastUses  map[*graph.Model][]graph.ID
+	gradients gradients
 }
 
 // lost stands in a pass's env for a value that was computed and then given up, since neither the
@@ -73,8 +74,11 @@ func (s *Plan) Extend(g *graph.Graph, end bool) (*Schedule, error) {
 	s.g, s.end = g, end
 	s.waits = hazards(g, s.models.Causal)
 	s.grow()
-	if from == 0 && len(g.Nodes) > 0 {
-		s.mode = g.Nodes[0].Mode
+	if from == 0 && len(g.Invokes) > 0 {
+		s.mode = g.Invokes[0].Mode()
+	}
+	if err := s.readGradients(); err != nil {
+		return nil, err
 	}
 	active, err := s.takingPart(graph.ID(from))
 	if err != nil {
@@ -201,6 +205,9 @@ func (s *Plan) begin(active []bool) error {
 	}
 	// The invoke that is still being written may go on to say anything, so nobody else may move its pass.
 	if !s.wholeBatch(members) {
+		for _, i := range members {
+			s.apart[i] = s.apart[i] || s.followsIn(i)
+		}
 		for k := 0; k < len(members); k++ {
 			if i := members[k]; s.apart[i] || s.open(i) {
 				if err := s.share(members[:k]); err != nil {

@@ -38,9 +38,12 @@ const (
 	OpClone              // a copy of Args[0]
 	OpExpect             // notes whether Args[0] has the sizes Want, for the message of a later failure
 	OpGuard              // fails if Args[0] shares storage with one of Args[1:], whose time has passed
+	OpTrack              // what Args[0] holds becomes what autograd follows, as far as Args[1] says
+	OpBackward           // a backward pass from the list Args[0], with gradients Args[1]: gives those of Args[2]
+	OpSetGrad            // the gradient of Args[0] is Args[1] in what a backward pass goes on to
 )
 
-var opNames = [...]string{"call", "index", "setindex", "item", "rows", "put", "spread", "clone", "expect", "guard"}
+var opNames = [...]string{"call", "index", "setindex", "item", "rows", "put", "spread", "clone", "expect", "guard", "track", "backward", "setgrad"}
 
 func (o Op) String() string { return opNames[o] }
 
@@ -65,10 +68,20 @@ type Instr struct {
 	Window Window
 	Node   graph.ID   // the user's node this comes from, or NoID
 	Want   []int64    // Expect: the sizes the model computed there; Put: those a replacement must have
-	Others []graph.ID // Guard: the user's nodes that made the model move on, for the message
+	Others []graph.ID // for messages, user's nodes: Guard: which made the model move on; Backward: which ask
 	Path   string     // innermost module it belongs to
 	Mutate bool       // changes its first argument in place
 	Fresh  bool       // its result shares no storage with its arguments
+	Pass   Pass       // Backward, SetGrad: which pass
+}
+
+// Pass is a backward pass, or a part of one.
+type Pass struct {
+	Node   graph.ID // the user's node that begins it
+	Retain bool     // the graph can be gone through again
+	Create bool     // gradients have a history of their own
+	Fill   bool     // leaves get their gradients
+	Last   bool     // nothing more comes of it
 }
 
 // CachePrefix begins the names of inputs that outlive a run: the keys and values of earlier steps.

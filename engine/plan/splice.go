@@ -25,8 +25,8 @@ func liveNodes(g *graph.Graph) []bool {
 	live := make([]bool, len(g.Nodes))
 	for n := len(g.Nodes) - 1; n >= 0; n-- {
 		node := &g.Nodes[n]
-		live[n] = live[n] || node.Kind == graph.KindSave || node.Kind == graph.KindWrite || mutated(node) != nil ||
-			node.Kind == graph.KindCall && isRandom(node.Op)
+		live[n] = live[n] || node.Kind == graph.KindSave || isGradient(node.Kind) || node.Kind == graph.KindWrite || mutated(node) != nil ||
+			node.Kind == graph.KindCall && (isRandom(node.Op) || isLasting(node.Op))
 		if live[n] {
 			node.Refs(func(id graph.ID) { live[id] = true })
 		}
@@ -65,10 +65,10 @@ func (s *Plan) placeReady() error {
 				if need > p.cursor || !s.ready(n) {
 					break
 				}
+				s.queues[i] = s.queues[i][1:] // placing it may place others out of turn
 				if err := s.place(p, n); err != nil {
 					return locate(err, s.g, n)
 				}
-				s.queues[i] = s.queues[i][1:]
 				s.done[n] = true
 				progress = true
 			}
@@ -151,7 +151,7 @@ func (s *Plan) tooLate(node *graph.Node, by int) error {
 }
 
 func describe(path string, port graph.Port) string {
-	side := [...]string{"the input of ", "the output of ", "the gradient of "}[port]
+	side := [...]string{"the input of ", "the output of "}[port]
 	if path == "" {
 		return side + "the model"
 	}
@@ -175,6 +175,7 @@ func (s *Plan) advance(p *pass, end int) error {
 			if _, err := s.resolve(p, graph.ID(p.cursor)); err != nil {
 				return err
 			}
+			s.followMark(p, graph.ID(p.cursor))
 		default:
 			s.flush(p)
 			if err := s.compute(p, graph.ID(p.cursor), p.env); err != nil {
@@ -274,6 +275,13 @@ func (s *Plan) compute(p *pass, id graph.ID, env []Slot) error {
 
 // place places one of the user's nodes.
 func (s *Plan) place(p *pass, n int) error {
+	if err := s.placeOne(p, n); err != nil {
+		return err
+	}
+	return s.followNode(p, n)
+}
+
+func (s *Plan) placeOne(p *pass, n int) error {
 	node := &s.g.Nodes[n]
 	s.node = graph.ID(n)
 	defer func() { s.node = graph.NoID }()
@@ -315,6 +323,7 @@ func (s *Plan) place(p *pass, n int) error {
 			in.Mutate = true
 			arg.Refs(func(id graph.ID) { s.guard(id) })
 			defer arg.Refs(func(id graph.ID) { s.soil(p, node.Invoke, id) })
+			defer s.changedGrads(n)
 		}
 		in.Out = NoSlot
 		if node.Kind != graph.KindSetIndex {
@@ -325,6 +334,15 @@ func (s *Plan) place(p *pass, n int) error {
 		s.inherit(n)
 	case graph.KindModule:
 		return s.module(p, n)
+	case graph.KindTrack:
+	case graph.KindBackward:
+		s.placeBackward(n)
+	case graph.KindGrad:
+		return s.placeGrad(p, n)
+	case graph.KindSetGrad:
+		s.placeSetGrad(n)
+	case graph.KindEnd:
+		s.placeEnd(n)
 	default:
 		return fault.New(fault.Internal, "node %d has kind %d, which cannot be placed", n, node.Kind)
 	}

@@ -23,6 +23,7 @@ from .envoy import Envoy
 from .errors import (
     CancelledError,
     ForkError,
+    GradientError,
     GraphError,
     HandleError,
     InputError,
@@ -51,6 +52,7 @@ __all__ = [
     "Edit",
     "Envoy",
     "ForkError",
+    "GradientError",
     "Graph",
     "GraphError",
     "HandleError",

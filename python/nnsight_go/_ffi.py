@@ -16,7 +16,7 @@ from typing import Any
 
 import torch  # loads libtorch, which the engine shares
 
-from .errors import ForkError, HandleError, InternalError, ModelLoadError, NnsightError, from_fault
+from .errors import ForkError, HandleError, InternalError, ModelLoadError, NnsightError, from_fault, users
 
 ABI = 2  # must be the one that nng_version tells
 
@@ -141,7 +141,11 @@ def py() -> ctypes.PyDLL:
 def check(function: Any, *args: Any) -> None:
     """Calls a function of ``nng.h``; the error buffer is added. Raises what went wrong."""
     err = Buf()
-    code = function(*args, ctypes.byref(err))
+    try:
+        code = function(*args, ctypes.byref(err))
+    except SystemError as error:  # Python that the engine called, a backward of the user's, has raised
+        err.take()
+        raise users(error.__cause__ or error) from None
     if code != OK:
         raise failure(code, err.take())
 

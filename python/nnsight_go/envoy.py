@@ -399,6 +399,20 @@ class Envoy(Placed):
         for _, buffer in self.named_buffers():
             yield buffer
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Whether backward passes fill the gradients of the parameters here and below. They do not unless asked to."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients of the parameters here and below, or sets them to zero."""
+        for parameter in self.parameters():
+            if parameter.grad is not None and set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.detach_().zero_()
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All parameters by name, tied ones under each of their names. The tensors are live."""
         return {name: p.detach() for name, p in self.named_parameters(remove_duplicate=False)}

@@ -82,7 +82,7 @@ def _source(label: str, file: str | None, line: int | None) -> list[str]:
     return out
 
 
-def users(error: Exception) -> Exception:
+def users(error: BaseException) -> BaseException:
     """Marks an error that a user's own operation raised in here: its traceback needs no frames of ours."""
     error.__dict__["_nng_users"] = True
     return error
@@ -111,6 +111,10 @@ class OpError(NnsightError, RuntimeError):
 
 class OpIndexError(OpError, IndexError):
     """An operation of the trace was given an index that is out of range."""
+
+
+class GradientError(NnsightError, RuntimeError):
+    """A gradient was asked for that cannot exist."""
 
 
 # How messages begin for which PyTorch raises IndexError.
@@ -164,6 +168,7 @@ CLASSES: dict[str, type[NnsightError]] = {
         OutOfOrderError,
         ModulePathError,
         OpError,
+        GradientError,
         ModelLoadError,
         InputError,
         RemoteError,

@@ -120,12 +120,14 @@ class Proxy(torch.Tensor):
         match node[0]:
             case Kind.READ:
                 path, port, leaf = node[4], node[5], node[7]
-                text = (path or "model") + (".input", ".output", ".grad")[port]
+                text = (path or "model") + (".input", ".output")[port]
                 return text + "".join(f"[{p}]" if p.isdigit() else f".{p}" for p in leaf.split(".") if p)
             case Kind.CALL:
                 return f"{node[4].removeprefix('aten::')}(...)"
             case Kind.MODULE:
                 return f"{node[4]}(...)"
+            case Kind.GRAD:
+                return f"{Proxy._make(rec, node[4][1])._label()}.grad"
             case Kind.CONST:
                 return "a constant"
             case Kind.INDEX:

@@ -23,6 +23,7 @@ from .wire import Kind, argument
 
 if TYPE_CHECKING:
     from .edits import Edit
+    from .gradients import Gradients
     from .native import Native, Run
     from .sessions import Living
 
@@ -54,8 +55,10 @@ class Invoke:
     masks: list[list[int]] | None = None
     edit: bool = False  # the next invoke brings it along: it works on that one's rows
 
-    def wire(self) -> tuple[Any, ...]:
-        """Its wire form."""
+    def wire(self, mode: int = 1) -> tuple[Any, ...]:
+        """Its wire form; ``mode`` is the autograd state that the model runs under."""
+        if mode != 1:
+            return (self.rows, self.masks, self.edit, mode)
         return (None, None, True) if self.edit else (self.rows, self.masks)
 
 
@@ -148,6 +151,8 @@ class Recorder:
         self._batch_asked: Place = None
         self._forced: tuple[int, dict[int, torch.Tensor]] = (-1, {})
         self._failed: dict[int, NnsightError] = {}
+        self.gradients: Gradients | None = None  # what the block says of them, if it does
+        self.mode = _mode()  # that the model runs under
         self._run: Run | None = None  # what the engine does of this trace, once a value was needed
         self._sent = _Sent()
 
@@ -214,8 +219,7 @@ class Recorder:
 
     def _add(self, kind: int, made: tuple[Callable[..., Any], Any, Any] | None, *rest: Any) -> int:
         id = len(self.nodes)
-        mode = (1 if _grad_enabled() else 0) | (2 if _inference() else 0)
-        self.nodes.append((kind, self.invoke if self.invoke >= 0 else self._owner(), here(), mode, *rest))
+        self.nodes.append((kind, self.invoke if self.invoke >= 0 else self._owner(), here(), _mode(), *rest))
         self.made.append(made)
         return id
 
@@ -266,6 +270,34 @@ class Recorder:
         wired = [argument(x, name) for x in args]
         named = {k: argument(x, name) for k, x in kwargs.items()} if kwargs else None
         return self._add(_MODULE, (infer, args, kwargs), path, wired, named)
+
+    # ---- gradients ----
+
+    def uses(self, id: int) -> Iterator[int]:
+        """The nodes that a node uses."""
+        return wire.references(self.nodes[id])
+
+    def is_floating(self, id: int) -> bool:
+        """Whether a value is of a dtype that has gradients."""
+        dtype = self.rough(Proxy._make(self, id)).dtype
+        return dtype.is_floating_point or dtype.is_complex
+
+    def stands_before(self, one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+        """Whether the access point that a read names comes before another's, in the same invoke."""
+        points = [self.native.points.get((n[4], n[5])) for n in (one, other)]
+        if one[1] != other[1] or None in points:
+            return False
+        first, second = (p.order for p in points if p is not None)
+        return first <= second
+
+    def taken_back(self, id: int) -> bool:
+        """Whether the engine has a node already, so that it cannot be changed."""
+        return id < self._sent.nodes
+
+    def take_back(self) -> None:
+        """Drops the last node, which nothing uses."""
+        self.nodes.pop()
+        self.made.pop()
 
     # ---- tensors from outside ----
 
@@ -504,7 +536,7 @@ class Recorder:
         nodes = self.nodes[sent.nodes :]
         rows, indices = positions.table(node[2] for node in nodes)
         data = wire.graph(
-            [v.wire() for v in self.invokes[sent.invokes :]],
+            [v.wire(self.mode) for v in self.invokes[sent.invokes :]],
             [
                 (*node[:2], index if index < 0 else index + sent.positions, *node[3:])
                 for node, index in zip(nodes, indices, strict=True)
@@ -590,7 +622,7 @@ class Recorder:
         saved = list({id(p): p for p in proxies(wanted)}.values())
         for p in saved:
             self.alive(p)
-        if saved:
+        if saved or (self.gradients is not None and self.gradients.passes):  # which fill what leaves keep
             count = len(self.nodes)
             self._go_on([p._id for p in saved], end=True, adopt=saved)
             self.kept = list(range(count, len(self.nodes)))
@@ -628,6 +660,11 @@ class Recorder:
             f"{name} cannot be used after its trace: {self.closed}",
             hint="Inside the block, keep it with `.save()`: `x = model.lm_head.output.save()`.",
         )
+
+
+def _mode() -> int:
+    """The autograd state of this line, as nodes carry it."""
+    return (1 if _grad_enabled() else 0) | (2 if _inference() else 0)
 
 
 def _version(tensor: torch.Tensor) -> int:

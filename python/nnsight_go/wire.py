@@ -29,6 +29,11 @@ class Kind(enum.IntEnum):
     MODULE = 6
     CONST = 7
     SAVE = 8
+    TRACK = 9
+    BACKWARD = 10
+    GRAD = 11
+    SET_GRAD = 12
+    END = 13
 
 
 class Tag(enum.IntEnum):
@@ -48,8 +53,8 @@ class Tag(enum.IntEnum):
     OBJECT = 11
 
 
-INPUT, OUTPUT, GRAD = 0, 1, 2
-PORTS = {"input": INPUT, "output": OUTPUT, "grad": GRAD}
+INPUT, OUTPUT = 0, 1
+PORTS = {"input": INPUT, "output": OUTPUT}
 
 Node: TypeAlias = tuple[Any, ...]
 # Gives the number of the node that defines a tensor.

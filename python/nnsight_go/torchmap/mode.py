@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -26,14 +27,15 @@ class Mode(TorchFunctionMode):
 
     def __enter__(self) -> Mode:
         transforms.prepare()
-        self._stance = transforms.uncompiled()
-        self._stance.__enter__()
+        self._around = contextlib.ExitStack()
+        self._around.enter_context(transforms.uncompiled())
+        self._around.enter_context(transforms.functions())
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        self._stance.__exit__(*exception)
+        self._around.close()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .. import gradients
 from ..proxy import Proxy
 from . import conversion, draws, operators, properties, selection
 from .computing import compute
@@ -79,7 +80,8 @@ _TABLES: list[_Table] = [
     (("__rdiv__", "__rtruediv__"), _divided),
     (properties.FACTS, lambda name: properties.facts),
     (_VALUES, lambda name: compute),
-    (properties.GRADIENTS, lambda name: properties.no_gradients),
+    (properties.GRADIENTS, lambda name: properties.gradient(properties.GRADIENTS[name])),
+    (("register_post_accumulate_grad_hook",), lambda name: properties.no_gradients),
     (conversion.CASTS, conversion.cast),
     (("to",), conversion.to),
     (("type",), conversion.type_of),
@@ -91,11 +93,10 @@ _TABLES: list[_Table] = [
     (("__setitem__",), selection.setitem),
     (("where",), selection.where),
     (("nonzero",), selection.nonzero),
-    (("requires_grad_",), properties.requires_grad),
     (("get_device",), properties.get_device),
 ]
 
-known: dict[Any, Rule] = {}
+known: dict[Any, Rule] = {torch.autograd.grad: lambda rec, func, args, kwargs: gradients.grad(rec, *args, **kwargs)}
 """The rules of the functions that were called so far."""
 
 

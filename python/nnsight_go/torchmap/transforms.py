@@ -2,7 +2,7 @@
 
 ``torch.func.grad`` and ``vmap`` wrap tensors from C++, so they must be given real ones: a proxy that
 enters a transform is computed first, and so is one that a function under a transform mentions.
-Scripted functions are C++ as well, and are computed at their line.
+Scripted functions are C++ as well, and are computed at their line, as custom ``autograd.Function``s are.
 Compiled functions run uncompiled while a block is recorded, so that what they call is recorded.
 """
 
@@ -101,3 +101,54 @@ def uncompiled() -> Iterator[None]:
             _blocks -= 1
             if _blocks == 0:
                 _stance.__exit__(None, None, None)
+
+
+_functions = 0  # blocks in which custom autograd functions are looked at, of all threads
+
+
+@contextlib.contextmanager
+def functions() -> Iterator[None]:
+    """Custom autograd functions take proxies while this is entered.
+
+    They are computed at their line, so that their own backward is part of the graph.
+    """
+    global _functions
+    with _lock:
+        _functions += 1
+        if _functions == 1:
+            _mount()
+    try:
+        yield
+    finally:
+        with _lock:
+            _functions -= 1
+            if _functions == 0:
+                _unmount()
+
+
+def _mount() -> None:
+    function: Any = torch.autograd.Function
+    found = next(kind.__dict__["apply"] for kind in function.__mro__ if "apply" in kind.__dict__)
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = found.__get__(None, cls)
+        if current.recorder is None or next(proxies((args, kwargs)), None) is None:
+            return bound(*args, **kwargs)
+        from ..gradients import custom
+
+        return custom(current.recorder, bound, args, kwargs)
+
+    _mounted.append(function.__dict__.get("apply"))
+    function.apply = classmethod(apply)
+
+
+def _unmount() -> None:
+    function: Any = torch.autograd.Function
+    before = _mounted.pop()
+    if before is None:
+        del function.apply
+    else:
+        function.apply = before
+
+
+_mounted: list[Any] = []
