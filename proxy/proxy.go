@@ -39,11 +39,13 @@ type Trace struct {
 	saved  map[graph.ID]*Value
 	lines  map[fault.Pos]int32
 	begun  []fault.Pos // the line of each invoke
+	passes []*Backward // that are open
 	err    error
 	ran    bool
 }
 
-// New starts a trace. Gradients are off, as nothing in it asks for them.
+// New starts a trace. Autograd follows what its lines ask the gradient of ([Value.Backward]), and tensors
+// of the program that require gradients.
 func New(model *engine.Model) *Trace {
 	return &Trace{model: model, saved: map[graph.ID]*Value{}, lines: map[fault.Pos]int32{}}
 }
@@ -120,7 +122,7 @@ func (in *Invoke) add(n graph.Node) *Value {
 		t.graph.Positions = append(t.graph.Positions, pos)
 		t.lines[pos] = line
 	}
-	n.Invoke, n.Pos = in.number, line
+	n.Invoke, n.Pos, n.Mode = in.number, line, graph.ModeGrad
 	t.graph.Nodes = append(t.graph.Nodes, n)
 	return &Value{invoke: in, id: graph.ID(len(t.graph.Nodes) - 1)}
 }
@@ -193,6 +195,7 @@ func (t *Trace) run(ctx context.Context, start func(consts []aten.Tensor) (*host
 		t.err = fault.New(fault.Graph, "this trace has run").WithHint("Record a new one.")
 	}
 	t.ran = true
+	t.endPasses()
 	if t.err != nil {
 		return t.err
 	}

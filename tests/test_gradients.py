@@ -263,6 +263,20 @@ def test_a_value_of_the_users_own(either: Pair) -> None:
     close(grad, want.grad(f"{either.blocks}.1"))
 
 
+def test_an_assigned_tensor_from_outside(either: Pair) -> None:
+    model, ids = either.model, either.ids()
+    given = torch.randn(1, len(ids), either.width)
+    with model.trace(ids):
+        either.layers[0].output[0] = given
+        state = hidden(either, 0)  # which is that tensor: it requires no gradient, here it has one
+        with model.lm_head.output.sum().backward():
+            grad = state.grad.save()
+    want = Reference(either, [ids], {(f"{either.blocks}.0", "output"): lambda x: given + 0 * x})
+    want.logits.sum().backward()
+    close(grad, want.grad(f"{either.blocks}.0"))
+    assert not given.requires_grad and given.grad is None
+
+
 def test_a_leaf_from_outside(either: Pair) -> None:
     model, ids = either.model, either.ids()
     steering = torch.zeros(either.width, requires_grad=True)

@@ -15,6 +15,7 @@ import (
 type gradients struct {
 	passes   map[graph.ID]*backward
 	retained []aten.Tensor     // values that retain their gradients
+	owned    []aten.Tensor     // what stands in slots that the machine does not free
 	followed bool              // autograd follows a value of the run
 	keeps    bool              // and was asked to, so that what is saved keeps its history
 	filled   map[graph.ID]bool // passes that have filled the gradients of leaves; planning anew does not undo that
@@ -33,10 +34,10 @@ func (g *gradients) reset() {
 	for _, b := range g.passes {
 		b.free()
 	}
-	for _, t := range g.retained {
+	for _, t := range append(g.retained, g.owned...) {
 		t.Free()
 	}
-	g.passes, g.retained = nil, nil
+	g.passes, g.retained, g.owned = nil, nil, nil
 }
 
 func (b *backward) free() {
@@ -65,13 +66,20 @@ func (r *Run) track(in *plan.Instr) error {
 	if err != nil {
 		return err
 	}
-	how := in.Args[1].I
+	how, borrowed := in.Args[1].I, in.Args[2].I != 0
+	if borrowed && t.RequiresGrad() { // the user's own leaf, which keeps its gradient
+		return nil
+	}
 	out, err := aten.Track(t, how == graph.TrackRetain)
 	if err != nil {
 		return fault.New(fault.Gradient, "%s", fault.As(err).Message).WithHint("Ask for gradients in a trace outside of it, or of another value.")
 	}
 	r.machine.Bind(in.Args[0].Ref, value{tensor: out})
-	t.Free()
+	if borrowed {
+		r.gradients.owned = append(r.gradients.owned, out)
+	} else {
+		t.Free()
+	}
 	r.gradients.followed = true
 	r.gradients.keeps = r.gradients.keeps || how >= graph.TrackHistory
 	if how == graph.TrackRetain {

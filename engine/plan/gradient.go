@@ -136,7 +136,7 @@ func (s *Plan) readGradients() error {
 				gr.bases[base{node.Invoke, baseOf(s.models.Causal, mark)}] = w.by
 			}
 		}
-		if node.Kind != graph.KindConst && s.done[id] && !s.followsValue(id) {
+		if s.done[id] && !s.followsValue(id) {
 			return ErrRestart
 		}
 	}
@@ -161,7 +161,7 @@ func (s *Plan) followsValue(id graph.ID) bool {
 // followsIn reports whether autograd follows values of an invoke, so that it needs a forward pass of its own.
 func (s *Plan) followsIn(invoke int) bool {
 	for id := range s.gradients.follow {
-		if node := &s.g.Nodes[id]; node.Kind != graph.KindConst && int(node.Invoke) == invoke {
+		if node := &s.g.Nodes[id]; int(node.Invoke) == invoke {
 			return true
 		}
 	}
@@ -176,7 +176,7 @@ func (s *Plan) follow(slot Slot, w wish) {
 	s.gradients.followed[slot] = true
 	defer func(before graph.ID) { s.node = before }(s.node)
 	s.node = w.by
-	s.emit(Instr{Op: OpTrack, Args: []graph.Arg{graph.Ref(slot), graph.Int(w.how)}, Out: NoSlot, Mode: s.mode})
+	s.emit(Instr{Op: OpTrack, Args: []graph.Arg{graph.Ref(slot), graph.Int(w.how), graph.Bool(s.borrowed[slot])}, Out: NoSlot, Mode: s.mode})
 }
 
 // followMark follows an activation that a pass has just come to, where one of its invokes asks for that.
@@ -207,7 +207,7 @@ func (s *Plan) followNode(p *pass, n int) error {
 			w.by, asked = s.gradients.bases[base{node.Invoke, baseOf(p.model, mark)}]
 		}
 	}
-	if !asked || node.Kind == graph.KindConst {
+	if !asked {
 		return nil
 	}
 	value := s.val[n]
@@ -221,9 +221,6 @@ func (s *Plan) followNode(p *pass, n int) error {
 				c.dirty, p.dirty = true, true
 			}
 		}
-	}
-	if s.borrowed[slot] { // a tensor from outside, which stays as it is
-		return nil
 	}
 	s.follow(slot, w)
 	return nil

@@ -38,7 +38,7 @@ const (
 	OpClone              // a copy of Args[0]
 	OpExpect             // notes whether Args[0] has the sizes Want, for the message of a later failure
 	OpGuard              // fails if Args[0] shares storage with one of Args[1:], whose time has passed
-	OpTrack              // what Args[0] holds becomes what autograd follows, as far as Args[1] says
+	OpTrack              // what Args[0] holds becomes what autograd follows, as far as Args[1] says; Args[2]: it is not the run's own
 	OpBackward           // a backward pass from the list Args[0], with gradients Args[1]: gives those of Args[2]
 	OpSetGrad            // the gradient of Args[0] is Args[1] in what a backward pass goes on to
 )

@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from nnsight_go import LanguageModel
 
+from .gradients import hooked_gradients, traced_gradients
 from .harness import Timing, interleave, ratio
 from .memory import of_job
 
@@ -93,6 +94,29 @@ def generation_cases(reference: GPT2LMHeadModel, directory: str, rounds: int) ->
     return rows
 
 
+def gradient_cases(reference: GPT2LMHeadModel, directory: str, rounds: int) -> list[dict]:
+    """A forward pass and the gradients of every block's hidden states."""
+    model = LanguageModel(directory, tokenizer=False, dispatch=True)
+    rows = []
+    for tokens in (10, 64):
+        ids = torch.randint(0, reference.config.vocab_size, (1, tokens))
+
+        def theirs(ids: torch.Tensor = ids) -> list[torch.Tensor]:
+            return hooked_gradients(reference, ids)
+
+        def ours(ids: torch.Tensor = ids) -> list[torch.Tensor]:
+            return traced_gradients(model, ids)
+
+        error = max((a - b).abs().max().item() for a, b in zip(ours(), theirs(), strict=True))
+        timed = interleave({"theirs": theirs, "ours": ours}, rounds)
+        what = f"gradients of {len(model.transformer.h)} hidden states, {tokens} tokens"
+        rows.append(row(what, timed["ours"], timed["theirs"], f"with hooks; max error {error:.1e}"))
+    for key, what in (("Anonymous", "the same, peak memory, anonymous"), ("Rss", "the same, peak memory, resident")):
+        sides = {who: of_job("tests.bench.job", who, directory, "64", "gradients") for who in ("ours", "theirs")}
+        rows.append(memory_row(what, sides["ours"][key], sides["theirs"][key]))
+    return rows
+
+
 def opening_cases(directory: str, rounds: int) -> list[dict]:
     """From nothing to a model, and to its first logits, each in a fresh process."""
     runs: dict[str, list[dict]] = {"ours": [], "theirs": []}
@@ -105,12 +129,15 @@ def opening_cases(directory: str, rounds: int) -> list[dict]:
         timed = {who: Timing(s[len(s) // 2], s[0], s[-1], len(s)) for who, s in sides.items()}
         rows.append(row(what, timed["ours"], timed["theirs"], "fresh processes, warm page cache"))
     for key, what in (("Anonymous", "peak memory, anonymous"), ("Rss", "peak memory, resident")):
-        ours, theirs = (sorted(r[key] for r in runs[who])[rounds // 2] / 2**20 for who in ("ours", "theirs"))
-        rows.append(
-            {"case": what, "ours": f"{ours:.0f} MiB", "theirs": f"{theirs:.0f} MiB", "ratio": f"{ours / theirs:.2f}x"}
-            | {"note": "grown over a process that has imported the library"}
-        )
+        ours, theirs = (sorted(r[key] for r in runs[who])[rounds // 2] for who in ("ours", "theirs"))
+        rows.append(memory_row(what, ours, theirs))
     return rows
+
+
+def memory_row(case: str, ours: float, theirs: float) -> dict:
+    sides = {"ours": f"{ours / 2**20:.0f} MiB", "theirs": f"{theirs / 2**20:.0f} MiB"}
+    note = "grown over a process that has imported the library"
+    return {"case": case, **sides, "ratio": f"{ours / theirs:.2f}x", "note": note}
 
 
 def row(case: str, ours: Timing, theirs: Timing, note: str = "") -> dict:
@@ -134,6 +161,7 @@ def main() -> None:
         reference = save_model(directory, args.small)
         rows = forward_cases(reference, directory, args.rounds)
         rows += generation_cases(reference, directory, args.rounds)
+        rows += gradient_cases(reference, directory, args.rounds)
         rows += opening_cases(directory, min(args.rounds, 5))
     machine = (
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
