@@ -102,6 +102,18 @@ func nngo_model_load(model C.nng_model, err *C.nng_buf) C.int {
 	})
 }
 
+//export nngo_model_train
+func nngo_model_train(model C.nng_model, on C.int32_t, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		m, e := models.get(uint64(model))
+		if e != nil {
+			return e
+		}
+		m.Train(on != 0)
+		return nil
+	})
+}
+
 //export nngo_model_close
 func nngo_model_close(model C.nng_model, err *C.nng_buf) C.int {
 	return guard(err, func() error {

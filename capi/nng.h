@@ -79,6 +79,9 @@ int nng_model_open(const char* dir, const char* options, nng_model* out, nng_buf
 /* Maps the weights, if they are not yet. */
 int nng_model_load(nng_model model, nng_buf* err);
 
+/* Switches dropout on (not 0) or off, for runs that begin from now on. Off in a model that was opened. */
+int nng_model_train(nng_model model, int32_t on, nng_buf* err);
+
 /* Closes the model: no run starts any more. Runs under way go on, and the last of them gives the
  * weights back. Tensors handed out stay valid. */
 int nng_model_close(nng_model model, nng_buf* err);

@@ -43,6 +43,10 @@ int nng_model_open(const char* dir, const char* options, nng_model* out, nng_buf
 
 int nng_model_load(nng_model model, nng_buf* err) { return forked ? refuse(err) : nngo_model_load(model, err); }
 
+int nng_model_train(nng_model model, int32_t on, nng_buf* err) {
+  return forked ? refuse(err) : nngo_model_train(model, on, err);
+}
+
 int nng_model_close(nng_model model, nng_buf* err) { return forked ? refuse(err) : nngo_model_close(model, err); }
 
 int nng_model_describe(nng_model model, nng_buf* out, nng_buf* err) {

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <iterator>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -335,6 +336,22 @@ int32_t nnga_inference_enabled(void) { return c10::InferenceMode::is_enabled(); 
 void* nnga_inference_enter(int32_t on) { return new c10::InferenceMode(on != 0); }
 
 void nnga_inference_leave(void* guard) { delete static_cast<c10::InferenceMode*>(guard); }
+
+int nnga_random_state(const char* device, void** out, char** err) {
+  return guarded(err, [&] {
+    auto generator = at::globalContext().defaultGenerator(at::Device(device));
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    *out = hand_out(generator.get_state());
+  });
+}
+
+int nnga_set_random_state(const char* device, void* state, char** err) {
+  return guarded(err, [&] {
+    auto generator = at::globalContext().defaultGenerator(at::Device(device));
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    generator.set_state(as_tensor(state));
+  });
+}
 
 int nnga_track(void* tensor, int32_t retain, void** out, char** err) {
   return guarded(err, [&] { *out = hand_out(nng::tracked(as_tensor(tensor), retain != 0)); });

@@ -90,6 +90,10 @@ int nnga_index_set(void* self, const nnga_val* index, const nnga_val* value, cha
 /* Gives torch the number of threads that it had when this library was loaded. */
 void nnga_keep_threads(void);
 
+/* The state of a device's random number generator [new], and its return [borrowed]. */
+int nnga_random_state(const char* device, void** out, char** err);
+int nnga_set_random_state(const char* device, void* state, char** err);
+
 /* The thread's autograd switches. */
 int32_t nnga_grad_enabled(void);
 void nnga_set_grad_enabled(int32_t on);

@@ -44,6 +44,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "counters": ["out"],
     "model_open": [STR, STR, ctypes.POINTER(U64)],
     "model_load": [U64],
+    "model_train": [U64, I32],
     "model_close": [U64],
     "model_describe": [U64, "out"],
     "model_param": [U64, STR, ctypes.POINTER(PTR)],
@@ -265,6 +266,7 @@ def test_linked_libraries(name: str) -> None:
 USES: dict[str, list[tuple[str, Callable[[], list[Any]]]]] = {
     "model": [
         ("model_load", list),
+        ("model_train", lambda: [0]),
         ("model_describe", list),
         ("model_param", lambda: [b"lm_head.weight", ctypes.byref(PTR())]),
         ("run_new", lambda: [LOGITS, len(LOGITS), NULL, 0, 1, ctypes.byref(U64())]),

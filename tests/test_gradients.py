@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import nnsight_go
-from nnsight_go import GradientError, LanguageModel, NnsightError, OutOfOrderError, _ffi
+from nnsight_go import GradientError, InputError, LanguageModel, NnsightError, OutOfOrderError, _ffi
 from references import Pair, tensors
 
 Change = Callable[[torch.Tensor], torch.Tensor | None]
@@ -961,3 +961,96 @@ def test_memory_comes_back(either: Pair) -> None:
     for _ in range(5):
         once()
     assert _ffi.counters() == before
+
+
+# ---- training ----
+
+
+@pytest.fixture
+def dropping(either: Pair, tmp_path: Any) -> tuple[LanguageModel, Any]:
+    """A model with dropout everywhere its architecture has some, in both libraries."""
+    theirs = copy.deepcopy(either.hf)
+    config = theirs.config
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.3)
+    theirs.save_pretrained(tmp_path)
+    theirs = type(theirs).from_pretrained(tmp_path).train()
+    return LanguageModel(tmp_path, tokenizer=False, dispatch=True), theirs
+
+
+def test_training_drops_what_transformers_drops(dropping: tuple[LanguageModel, Any], either: Pair) -> None:
+    model, theirs = dropping
+    rows = torch.tensor([either.ids(8), either.ids(8, seed=2)])
+    assert not model.training
+    with model.trace(rows):
+        calm = model.lm_head.output.save()
+    assert model.train() is model and model.training
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with model.trace(rows):
+            logits = model.lm_head.output.save()
+        torch.manual_seed(seed)
+        want = theirs(rows, use_cache=False).logits
+        close(logits, want)
+        assert float((logits - calm).abs().max()) > 1e-2
+    model.eval()
+    with model.trace(rows):
+        again = model.lm_head.output.save()
+    assert torch.equal(calm, again)
+    with pytest.raises(InputError, match="trains as the whole model does"):
+        model.get(either.blocks)[0].train()
+
+
+def test_training_steps_with_dropout(dropping: tuple[LanguageModel, Any], either: Pair) -> None:
+    model, theirs = dropping
+    model.train()
+    model.requires_grad_()
+    rows = torch.tensor([either.ids(8), either.ids(8, seed=2)])
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-2) for m in (model, theirs)]
+    for step in range(4):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        torch.manual_seed(step)
+        with model.trace(rows):
+            logits = model.lm_head.output
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+            loss.backward()
+            loss.save()
+        torch.manual_seed(step)
+        want = theirs(rows, labels=rows, use_cache=False).loss
+        want.backward()
+        close(loss, want)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(model.parameters(), theirs.parameters(), strict=True):
+        close(p, q, 1e-3)
+
+
+def test_the_same_is_dropped_when_the_model_runs_again(dropping: tuple[LanguageModel, Any], either: Pair) -> None:
+    model, _ = dropping
+    blocks = model.get(either.blocks)
+    model.train()
+    torch.manual_seed(5)
+    with model.trace(either.ids()):
+        early = blocks[0].output[0]
+        seen = early.sum().item()  # the model has run to here, and nothing followed it
+        with model.lm_head.output.sum().backward():
+            early.grad.save()
+        early.save()
+    assert abs(float(early.detach().sum()) - seen) < 1e-3 * max(1.0, abs(seen))
+
+
+def test_invokes_draw_for_themselves(dropping: tuple[LanguageModel, Any], either: Pair) -> None:
+    model, theirs = dropping
+    model.train()
+    prompts = [either.ids(6), either.ids(4, seed=2)]
+    torch.manual_seed(1)
+    logits = []
+    with model.trace() as tracer:
+        for ids in prompts:
+            with tracer.invoke(ids):
+                logits.append(model.lm_head.output.save())
+    torch.manual_seed(1)
+    for got, ids in zip(logits, prompts, strict=True):
+        close(got, theirs(torch.tensor([ids]), use_cache=False).logits)

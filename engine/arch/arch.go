@@ -87,11 +87,8 @@ func Open(config []byte) (Architecture, error) {
 type Graphs struct {
 	Causal, Masked *graph.Model
 	Params         []nn.ParamSpec
-	// Explicit lays the same two variants down with attention done step by step, when it is first
-	// called: few traces look into it.
-	Explicit func() (causal, masked *graph.Model, err error)
-	// Cached lays down one step of generation, likewise when it is first asked for.
-	Cached func(masked, decode bool) (*graph.Model, error)
+	// Of lays another variant down, when it is first asked for.
+	Of func(v nn.Variant) (*graph.Model, error)
 }
 
 // Build lays an architecture down.
@@ -104,32 +101,15 @@ func Build(a Architecture) (*Graphs, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Graphs{Causal: causal, Masked: masked, Params: params, Explicit: explicit(a), Cached: cached(a)}, nil
+	made := map[nn.Variant]*graph.Model{{}: causal, {Masked: true}: masked}
+	return &Graphs{Causal: causal, Masked: masked, Params: params, Of: variants(a, made)}, nil
 }
 
-func explicit(a Architecture) func() (causal, masked *graph.Model, err error) {
-	type pair struct{ causal, masked *graph.Model }
-	build := sync.OnceValues(func() (pair, error) {
-		causal, _, err := nn.Build(nn.Variant{Explicit: true}, a.Build)
-		if err != nil {
-			return pair{}, err
-		}
-		masked, _, err := nn.Build(nn.Variant{Explicit: true, Masked: true}, a.Build)
-		return pair{causal, masked}, err
-	})
-	return func() (*graph.Model, *graph.Model, error) {
-		p, err := build()
-		return p.causal, p.masked, err
-	}
-}
-
-func cached(a Architecture) func(masked, decode bool) (*graph.Model, error) {
+func variants(a Architecture, made map[nn.Variant]*graph.Model) func(v nn.Variant) (*graph.Model, error) {
 	var mu sync.Mutex
-	made := map[nn.Variant]*graph.Model{}
-	return func(masked, decode bool) (*graph.Model, error) {
+	return func(v nn.Variant) (*graph.Model, error) {
 		mu.Lock()
 		defer mu.Unlock()
-		v := nn.Variant{Cached: true, Masked: masked, Decode: decode}
 		if m := made[v]; m != nil {
 			return m, nil
 		}

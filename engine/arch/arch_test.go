@@ -13,6 +13,7 @@ import (
 	_ "github.com/nnsight-go/nnsight-go/engine/arch/all"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/nn"
 	"github.com/stretchr/testify/require"
 )
 
@@ -158,7 +159,9 @@ func TestGraphsAreWellFormed(t *testing.T) {
 		}
 		require.Equal(t, g.Causal.Modules, g.Masked.Modules)
 
-		causal, masked, err := g.Explicit()
+		causal, err := g.Of(nn.Variant{Explicit: true})
+		require.NoError(t, err)
+		masked, err := g.Of(nn.Variant{Explicit: true, Masked: true})
 		require.NoError(t, err)
 		for variant, m := range map[string]*graph.Model{"explicit, causal": causal, "explicit, masked": masked} {
 			t.Run(name+"/"+variant, func(t *testing.T) { wellFormed(t, m, g) })

@@ -7,6 +7,7 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/nn"
 	"github.com/nnsight-go/nnsight-go/engine/plan"
 )
 
@@ -87,7 +88,7 @@ func (m *Native) NewCache(rows, masks [][]int64, more int) (*Cache, error) {
 // allocate makes the tensors that keys and values go into.
 func (c *Cache) allocate() error {
 	defer plainMode()()
-	m, err := c.model.graphs.Cached(c.masked, false)
+	m, err := c.model.graphs.Of(nn.Variant{Cached: true, Masked: c.masked})
 	if err != nil {
 		return err
 	}
@@ -125,7 +126,7 @@ func (c *Cache) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, err
 		free()
 		return nil, err
 	}
-	model, err := c.model.graphs.Cached(c.masked, c.past > 0)
+	model, err := c.model.graphs.Of(nn.Variant{Cached: true, Masked: c.masked, Decode: c.past > 0, Training: c.model.Training()})
 	if err == nil {
 		err = c.model.enter()
 	}
@@ -134,7 +135,7 @@ func (c *Cache) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, err
 		c.leave(r)
 		return nil, err
 	}
-	r.models = plan.Models{Causal: model, Masked: model}
+	r.models = plan.Models{Causal: model, Masked: model, Training: c.model.Training()}
 	r.plan = plan.New(r.models)
 	err = r.Extend(func(own *graph.Graph) error {
 		*own = *g

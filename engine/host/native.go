@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"runtime"
 	"sync"
+	"sync/atomic"
 
 	"github.com/nnsight-go/nnsight-go/engine/arch"
 	_ "github.com/nnsight-go/nnsight-go/engine/arch/all" // every architecture registers itself
@@ -40,6 +41,8 @@ type Native struct {
 	names      map[string]string // parameter -> its name in the checkpoint
 	dtype      string
 	device     string
+
+	training atomic.Bool
 
 	mu     sync.Mutex
 	params map[string]aten.Tensor // by name; tied names share a handle's tensor
@@ -244,16 +247,22 @@ func (m *Native) Directory() string { return m.dir }
 // Context is the largest number of tokens of a row.
 func (m *Native) Context() int { return m.arch.Context() }
 
-// Models gives the graphs of the forward pass.
-func (m *Native) Models() plan.Models {
-	return plan.Models{Causal: m.graphs.Causal, Masked: m.graphs.Masked}
+// variants gives the two graphs of a forward pass, with attention computed step by step if explicit.
+func (m *Native) variants(explicit bool) (plan.Models, error) {
+	training := m.Training()
+	causal, err := m.graphs.Of(nn.Variant{Explicit: explicit, Training: training})
+	if err != nil {
+		return plan.Models{}, err
+	}
+	masked, err := m.graphs.Of(nn.Variant{Explicit: explicit, Training: training, Masked: true})
+	return plan.Models{Causal: causal, Masked: masked, Training: training}, err
 }
 
-// explicitModels gives the graphs in which attention is computed step by step.
-func (m *Native) explicitModels() (plan.Models, error) {
-	causal, masked, err := m.graphs.Explicit()
-	return plan.Models{Causal: causal, Masked: masked}, err
-}
+// Train switches dropout on or off for runs that begin from now on. A model that was opened has it off.
+func (m *Native) Train(on bool) { m.training.Store(on) }
+
+// Training reports whether dropout is at work.
+func (m *Native) Training() bool { return m.training.Load() }
 
 // Parameter gives a new handle on a parameter or buffer, loading the weights if need be.
 func (m *Native) Parameter(name string) (aten.Tensor, error) {
@@ -321,14 +330,18 @@ func (m *Native) Start(g *graph.Graph, consts []aten.Tensor) (*Run, error) {
 // Begin makes a run of a trace that may go on: without end, [Run.Extend] adds to it once it is done.
 // The run takes over the graph, and consts also where it fails.
 func (m *Native) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, error) {
-	r := &Run{model: m, graph: &graph.Graph{}, models: m.Models()}
-	r.plan = plan.New(r.models)
-	if err := m.enter(); err != nil {
+	r := &Run{model: m, graph: &graph.Graph{}}
+	var err error
+	if r.models, err = m.variants(false); err == nil {
+		err = m.enter()
+	}
+	if err != nil {
 		for _, t := range consts {
 			t.Free()
 		}
 		return nil, err
 	}
+	r.plan = plan.New(r.models)
 	if err := r.Extend(func(own *graph.Graph) error { *own = *g; return nil }, consts, end); err != nil {
 		return nil, err
 	}

@@ -34,6 +34,7 @@ type Run struct {
 	taken    bool // its results have been handed over
 
 	gradients gradients
+	random    aten.Tensor // the state of the generator that dropout draws from, before the run
 }
 
 // value is what a slot holds: nearly always a tensor.
@@ -160,7 +161,7 @@ func (r *Run) choose() (again bool, err error) {
 		return false, fault.New(fault.ModulePath, "the scores and the pattern of attention are not computed during generation").
 			WithHint("Use heads.q, heads.k, heads.v and heads.z, or a trace of the whole text.")
 	}
-	r.models, err = r.model.explicitModels()
+	r.models, err = r.model.variants(true)
 	return true, err
 }
 
@@ -211,12 +212,28 @@ func (r *Run) ready(schedule *plan.Schedule) error {
 	if err := r.model.Load(); err != nil {
 		return err
 	}
+	if err := r.keepRandom(); err != nil {
+		return err
+	}
 	if r.machine == nil {
 		r.machine = exec.New[value](schedule)
 	} else {
 		release(r.machine.Extend(schedule, nil))
 	}
 	return r.bind(schedule)
+}
+
+// keepRandom notes the state of the generator before the model draws from it. A run that begins anew puts
+// it back, so that the same elements are dropped.
+func (r *Run) keepRandom() (err error) {
+	switch {
+	case !r.models.Training:
+	case r.random.IsZero():
+		r.random, err = aten.RandomState(r.model.device)
+	case r.machine == nil:
+		err = aten.SetRandomState(r.model.device, r.random)
+	}
+	return err
 }
 
 // bind gives a schedule's sources their values.
@@ -433,6 +450,8 @@ func (r *Run) Free() {
 	}
 	r.consts = nil
 	r.gradients.reset()
+	r.random.Free()
+	r.random = aten.Tensor{}
 	if r.cache != nil {
 		if r.gradients.followed {
 			r.cache.detach()

@@ -20,10 +20,14 @@ const heads = "heads."
 
 // Attention is scaled dot-product attention of queries [batch, heads, seq, dim] over keys and values
 // [batch, kvHeads, seq, dim], where kvHeads divides heads: causal where mask is [None], else by a
-// boolean mask [batch, 1, seq, seq]. The result is [batch, heads, seq, dim].
+// boolean mask [batch, 1, seq, seq]. In training elements of the pattern are set to zero with probability
+// dropout. The result is [batch, heads, seq, dim].
 //
 // One fused operator does it; in the explicit variant it is done step by step.
-func (m *Module) Attention(q, k, v, mask Value, scale float64) Value {
+func (m *Module) Attention(q, k, v, mask Value, scale, dropout float64) Value {
+	if !m.b.variant.Training {
+		dropout = 0
+	}
 	groups, kvHeads := q.Size(1), k.Size(1)
 	if kvHeads < 1 || groups%kvHeads != 0 || v.Size(1) != kvHeads || q.Size(-1) != k.Size(-1) {
 		q.b.fail("attention of %s over %s and %s", shapeText(q.shape), shapeText(k.shape), shapeText(v.shape))
@@ -36,9 +40,9 @@ func (m *Module) Attention(q, k, v, mask Value, scale float64) Value {
 	}
 	var z Value
 	if m.b.variant.Explicit {
-		z = m.explicit(q, k, v, mask, scale)
+		z = m.explicit(q, k, v, mask, scale, dropout)
 	} else {
-		z = m.fused(q, k, v, mask, scale)
+		z = m.fused(q, k, v, mask, scale, dropout)
 	}
 	m.Internal(heads+"z", &z)
 	return z
@@ -51,7 +55,7 @@ func (b *Builder) varying(f func()) {
 	b.own = false
 }
 
-func (m *Module) fused(q, k, v, mask Value, scale float64) Value {
+func (m *Module) fused(q, k, v, mask Value, scale, dropout float64) Value {
 	groups := q.Size(1) / k.Size(1)
 	causal := mask.IsNone() && !m.b.variant.Decode // a single token looks at all before it
 	kwargs := []graph.Kwarg{{Name: "scale", Arg: graph.Float(scale)}}
@@ -69,7 +73,7 @@ func (m *Module) fused(q, k, v, mask Value, scale float64) Value {
 	m.hidden(heads+"pattern", square, q.dtype)
 	shape := slices.Clone(q.shape)
 	shape[len(shape)-1] = graph.Dim(v.Size(-1))
-	args := []graph.Arg{q.arg(), k.arg(), v.arg(), mask.arg(), graph.Float(0), graph.Bool(causal)}
+	args := []graph.Arg{q.arg(), k.arg(), v.arg(), mask.arg(), graph.Float(dropout), graph.Bool(causal)}
 	return q.b.call("scaled_dot_product_attention", shape, q.dtype, args, kwargs...)
 }
 
@@ -93,7 +97,7 @@ func (b *Builder) remember(k, v Value) (Value, Value) {
 	return out[0], out[1]
 }
 
-func (m *Module) explicit(q, k, v, mask Value, scale float64) Value {
+func (m *Module) explicit(q, k, v, mask Value, scale, dropout float64) Value {
 	groups := q.Size(1) / k.Size(1)
 	if mask.IsNone() {
 		mask = m.b.causalMask()
@@ -106,6 +110,7 @@ func (m *Module) explicit(q, k, v, mask Value, scale float64) Value {
 	m.Internal(heads+"scores", &scores)
 	m.b.varying(func() { pattern = scores.SoftmaxLast() })
 	m.Internal(heads+"pattern", &pattern)
+	pattern = pattern.dropout(dropout)
 	m.b.varying(func() { z = pattern.MatMul(v) })
 	return z
 }

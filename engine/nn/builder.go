@@ -34,6 +34,8 @@ type Variant struct {
 	// Cached: one step of generation. Keys and values go into a cache, and the head sees the last token
 	// alone. Decode: the step is not the first, so attention looks into the cache.
 	Cached, Decode bool
+	// Training: dropout is at work.
+	Training bool
 }
 
 // ParamSpec is a tensor that a model's graph names: a parameter, or a buffer computed at load.

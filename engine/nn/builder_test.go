@@ -146,7 +146,7 @@ func TestMistakesStopTheBuild(t *testing.T) {
 		{"attention", "attention of [1, 3, 4, 2] over [1, 2, 4, 2]", func(b *Builder) {
 			m := b.Model("M")
 			k := m.Param("k", 1, 2, 4, 2).Value()
-			m.Attention(m.Param("q", 1, 3, 4, 2).Value(), k, k, None, 1)
+			m.Attention(m.Param("q", 1, 3, 4, 2).Value(), k, k, None, 1, 0)
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -179,7 +179,7 @@ func TestShapes(t *testing.T) {
 		k := x.Slice(-1, 0, 8).Unflatten(-1, 2, -1).Transpose(1, 2)
 		require.Equal(t, graph.Shape{B, 2, S, 4}, k.Shape())
 		require.Equal(t, graph.Shape{B, 6, S, 4}, k.RepeatHeads(3).Shape())
-		a := root.Attention(q, k, k, None, 0.5)
+		a := root.Attention(q, k, k, None, 0.5, 0)
 		require.Equal(t, graph.Shape{B, 6, S, 4}, a.Shape())
 		require.Equal(t, graph.Shape{B, S, 24}, a.Transpose(1, 2).Flatten(-2, -1).Shape())
 		parts := x.Split(8, 2)
@@ -203,7 +203,7 @@ func TestGroupedAttention(t *testing.T) {
 			emb := NewEmbedding(root, "emb", 7, 4*dim, nil)
 			x := emb.Forward(b.InputIDs())
 			k := x.Slice(-1, 0, 2*dim).Unflatten(-1, -1, dim).Transpose(1, 2)
-			root.Attention(x.Unflatten(-1, -1, dim).Transpose(1, 2), k, k, b.AttentionMask(), 1)
+			root.Attention(x.Unflatten(-1, -1, dim).Transpose(1, 2), k, k, b.AttentionMask(), 1, 0)
 		})
 		require.NoError(t, err)
 		for _, n := range m.Nodes {

@@ -171,19 +171,47 @@ func (r *RMSNorm) Forward(x Value) Value {
 	return out
 }
 
-// Dropout does nothing in inference, but has its access points.
-type Dropout struct{ *Module }
+// Dropout sets elements to zero in training. Else it does nothing, but has its access points.
+type Dropout struct {
+	*Module
+	p float64
+}
 
 // NewDropout registers a Dropout with probability p, as the config has it.
 func NewDropout(m *Module, name string, p json.Number) *Dropout {
-	return &Dropout{m.Child(name, "Dropout", "p="+pyNumber(p)+", inplace=False")}
+	d := &Dropout{Module: m.Child(name, "Dropout", "p="+pyNumber(p)+", inplace=False")}
+	d.p = m.b.probability(p)
+	return d
 }
 
-// Forward gives x itself.
+// P is its probability.
+func (d *Dropout) P() float64 { return d.p }
+
+// probability is a number of the config between 0 and 1.
+func (b *Builder) probability(p json.Number) float64 {
+	f, err := p.Float64()
+	if err != nil || f < 0 || f > 1 {
+		b.fail("a dropout of probability %s", p)
+	}
+	return f
+}
+
+// Forward gives x itself, but in training.
 func (d *Dropout) Forward(x Value) Value {
 	d.Enter(Arg(&x))
-	d.Leave(&x)
-	return x
+	out := x.dropout(d.p)
+	d.Leave(&out)
+	return out
+}
+
+// dropout sets elements to zero with probability p, and scales the others up, where the model trains.
+func (v Value) dropout(p float64) Value {
+	if !v.b.variant.Training || p == 0 {
+		return v
+	}
+	out := v
+	v.b.varying(func() { out = v.map1("dropout", graph.Float(p), graph.Bool(true)) })
+	return out
 }
 
 // pyBool prints a bool as Python does.

@@ -11,6 +11,7 @@ import (
 // the same order.
 type Models struct {
 	Causal, Masked *graph.Model
+	Training       bool // they draw random numbers, so that no two invokes share a pass
 }
 
 func (m Models) of(f *Forward) *graph.Model {

@@ -46,6 +46,7 @@ _CODED: dict[str, list[Any]] = {
     "nng_counters": [_BUF, _BUF],
     "nng_model_open": [ctypes.c_char_p, ctypes.c_char_p, _HANDLES, _BUF],
     "nng_model_load": [_HANDLE, _BUF],
+    "nng_model_train": [_HANDLE, ctypes.c_int32, _BUF],
     "nng_model_close": [_HANDLE, _BUF],
     "nng_model_describe": [_HANDLE, _BUF, _BUF],
     "nng_model_param": [_HANDLE, ctypes.c_char_p, _POINTERS, _BUF],

@@ -405,6 +405,30 @@ class Envoy(Placed):
             parameter.requires_grad_(requires_grad)
         return self
 
+    @property
+    def training(self) -> bool:
+        """Whether dropout is at work. It is not in a model that was opened."""
+        return self._native.training
+
+    def train(self, mode: bool = True) -> Self:
+        """Switches dropout on, or off with ``mode=False``, for the whole model, all views of it included.
+
+        Raises:
+            InputError: this is a part of the model.
+        """
+        if self._path:
+            raise InputError(
+                f"{self._name()} trains as the whole model does",
+                hint="Switch it there: model.train() and model.eval().",
+                **positions.fields(here()),
+            )
+        self._native.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Switches dropout off, for the whole model."""
+        return self.train(False)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients of the parameters here and below, or sets them to zero."""
         for parameter in self.parameters():

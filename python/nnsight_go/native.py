@@ -51,6 +51,7 @@ class Native:
         self.close = weakref.finalize(self, _close, lib, self._handle)
         """Gives the weights back; runs under way end first. Calling it again does nothing."""
         self.device = device
+        self.training = False
         self._parameters: dict[str, torch.nn.Parameter | torch.Tensor] = {}
         self._lock = threading.Lock()
 
@@ -83,6 +84,11 @@ class Native:
     def load(self) -> None:
         """Maps the weights, if they are not yet."""
         _ffi.check(_ffi.lib().nng_model_load, self._handle)
+
+    def train(self, on: bool) -> None:
+        """Switches dropout on or off, for runs that begin from now on."""
+        _ffi.check(_ffi.lib().nng_model_train, self._handle, on)
+        self.training = on
 
     def parameter(self, name: str) -> torch.Tensor:
         """The live tensor of a parameter or buffer: changing it in place changes the model."""

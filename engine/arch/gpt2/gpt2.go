@@ -166,6 +166,7 @@ type attention struct {
 	residDropout *nn.Dropout
 	headDim      int64
 	scale        float64
+	dropout      float64
 }
 
 func newAttention(parent *nn.Module, c *Config, layer int) *attention {
@@ -179,7 +180,8 @@ func newAttention(parent *nn.Module, c *Config, layer int) *attention {
 	}
 	a.cAttn = nn.NewConv1D(m, "c_attn", c.Embd, 3*c.Embd)
 	a.cProj = nn.NewConv1D(m, "c_proj", c.Embd, c.Embd)
-	nn.NewDropout(m, "attn_dropout", c.AttnPdrop) // inside the fused attention: it has no access points
+	// inside the fused attention: it has no access points
+	a.dropout = nn.NewDropout(m, "attn_dropout", c.AttnPdrop).P()
 	a.residDropout = nn.NewDropout(m, "resid_dropout", c.ResidPdrop)
 	return a
 }
@@ -190,7 +192,7 @@ func (m *attention) forward(x, mask, positions nn.Value) nn.Value {
 	qkv := m.cAttn.Forward(x)
 	parts := qkv.Split(qkv.Size(-1)/3, -1)
 	heads := func(x nn.Value) nn.Value { return x.Unflatten(-1, -1, m.headDim).Transpose(1, 2) }
-	x = m.Attention(heads(parts[0]), heads(parts[1]), heads(parts[2]), mask, m.scale)
+	x = m.Attention(heads(parts[0]), heads(parts[1]), heads(parts[2]), mask, m.scale, m.dropout)
 	x = m.residDropout.Forward(m.cProj.Forward(x.Transpose(1, 2).Flatten(-2, -1)))
 	m.LeaveTuple(&x, nil) // the fused attention has no weights to show
 	return x

@@ -25,6 +25,7 @@ type Config struct {
 	Positions    int64   `json:"max_position_embeddings"`
 	Epsilon      float64 `json:"rms_norm_eps"`
 	Padding      *int64  `json:"pad_token_id"`
+	AttnDropout  float64 `json:"attention_dropout"`
 	AttnBias     bool    `json:"attention_bias"`
 	MLPBias      bool    `json:"mlp_bias"`
 	Tied         bool    `json:"tie_word_embeddings"`
@@ -165,6 +166,7 @@ type attention struct {
 	*nn.Module
 	qProj, kProj, vProj, oProj *nn.Linear
 	headDim                    int64
+	dropout                    float64
 }
 
 func newAttention(parent *nn.Module, c *Config) *attention {
@@ -177,6 +179,7 @@ func newAttention(parent *nn.Module, c *Config) *attention {
 		vProj:   nn.NewLinear(m, "v_proj", c.Hidden, keys, c.AttnBias),
 		oProj:   nn.NewLinear(m, "o_proj", queries, c.Hidden, c.AttnBias),
 		headDim: *c.HeadDim,
+		dropout: c.AttnDropout,
 	}
 }
 
@@ -187,7 +190,7 @@ func (m *attention) forward(x, mask, positions, cos, sin nn.Value) nn.Value {
 	q, k, v := heads(m.qProj.Forward(x)), heads(m.kProj.Forward(x)), heads(m.vProj.Forward(x))
 	cos, sin = cos.Unsqueeze(1), sin.Unsqueeze(1)
 	q, k = nn.Rotate(q, cos, sin), nn.Rotate(k, cos, sin)
-	x = m.Attention(q, k, v, mask, math.Pow(float64(m.headDim), -0.5))
+	x = m.Attention(q, k, v, mask, math.Pow(float64(m.headDim), -0.5), m.dropout)
 	x = m.oProj.Forward(x.Transpose(1, 2).Flatten(-2, -1))
 	m.LeaveTuple(&x, nil) // the fused attention has no weights to show
 	return x
