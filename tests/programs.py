@@ -84,24 +84,24 @@ def source(program: Program) -> str:
     return "\n".join(out) + "\n"
 
 
-def interpret(program: Program, pair: Pair, order: dict[Place, int], names: dict[str, Any]) -> None:
-    """Runs the program by hooks; ``names`` are its variables, before and after."""
+def interpret(program: Program, pair: Pair, order: dict[Place, int], names: dict[str, Any], grad: bool = False) -> None:
+    """Runs the program by hooks; ``names`` are its variables, before and after. ``grad``: autograd records it."""
     names["model"] = pair.hf
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         for invoke in program.invokes:
-            _Interpreter(invoke.lines, order, names).run(pair, invoke.rows)
+            _Interpreter(invoke.lines, order, names, grad).run(pair, invoke.rows)
 
 
 class _Interpreter:
     """The run of one invoke: ``next`` is the line to come, ``bound`` what stands at the points met so far."""
 
-    def __init__(self, lines: list[Line], order: dict[Place, int], names: dict[str, Any]) -> None:
-        self.lines, self.order, self.names = lines, order, names
+    def __init__(self, lines: list[Line], order: dict[Place, int], names: dict[str, Any], grad: bool = False) -> None:
+        self.lines, self.order, self.names, self.grad = lines, order, names, grad
         self.next = 0
         self.bound: dict[Place, torch.Tensor] = {}
 
     def run(self, pair: Pair, rows: list[list[int]]) -> None:
-        hooked(pair.hf, self.at, input_ids=torch.tensor(rows))
+        hooked(pair.hf, self.at, self.grad, input_ids=torch.tensor(rows))
         assert self.next == len(self.lines), "each line stands at a point that the forward pass meets"
 
     def at(self, place: Place, value: torch.Tensor) -> torch.Tensor | None:
@@ -277,11 +277,25 @@ if {0}.mean() > 0.01: {0}.neg_()
 """.strip().splitlines()
 
 
-class Maker:
-    """Makes random programs for a model."""
+# Parts of lines that autograd has no history of, or that are computed where they stand.
+_CONSTANT = "float(,tolist,if ,int(,argmax,argsort,double,store,.data,detach(),for row,out=".split(",")
 
-    def __init__(self, pair: Pair) -> None:
+
+class Maker:
+    """Makes random programs for a model.
+
+    Args:
+        pair: the model.
+        smooth: lines are those that autograd follows.
+    """
+
+    def __init__(self, pair: Pair, smooth: bool = False) -> None:
         config = pair.hf.config
+        kept = [
+            [line for line in lines if not smooth or not any(part in line for part in _CONSTANT)]
+            for lines in (_FRESH, _IN_PLACE, _REPLACEMENTS)
+        ]
+        self.fresh, self.changes, self.replacements = kept
         seen = pair.run([0])
         self.order = {place: i for i, place in enumerate(seen)}
         layers = range(config.num_hidden_layers)
@@ -378,7 +392,7 @@ class _Making:
             return self.new(text, self.variable(a.width, a.alias, a.tokens, a.rows))
         if self.rng.random() < 0.1:
             return self.new(f"{a.name}[:, -1:]", self.variable(a.width, a.alias, 1, a.rows))
-        text = self.rng.choice(_FRESH).format(a.name, self.other(a))
+        text = self.rng.choice(self.maker.fresh).format(a.name, self.other(a))
         if "rand" in text and self.rng.random() < 0.5:
             self.lines.append(Line(f"torch.manual_seed({self.rng.randint(0, 9)})"))
         self.new(text, self.variable(a.width, _Alias(), a.tokens, a.rows))
@@ -389,12 +403,12 @@ class _Making:
         free = [v for v in self.variables[-6:] if v.alias.points <= {(self.invoke, now)}]
         if free and self.rng.random() < 0.6:
             v = self.rng.choice(free)
-            self.lines.append(Line(self.rng.choice(_IN_PLACE).format(v.name, self.other(v))))
+            self.lines.append(Line(self.rng.choice(self.maker.changes).format(v.name, self.other(v))))
             return
         place = self.forward()
         if not self.alias(place).points <= {(self.invoke, place)}:
             return  # what was assigned there stands somewhere else, too
-        self.lines.append(Line(self.rng.choice(_IN_PLACE).format("{}", self.other(self.here(place))), place))
+        self.lines.append(Line(self.rng.choice(self.maker.changes).format("{}", self.other(self.here(place))), place))
 
     def replace(self) -> None:
         place = self.forward()
@@ -406,7 +420,7 @@ class _Making:
             v.alias.points.add((self.invoke, place))
             self.bound[self.invoke, place] = v.alias
             return
-        text = self.rng.choice(_REPLACEMENTS).replace("{1}", self.other(now))
+        text = self.rng.choice(self.maker.replacements).replace("{1}", self.other(now))
         self.lines.append(Line(f"{{}} = {text}", place, rebinds=True))
         if text != "{}[:]":  # which is a view of what stood there
             self.bound[self.invoke, place] = _Alias((self.invoke, place))

@@ -93,10 +93,11 @@ def in_place(change: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], 
     return edit
 
 
-def hooked(model: PreTrainedModel, edit: Edit | None = None, **inputs: torch.Tensor) -> Seen:
+def hooked(model: PreTrainedModel, edit: Edit | None = None, grad: bool = False, **inputs: torch.Tensor) -> Seen:
     """All inputs and outputs of modules that transformers shows to hooks, in the order they are met.
 
-    ``edit`` is called with the main tensor of each (the first argument, the first result).
+    ``edit`` is called with the main tensor of each (the first argument, the first result). ``grad`` has autograd
+    record the pass.
     """
     seen: Seen = {}
     handles = []
@@ -144,7 +145,7 @@ def hooked(model: PreTrainedModel, edit: Edit | None = None, **inputs: torch.Ten
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after))
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             model(use_cache=False, **inputs)
     finally:
         for handle in handles:

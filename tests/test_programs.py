@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import linecache
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -68,7 +68,12 @@ def smaller(program: Program) -> Iterator[Program]:
         yield dataclasses.replace(program, saved=program.saved[:i] + program.saved[i + 1 :])
 
 
-def shrink(program: Program, pair: Pair, failure: tuple[str, str]) -> tuple[Program, tuple[str, str]]:
+Outcome = Callable[[Program, Pair], "tuple[str, str] | None"]
+
+
+def shrink(
+    program: Program, pair: Pair, failure: tuple[str, str], outcome: Outcome = outcome
+) -> tuple[Program, tuple[str, str]]:
     """A smaller program that fails in the same way."""
     for less in smaller(program):
         bound = {line.text.split(" = ")[0] for invoke in less.invokes for line in invoke.lines}
@@ -78,7 +83,7 @@ def shrink(program: Program, pair: Pair, failure: tuple[str, str]) -> tuple[Prog
         except Exception:
             continue  # it makes no sense without that line
         if found is not None and found[0] == failure[0]:
-            return shrink(less, pair, found)
+            return shrink(less, pair, found, outcome)
     return program, failure
 
 

@@ -134,7 +134,9 @@ func (r *Run) backward(in *plan.Instr) (value, error) {
 	}
 	found, err := work.Run()
 	if err != nil {
-		return value{}, again(err)
+		e := again(err)
+		r.at(e, in.Pass.Node)
+		return value{}, e
 	}
 	if in.Pass.Fill {
 		if r.gradients.filled == nil {
@@ -208,7 +210,7 @@ func (r *Run) refill(found []aten.Tensor) error {
 }
 
 // again explains why a graph cannot be gone through twice.
-func again(err error) error {
+func again(err error) *fault.Error {
 	e := fault.As(err)
 	if strings.Contains(e.Message, "backward through the graph a second time") {
 		e.Code, e.Op = fault.Gradient, ""
@@ -221,6 +223,7 @@ func again(err error) error {
 // unfollowed explains why a value has no gradients at all.
 func (r *Run) unfollowed(roots []aten.Tensor, in *plan.Instr) error {
 	e := fault.New(fault.Gradient, "this value has no gradients: nothing that it was computed from takes part in autograd")
+	r.at(e, in.Pass.Node)
 	switch {
 	case len(roots) > 0 && !strings.Contains(roots[0].DType(), "float") && !strings.HasPrefix(roots[0].DType(), "complex"):
 		e.Message = "this value has no gradients: it is of dtype " + roots[0].DType()
