@@ -246,13 +246,6 @@ def test_assigning_another_structure(either: Pair) -> None:
     says(caught, "logits", at="field")
 
 
-def test_gradients_are_not_there_yet(either: Pair) -> None:
-    with pytest.raises(NnsightError, match="not available inside a trace"), either.model.trace(either.ids()):
-        either.layers[1].output[0].sum().backward()
-    with pytest.raises(NnsightError, match="not available inside a trace"), either.model.trace(either.ids()):
-        either.layers[1].output[0].grad  # noqa: B018
-
-
 def test_unknown_modules(either: Pair) -> None:
     with pytest.raises(ModulePathError) as caught, either.model.trace(either.ids()):
         either.layers[1].mpl.output.save()  # mark: unknown

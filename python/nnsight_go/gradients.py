@@ -333,9 +333,10 @@ def require(rec: Recorder, proxy: Proxy, on: bool = True) -> Proxy:
 
 
 def custom(rec: Recorder, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A custom ``autograd.Function``: Python computes it at its line, and its own backward is part of the graph."""
+    """A custom ``autograd.Function``: Python computes it at its line, so that its own backward is part of the graph."""
     from .torchmap.computing import compute
 
-    if torch.is_grad_enabled():
-        of(rec).follow_reads()
+    if not torch.is_grad_enabled():
+        return apply(*args, **kwargs)  # what it calls is recorded
+    of(rec).follow_reads()
     return compute(rec, apply, args, kwargs)
