@@ -236,6 +236,8 @@ func nngo_run_step(handle C.nng_run, budget C.int64_t, done *C.int32_t, err *C.n
 			*done = 0
 			if ended {
 				*done = 1
+			} else if _, ok := r.Wanted(); ok {
+				*done = 2
 			}
 			return nil
 		})

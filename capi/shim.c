@@ -43,6 +43,22 @@ int nng_model_open(const char* dir, const char* options, nng_model* out, nng_buf
 
 int nng_model_load(nng_model model, nng_buf* err) { return forked ? refuse(err) : nngo_model_load(model, err); }
 
+int nng_hosted_new(const char* points, nng_model* out, nng_buf* err) {
+  return forked ? refuse(err) : nngo_hosted_new((char*)points, out, err);
+}
+
+int nng_run_wanted(nng_run run, int32_t* forward, int32_t* point, nng_buf* err) {
+  return forked ? refuse(err) : nngo_run_wanted(run, forward, point, err);
+}
+
+int nng_run_feed(nng_run run, void* const* tensors, int64_t n, nng_buf* err) {
+  return forked ? refuse(err) : nngo_run_feed(run, (void**)tensors, n, err);
+}
+
+int nng_run_given(nng_run run, nng_buf* out, void*** tensors, int64_t* n, nng_buf* err) {
+  return forked ? refuse(err) : nngo_run_given(run, out, tensors, n, err);
+}
+
 int nng_model_train(nng_model model, int32_t on, nng_buf* err) {
   return forked ? refuse(err) : nngo_model_train(model, on, err);
 }

@@ -45,6 +45,7 @@ const (
 	KindParam // model: the parameter or buffer named Op
 	KindInput // model: a graph input named Op ("input_ids", "position_ids", "attention_mask")
 	KindMark  // model: access point Path, Port, Leaf holds Args[0]; the value is the same tensor
+	KindFetch // model: the tensors of access point Index, which somebody else computes and hands over
 )
 
 // Track is how far autograd follows a value.

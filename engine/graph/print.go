@@ -143,6 +143,8 @@ func (n *Node) statement() string {
 		return "param " + clean(n.Op)
 	case KindInput:
 		return "input " + clean(n.Op)
+	case KindFetch:
+		return fmt.Sprintf("fetch point %d", n.Index)
 	case KindMark:
 		return "mark " + n.placeText() + " = " + n.arg(0).String()
 	}

@@ -99,6 +99,7 @@ var rules = [...]rule{
 	}},
 	KindParam: {name: "param", model: true},
 	KindInput: {name: "input", model: true},
+	KindFetch: {name: "fetch", model: true},
 	KindMark: {name: "mark", place: true, model: true, params: []param{
 		{"what it marks", aValue, "a value"},
 	}},

@@ -136,7 +136,7 @@ func (v *verifier) node(id ID) *fault.Error {
 		}
 	case KindItem:
 		switch of := v.nodes[n.Args[0].Ref].Kind; of {
-		case KindCall, KindModule, KindItem:
+		case KindCall, KindModule, KindItem, KindFetch:
 		default:
 			return fault.New(fault.Graph, "%%%d, of kind %s, has no elements to take", n.Args[0].Ref, of)
 		}

@@ -43,6 +43,7 @@ type Native struct {
 	device     string
 
 	training atomic.Bool
+	hosted   bool // somebody else does its forward pass
 
 	mu     sync.Mutex
 	params map[string]aten.Tensor // by name; tied names share a handle's tensor
@@ -249,6 +250,9 @@ func (m *Native) Context() int { return m.arch.Context() }
 
 // variants gives the two graphs of a forward pass, with attention computed step by step if explicit.
 func (m *Native) variants(explicit bool) (plan.Models, error) {
+	if m.hosted {
+		return plan.Models{Causal: m.graphs.Causal, Masked: m.graphs.Masked, Hosted: true}, nil
+	}
 	training := m.Training()
 	causal, err := m.graphs.Of(nn.Variant{Explicit: explicit, Training: training})
 	if err != nil {
@@ -302,6 +306,9 @@ func (m *Native) Describe() *Description {
 	m.mu.Lock()
 	loaded := m.loaded
 	m.mu.Unlock()
+	if m.hosted {
+		return &Description{Device: m.device, Loaded: true, Modules: []ModuleInfo{}, Params: []ParamInfo{}}
+	}
 	d := &Description{
 		Architecture: m.config.Architectures[0], Directory: m.dir, Config: m.config.JSON,
 		Context: m.arch.Context(), Vocab: m.arch.Vocab(), DType: m.dtype, Device: m.device, Loaded: loaded,
@@ -383,6 +390,9 @@ func checkSizes(s *plan.Schedule) error {
 
 // checkInputs refuses tokens the model cannot take, before any work, in the invokes from a number on.
 func (m *Native) checkInputs(g *graph.Graph, from int) error {
+	if m.hosted {
+		return nil
+	}
 	context, vocab := m.arch.Context(), int64(m.arch.Vocab())
 	for i := from; i < len(g.Invokes); i++ {
 		for r, row := range g.Invokes[i].Rows {

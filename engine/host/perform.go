@@ -52,6 +52,10 @@ func (r *Run) perform(in *plan.Instr) (value, error) {
 		return value{}, r.expect(in)
 	case plan.OpGuard:
 		return value{}, r.guard(in)
+	case plan.OpFetch:
+		return r.fetch()
+	case plan.OpGive:
+		return value{}, r.give(in)
 	case plan.OpTrack:
 		return value{}, r.track(in)
 	case plan.OpBackward:

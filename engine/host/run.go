@@ -34,6 +34,7 @@ type Run struct {
 	taken    bool // its results have been handed over
 
 	gradients gradients
+	visit     visit       // of a hosted model
 	random    aten.Tensor // the state of the generator that dropout draws from, before the run
 }
 
@@ -195,6 +196,10 @@ func (r *Run) replan(p *plan.Plan) error {
 	if r.machine != nil {
 		release(r.machine.Abort(nil))
 	}
+	if r.model.hosted { // whose forward pass is under way
+		return fault.New(fault.OutOfOrder, "a line needs a value of a module that the model has left behind").
+			WithHint("Read it before the line that needed a value, or in a second trace.")
+	}
 	r.machine, r.odd, r.plan = nil, nil, p
 	r.gradients.reset()
 	schedule, err := p.Extend(r.graph, r.end)
@@ -291,6 +296,11 @@ func (r *Run) Step(budget time.Duration) (done bool, err error) {
 	}()
 	deadline := time.Now().Add(budget)
 	for in := r.machine.Next(); in != nil; in = r.machine.Next() {
+		if in.Op == plan.OpFetch && !r.visit.fed {
+			r.visit.wanted = in
+			ok = true
+			return false, nil
+		}
 		state.set(in.Mode)
 		out, err := r.perform(in)
 		if odd, ok := err.(*misfit); ok {
@@ -391,7 +401,7 @@ func (r *Run) Results() ([]graph.Result, []aten.Tensor, error) {
 
 // handed is a tensor as it leaves the run.
 func (r *Run) handed(t aten.Tensor) (aten.Tensor, error) {
-	if r.gradients.followed && t.RequiresGrad() && !r.history() {
+	if r.gradients.followed && t.RequiresGrad() && !r.model.hosted && !r.history() {
 		return aten.Detach(t)
 	}
 	return t.Share()
@@ -450,6 +460,7 @@ func (r *Run) Free() {
 	}
 	r.consts = nil
 	r.gradients.reset()
+	r.visit.free()
 	r.random.Free()
 	r.random = aten.Tensor{}
 	if r.cache != nil {

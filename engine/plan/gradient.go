@@ -136,7 +136,7 @@ func (s *Plan) readGradients() error {
 				gr.bases[base{node.Invoke, baseOf(s.models.Causal, mark)}] = w.by
 			}
 		}
-		if s.done[id] && !s.followsValue(id) {
+		if s.done[id] && !s.followsValue(id) && !s.models.Hosted {
 			return ErrRestart
 		}
 	}
@@ -192,7 +192,11 @@ func (s *Plan) followMark(p *pass, mark graph.ID) {
 			continue
 		}
 		if s.extents[invoke].covers(&s.forwards[p.forward]) && s.alone(in) && !s.borrowed[p.env[mark]] {
+			fresh := !s.gradients.followed[p.env[mark]]
 			s.follow(p.env[mark], wish{by: by})
+			if s.models.Hosted && fresh {
+				s.give(p, mark, p.env[mark])
+			}
 		}
 	}
 }

@@ -46,7 +46,7 @@ func dropDead(s *Schedule, keep []bool, alias aliases) {
 	for i := len(s.Instrs) - 1; i >= 0; i-- {
 		in := &s.Instrs[i]
 		live := in.Out != NoSlot && used[in.Out] || in.Op == OpCall && (isRandom(in.Name) || isLasting(in.Name)) && in.Node != graph.NoID
-		live = live || in.Op == OpGuard || in.Op == OpTrack || in.Op == OpSetGrad || in.Op == OpBackward
+		live = live || in.Op == OpGuard || in.Op == OpTrack || in.Op == OpSetGrad || in.Op == OpBackward || in.Op == OpGive
 		if in.Mutate {
 			in.target(func(r Slot) { live = live || seen[alias.find(r)] })
 		}

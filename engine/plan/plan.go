@@ -206,7 +206,7 @@ func (s *Plan) begin(active []bool) error {
 	// The invoke that is still being written may go on to say anything, so nobody else may move its pass.
 	if !s.wholeBatch(members) {
 		for _, i := range members {
-			s.apart[i] = s.apart[i] || s.models.Training || s.followsIn(i)
+			s.apart[i] = s.apart[i] || s.models.Training || s.models.Hosted || s.followsIn(i)
 		}
 		for k := 0; k < len(members); k++ {
 			if i := members[k]; s.apart[i] || s.open(i) {

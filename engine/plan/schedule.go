@@ -40,10 +40,12 @@ const (
 	OpGuard              // fails if Args[0] shares storage with one of Args[1:], whose time has passed
 	OpTrack              // what Args[0] holds becomes what autograd follows, as far as Args[1] says; Args[2]: it is not the run's own
 	OpBackward           // a backward pass from the list Args[0], with gradients Args[1]: gives those of Args[2]
+	OpFetch              // the tensors of an access point of a hosted model
+	OpGive               // Args[0] is what is to stand at an access point of a hosted model
 	OpSetGrad            // the gradient of Args[0] is Args[1] in what a backward pass goes on to
 )
 
-var opNames = [...]string{"call", "index", "setindex", "item", "rows", "put", "spread", "clone", "expect", "guard", "track", "backward", "setgrad"}
+var opNames = [...]string{"call", "index", "setindex", "item", "rows", "put", "spread", "clone", "expect", "guard", "track", "backward", "fetch", "give", "setgrad"}
 
 func (o Op) String() string { return opNames[o] }
 
@@ -73,6 +75,14 @@ type Instr struct {
 	Mutate bool       // changes its first argument in place
 	Fresh  bool       // its result shares no storage with its arguments
 	Pass   Pass       // Backward, SetGrad: which pass
+	Place  Place      // Fetch, Give: where
+}
+
+// Place is an access point of a hosted model.
+type Place struct {
+	Forward int // which forward pass
+	Point   int // number of the access point
+	Leaf    int // Give: number of the tensor there
 }
 
 // Pass is a backward pass, or a part of one.

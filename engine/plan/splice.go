@@ -12,6 +12,9 @@ import (
 type Models struct {
 	Causal, Masked *graph.Model
 	Training       bool // they draw random numbers, so that no two invokes share a pass
+	// Hosted: somebody else does the forward pass, one for each invoke and one after the other. The plan
+	// fetches what access points hold, and gives back what is to stand there.
+	Hosted bool
 }
 
 func (m Models) of(f *Forward) *graph.Model {
@@ -83,6 +86,9 @@ func (s *Plan) placeReady() error {
 // where the pass stands, once it has the value it waits for.
 func (s *Plan) next(drives []bool) (next *pass, end int, err error) {
 	for _, p := range s.passes {
+		if next != nil && s.models.Hosted {
+			break // passes come one after the other: values go to later invokes only
+		}
 		driven, blocked, waiting := false, false, -1
 		for i := range s.queues {
 			if len(s.queues[i]) == 0 || s.extents[i].forward != p.forward {
@@ -261,6 +267,8 @@ func (s *Plan) compute(p *pass, id graph.ID, env []Slot) error {
 		in.Op = OpItem
 	case graph.KindIndex:
 		in.Op = OpIndex
+	case graph.KindFetch:
+		in.Op, in.Place = OpFetch, Place{Forward: p.forward, Point: int(n.Index)}
 	default:
 		return fault.New(fault.Internal, "model node %d has kind %d, which computes nothing", id, n.Kind)
 	}

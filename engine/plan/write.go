@@ -48,7 +48,9 @@ func (s *Plan) write(p *pass, n int) error {
 	f := &s.forwards[p.forward]
 	e := s.extents[node.Invoke]
 	if e.covers(f) {
-		if p.env[mark] != value.Ref {
+		if s.models.Hosted {
+			s.give(p, mark, value.Ref)
+		} else if p.env[mark] != value.Ref {
 			want := p.model.Nodes[mark].Shape.Concrete(f.Batch(), f.Seq)
 			s.emit(Instr{Op: OpExpect, Args: []graph.Arg{value}, Want: want, Out: NoSlot, Mode: s.mode, Path: node.Path})
 		}
@@ -81,6 +83,13 @@ func (s *Plan) write(p *pass, n int) error {
 	p.order = append(p.order, c)
 	p.env[mark] = fresh
 	return nil
+}
+
+// give hands a value over that is to stand at an access point of a hosted model.
+func (s *Plan) give(p *pass, mark graph.ID, slot Slot) {
+	m := &p.model.Nodes[mark]
+	s.emit(Instr{Op: OpGive, Args: []graph.Arg{graph.Ref(slot)}, Out: NoSlot, Mode: s.mode,
+		Place: Place{Forward: p.forward, Point: int(m.Index), Leaf: int(m.Step)}})
 }
 
 // inherit says that a node's value may be a view of whatever it may share storage with is a view of.

@@ -43,6 +43,7 @@ from .model import LanguageModel
 from .saving import save
 from .sessions import session
 from .tokenizer import Tokenizer
+from .wrapping import NNsight
 
 __version__ = "0.1.0"
 
@@ -61,6 +62,7 @@ __all__ = [
     "LanguageModel",
     "ModelLoadError",
     "ModulePathError",
+    "NNsight",
     "NnsightError",
     "NotSavedError",
     "OpError",

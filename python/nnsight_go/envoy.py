@@ -141,7 +141,7 @@ class Envoy(Placed):
         if rec.skipped:
             skipping.check(rec, self._path, port)
         invoke = rec.touch(point)
-        key = (invoke, self._path, port)
+        key = (invoke, point.path, port)
         if key not in rec.bound:
             rec.bound[key] = structures.build(
                 rec, point, point.tree, f"model.{point.text}" if self._path else point.text
@@ -155,7 +155,7 @@ class Envoy(Placed):
         rec, point = self._recorder(("input", "output")[port]), self._point(port)
         invoke = rec.touch(point, writing=True)
         name = f"model.{point.text}" if self._path else point.text
-        rec.bound[invoke, self._path, port] = structures.assign(rec, point, point.tree, name, old, value)
+        rec.bound[invoke, point.path, port] = structures.assign(rec, point, point.tree, name, old, value)
 
     def skip(self, replacement: Any) -> None:
         """Leaves the module's work out: ``replacement`` is what it gives, and nothing inside it is computed.
@@ -474,7 +474,13 @@ def grow(root: Envoy, modules: list[dict[str, Any]]) -> None:
     for info in modules[1:]:
         parent, _, name = info["path"].rpartition(".")
         envoy = Envoy(root._native, info["path"], info)
-        by_path[info["path"]] = by_path[parent]._children[name] = envoy
-        envoy.__dict__["_above"] = weakref.ref(by_path[parent])  # weak: a model that nobody holds is freed at once
-        if not hasattr(type(by_path[parent]), name):  # a verb of ours goes before a module's name
-            by_path[parent].__dict__[name] = envoy
+        by_path[info["path"]] = envoy
+        hang(by_path[parent], name, envoy)
+
+
+def hang(parent: Envoy, name: str, envoy: Envoy) -> None:
+    """Makes a module a child of another."""
+    parent._children[name] = envoy
+    envoy.__dict__["_above"] = weakref.ref(parent)  # weak: a model that nobody holds is freed at once
+    if not hasattr(type(parent), name):  # a verb of ours goes before a module's name
+        parent.__dict__[name] = envoy

@@ -622,13 +622,17 @@ class Recorder:
         saved = list({id(p): p for p in proxies(wanted)}.values())
         for p in saved:
             self.alive(p)
-        if saved or (self.gradients is not None and self.gradients.passes):  # which fill what leaves keep
+        if saved or self.must_run():
             count = len(self.nodes)
             self._go_on([p._id for p in saved], end=True, adopt=saved)
             self.kept = list(range(count, len(self.nodes)))
         self.close("it was not saved")
         for act in self.when_done:
             act()
+
+    def must_run(self) -> bool:
+        """Whether the graph runs though nothing is saved: backward passes fill what leaves keep."""
+        return self.gradients is not None and self.gradients.passes > 0
 
     def close(self, why: str) -> None:
         """Ends the recording: proxies that were not saved raise ``NotSavedError`` from now on."""

@@ -1,0 +1,337 @@
+"""A hosted model: a Python module whose forward pass stays Python's, and whose access points the engine visits."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import _ffi, hosting, positions, wire
+from .errors import InputError, users
+from .hosting import Paused, Spot, Unwind, Visit
+from .native import Run, _close, _pointers
+from .points import Leaf, Point, Tree
+from .positions import here
+
+if TYPE_CHECKING:
+    from .proxy import Proxy
+
+Given = tuple[tuple[Any, ...], dict[str, Any]]
+
+_KEPT = 32  # layouts of a model that are remembered
+_WANTS = 2  # what a step says of a run that needs an access point
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The access points of one kind of input, in the order of a forward pass."""
+
+    spots: list[Spot]
+    points: dict[tuple[str, int], Point]
+    calls: dict[tuple[str, int], int]  # how often a module is called, by path and port
+
+    @property
+    def names(self) -> list[tuple[str, int, tuple[str, ...]]]:
+        """What the engine is told of it."""
+        return [(s.name, s.port, tuple(_leaves(self.points[s.name, s.port].tree))) for s in self.spots]
+
+
+class Hosted:
+    """A module, what is known of its forward passes, and the engine's models of them."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+        self.modules = dict(module.named_modules(remove_duplicate=True))
+        first = {id(m): path for path, m in self.modules.items()}
+        self.paths = {path: first[id(m)] for path, m in module.named_modules(remove_duplicate=False)}
+        self._layouts: OrderedDict[Any, Layout] = OrderedDict()
+        self._handles: dict[Any, int] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module's first parameter or buffer is; the CPU where it has none."""
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            return tensor.device
+        return torch.device("cpu")
+
+    # ---- what a forward pass looks like ----
+
+    def layout(self, given: Given) -> Layout:
+        """The access points of a forward pass of that input, which is tried out on fake tensors once a kind."""
+        key = (_signature(given), tuple(m.training for m in self.modules.values()))
+        known = self._layouts.get(key)
+        if known is None:
+            known = self._layouts[key] = self._try_out(given)
+            while len(self._layouts) > _KEPT:
+                self._layouts.popitem(last=False)
+        self._layouts.move_to_end(key)
+        return known
+
+    def forget(self) -> None:
+        """Forgets what forward passes look like, after one that was different."""
+        self._layouts.clear()
+
+    def _try_out(self, given: Given) -> Layout:
+        spots: list[Spot] = []
+        trees: dict[tuple[str, int], Tree] = {}
+
+        def visit(spot: Spot, value: Any) -> Any:
+            spots.append(spot)
+            trees[spot.name, spot.port] = hosting.structure(value)
+            return value
+
+        with torch.random.fork_rng(), torch.no_grad():
+            try:
+                self._fake(given, visit)
+            except Exception:
+                spots.clear()
+                trees.clear()
+                self._really(given, visit)
+        points = {
+            (s.name, s.port): Point(s.name, s.port, order, trees[s.name, s.port]) for order, s in enumerate(spots)
+        }
+        calls: dict[tuple[str, int], int] = {}
+        for s in spots:
+            calls[s.path, s.port] = max(calls.get((s.path, s.port), 0), s.call + 1)
+        return Layout(spots, points, calls)
+
+    def _everywhere(self) -> dict[str, set[int]]:
+        return {path: {wire.INPUT, wire.OUTPUT} for path in self.modules}
+
+    def _fake(self, given: Given, visit: Visit) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        args, kwargs = _mapped(given, mode.from_tensor)
+        with mode, hosting.hooks(self.modules, self._everywhere(), visit):
+            self.module(*args, **kwargs)
+
+    def _really(self, given: Given, visit: Visit) -> None:
+        """On real tensors, where fake ones do not do. What the module remembers in buffers is put back."""
+        before = [(b, b.clone()) for b in self.module.buffers()]
+        args, kwargs = _mapped(given, torch.clone)
+        try:
+            with hosting.hooks(self.modules, self._everywhere(), visit):
+                self.module(*args, **kwargs)
+        finally:
+            for buffer, value in before:
+                buffer.copy_(value)
+
+    # ---- runs ----
+
+    def handle(self, layout: Layout) -> int:
+        """The engine's model of a layout."""
+        names = layout.names
+        key = tuple(names)
+        handle = self._handles.get(key)
+        if handle is None:
+            points = [{"path": n, "port": ("input", "output")[p], "leaves": list(leaves)} for n, p, leaves in names]
+            out = ctypes.c_uint64()
+            lib = _ffi.lib()
+            _ffi.check(lib.nng_hosted_new, json.dumps(points).encode(), ctypes.byref(out))
+            handle = self._handles[key] = out.value
+            weakref.finalize(self, _close, lib, handle)
+        return handle
+
+
+class HostedRun(Run):
+    """A trace on its way through the engine and the forward passes of a module.
+
+    Args:
+        hosted: the module.
+        layout: of its passes.
+        given: the inputs, a pass each.
+        ports: by path: the sides of modules that the trace may name yet, or None for all.
+    """
+
+    def __init__(self, hosted: Hosted, layout: Layout, given: Sequence[Given], graph: bytes, constants: Any, end: bool):
+        run = ctypes.c_uint64()
+        with _pointers(constants) as pointers:
+            about = (hosted.handle(layout), graph, len(graph), pointers, len(constants), end)
+            _ffi.check(_ffi.lib().nng_run_new, *about, ctypes.byref(run))
+        super().__init__(run.value)
+        self._hosted, self._layout, self._given = hosted, layout, given
+        self._paused: Paused | None = None
+        self._pass = 0  # the forward pass that is under way, or to come
+        self._at: Spot | None = None  # where it waits
+        self.ports: dict[str, set[int]] = {}
+        self.last = end
+        self.stops = False  # nothing runs behind what is wanted last
+
+    def more(self, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> None:
+        """Adds what the program says next."""
+        self.last = end
+        super().more(graph, constants, end)
+
+    def results(self, adopt: Sequence[Proxy] | None) -> list[torch.Tensor]:
+        """Runs the forward passes as far as what was asked for needs, at the end to theirs."""
+        wanted = self._step()
+        if not self.last:
+            while wanted is not None:
+                wanted = self._reach(*wanted)
+            return super().results(adopt)
+        while wanted is not None and self._paused is not None and wanted[0] == self._pass:
+            wanted = self._reach(*wanted)
+        self._finish_paused(wanted)
+        for number in range(self._pass, len(self._given)):
+            if self.stops and wanted is None:
+                break
+            self._pass = number
+            wanted = self._run_through(number, wanted)
+        return super().results(adopt)
+
+    def free(self) -> None:
+        """Ends the run and the pass that waits."""
+        paused, self._paused = self._paused, None
+        if paused is not None:
+            paused.unwind()
+        super().free()
+
+    # ---- the engine's side ----
+
+    def _step(self) -> tuple[int, int] | None:
+        """Works until an access point is wanted, and gives it: number of the pass, and of the point."""
+        lib, done = _ffi.lib(), ctypes.c_int32()
+        while not done.value:
+            _ffi.check(lib.nng_run_step, self._handle, 100, ctypes.byref(done))
+        if done.value != _WANTS:
+            return None
+        forward, point = ctypes.c_int32(), ctypes.c_int32()
+        _ffi.check(lib.nng_run_wanted, self._handle, ctypes.byref(forward), ctypes.byref(point))
+        return forward.value, point.value
+
+    def _feed(self, spot: Spot, value: Any) -> tuple[tuple[int, int] | None, Any]:
+        """Hands over what stands at an access point; gives what is wanted next, and what is to stand there."""
+        tree = self._layout.points[spot.name, spot.port].tree
+        found = hosting.tensors(tree, value)
+        if found is None:
+            self._hosted.forget()
+            raise hosting.mismatch(spot, tree, value)
+        with _pointers(found) as pointers:
+            _ffi.check(_ffi.lib().nng_run_feed, self._handle, pointers, len(found))
+        wanted = self._step()
+        return wanted, self._put_back(spot, tree, value)
+
+    def _put_back(self, spot: Spot, tree: Tree, value: Any) -> Any:
+        lib, py = _ffi.lib(), _ffi.py()
+        array, count = ctypes.POINTER(ctypes.c_void_p)(), ctypes.c_int64()
+        out = _ffi.Buf()
+        _ffi.check(lib.nng_run_given, self._handle, ctypes.byref(out), ctypes.byref(array), ctypes.byref(count))
+        try:
+            numbers = json.loads(out.take())
+            if not numbers:
+                return value
+            names = list(_leaves(tree))
+            new = {names[n]: py.nngpy_wrap(array[i]) for i, n in enumerate(numbers)}
+        finally:
+            lib.nng_tensors_free(array, count)
+        return hosting.replaced(value, new)
+
+    # ---- forward passes ----
+
+    def _forward(self, number: int, ports: dict[str, set[int]], visit: Visit) -> Any:
+        args, kwargs = self._given[number]
+        with hosting.hooks(self._hosted.modules, ports, visit):
+            try:
+                return self._hosted.module(*args, **kwargs)
+            except Exception as error:
+                raise users(error)  # noqa: B904 - it is the module's own error
+
+    def _run_through(self, number: int, wanted: tuple[int, int] | None) -> tuple[int, int] | None:
+        """A whole pass on this thread, with hooks on what the trace names alone."""
+
+        def visit(spot: Spot, value: Any) -> Any:
+            nonlocal wanted
+            if wanted is None or wanted[0] != number or spot != self._layout.spots[wanted[1]]:
+                return value
+            wanted, new = self._feed(spot, value)
+            if wanted is None and self.stops:
+                raise Unwind
+            return new
+
+        with contextlib.suppress(Unwind):
+            self._forward(number, self.ports, visit)
+        if wanted is not None and wanted[0] == number:
+            raise self._missed(self._layout.spots[wanted[1]])
+        return wanted
+
+    def _reach(self, number: int, point: int) -> tuple[int, int] | None:
+        """Lets a pass go on to an access point, where it waits, and gives what is wanted next."""
+        spot = self._layout.spots[point]
+        if number != self._pass:
+            self._finish_paused((number, point))
+            self._pass = number
+        if self._paused is None:
+            everywhere = self._hosted._everywhere()
+            self._paused = Paused(lambda visit: self._forward(number, everywhere, visit))
+        if not self._paused.go(spot):
+            raise self._missed(spot)
+        self._at = spot
+        wanted, self._paused.value = self._feed(spot, self._paused.value)
+        return wanted
+
+    def waiting(self) -> None:
+        """Puts back what the block has changed where the pass waits."""
+        if self._paused is not None and self._at is not None:
+            tree = self._layout.points[self._at.name, self._at.port].tree
+            self._paused.value = self._put_back(self._at, tree, self._paused.value)
+
+    def _finish_paused(self, wanted: tuple[int, int] | None) -> None:
+        """Lets the pass that waits run to its end."""
+        if self._paused is None:
+            return
+        self.waiting()
+        paused, self._paused, self._at = self._paused, None, None
+        if self.stops and wanted is None:
+            paused.unwind()
+        else:
+            paused.go(None)
+        self._pass += 1
+
+    def _missed(self, spot: Spot) -> InputError:
+        self._hosted.forget()
+        return InputError(
+            f"{spot.path or 'the model'} was not called in this forward pass, or earlier than it was known to be",
+            path=spot.path,
+            hint="The order of its modules depends on more than the sizes of the input: use a trace each.",
+            **positions.fields(here()),
+        )
+
+
+# ---- inputs ----
+
+
+def _leaves(tree: Any) -> list[str]:
+    if isinstance(tree, Leaf):
+        return [tree.name]
+    parts = getattr(tree, "items", None) if not hasattr(tree, "fields") else tree.fields.values()
+    return [name for part in parts or () for name in _leaves(part)]
+
+
+def _mapped(x: Any, f: Callable[[torch.Tensor], Any]) -> Any:
+    if isinstance(x, torch.Tensor):
+        return f(x)
+    if isinstance(x, tuple | list) and not isinstance(x, torch.Size):
+        items = [_mapped(item, f) for item in x]
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
+    if isinstance(x, dict):
+        return type(x)({k: _mapped(v, f) for k, v in x.items()}) if type(x) is dict else x
+    return x
+
+
+def _signature(x: Any) -> Any:
+    """What decides about the structure of a forward pass, as far as it shows in the input."""
+    if isinstance(x, torch.Tensor):
+        return (tuple(x.shape), x.dtype, x.device)
+    if isinstance(x, tuple | list):
+        return (type(x), *map(_signature, x))
+    if isinstance(x, dict):
+        return tuple((k, _signature(v)) for k, v in x.items())
+    return x if isinstance(x, int | float | str | bool | type(None)) else id(x)

@@ -1,0 +1,292 @@
+"""The forward pass of a hosted model: hooks at its access points, and the pauses of a pass in its middle.
+
+A pass runs as it would without us. A hook is called where the block reads or writes; it hands over what
+stands there, and puts in its place what the block wants there. A pass that must wait for the rest of the
+block runs on a thread of its own, one of the two at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from . import wire
+from .errors import InputError
+from .points import Constant, Leaf, Mapping, Sequence, Tree
+
+# Called where a pass comes to an access point, with its value; gives the value to go on with.
+Visit = Callable[["Spot", Any], Any]
+
+_keys = itertools.count()
+
+
+class Unwind(BaseException):
+    """Ends a forward pass of which nothing more is wanted."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spot:
+    """An access point: which side of which call of a module, in the order of a forward pass."""
+
+    path: str
+    port: int
+    call: int
+
+    @property
+    def name(self) -> str:
+        """How it is told apart: the module's path, and the number of the call where it is not the first."""
+        return f"{self.path}:{self.call}" if self.call else self.path
+
+
+# ---- structures ----
+
+
+def structure(value: Any, name: str = "") -> Tree:
+    """The structure of a value, with what is known of its tensors."""
+    dot = f"{name}." if name else ""
+    if isinstance(value, torch.Tensor):
+        return Leaf(name, tuple(value.shape), value.dtype)
+    if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
+        items = tuple(structure(item, f"{dot}{i}") for i, item in enumerate(value))
+        if hasattr(value, "_fields"):
+            return Mapping(dict(zip(value._fields, items, strict=True)), type(value).__name__)
+        return Sequence(items, is_list=isinstance(value, list))
+    fields = _fields(value)
+    if fields is not None and all(isinstance(key, str) for key in fields):
+        kind = "" if type(value) is dict else type(value).__name__
+        return Mapping({k: structure(v, f"{dot}{k}") for k, v in fields.items()}, kind)
+    return Constant(value)
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    """The named parts of a dictionary or an object with fields; None where it has none."""
+    if isinstance(value, dict):
+        return dict(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
+    return None
+
+
+def tensors(tree: Tree, value: Any) -> list[torch.Tensor] | None:
+    """The tensors of a value that has a structure, in order; None where it has another."""
+    match tree:
+        case Leaf():
+            return [value] if isinstance(value, torch.Tensor) else None
+        case Constant():
+            return None if isinstance(value, torch.Tensor) else []
+        case Sequence():
+            if not isinstance(value, tuple | list) or len(value) != len(tree.items):
+                return None
+            parts = zip(tree.items, value, strict=True)
+        case Mapping():
+            fields = dict(zip(value._fields, value, strict=True)) if hasattr(value, "_fields") else _fields(value)
+            if fields is None or list(fields) != list(tree.fields):
+                return None
+            parts = zip(tree.fields.values(), fields.values(), strict=True)
+    out: list[torch.Tensor] = []
+    for part, item in parts:
+        found = tensors(part, item)
+        if found is None:
+            return None
+        out += found
+    return out
+
+
+def replaced(value: Any, by: dict[str, torch.Tensor], name: str = "") -> Any:
+    """A value with some of its tensors replaced; containers without any stay as they are."""
+    if name in by:
+        return by[name]
+    dot = f"{name}." if name else ""
+    if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
+        keys = getattr(value, "_fields", range(len(value)))
+        items = [replaced(item, by, f"{dot}{key}") for key, item in zip(keys, value, strict=True)]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    fields = _fields(value)
+    if fields is None:
+        return value
+    new = {k: replaced(v, by, f"{dot}{k}") for k, v in fields.items()}
+    if all(new[k] is fields[k] for k in fields):
+        return value
+    if type(value) is dict:
+        return new
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **new)  # type: ignore[type-var]
+    out = value.copy()
+    out.update(new)
+    return out
+
+
+# ---- hooks ----
+
+
+@contextlib.contextmanager
+def hooks(modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit: Visit) -> Iterator[None]:
+    """Calls ``visit`` at sides of modules while it is entered.
+
+    Args:
+        modules: by path.
+        ports: by path: which sides.
+        visit: what to call.
+    """
+    key: Any = f"nnsight_go.{next(_keys)}"
+    touched: list[dict[Any, Any]] = []
+
+    def mount(into: dict[Any, Any], what: Any) -> None:
+        into[key] = what
+        touched.append(into)
+
+    try:
+        for path, sides in ports.items():
+            module = modules[path]
+            if wire.INPUT in sides:
+                mount(module._forward_pre_hooks, _before(path, visit))
+                mount(module._forward_pre_hooks_with_kwargs, True)
+            if wire.OUTPUT in sides:
+                mount(module._forward_hooks, _after(path, visit))
+        yield
+    finally:
+        for into in touched:
+            into.pop(key, None)
+
+
+def _before(path: str, visit: Visit) -> Callable[..., Any]:
+    calls = itertools.count()
+
+    def hook(module: Any, args: Any, kwargs: Any) -> Any:
+        whole = {"args": args, "kwargs": kwargs}
+        new = visit(Spot(path, wire.INPUT, next(calls)), whole)
+        return None if new is whole else (new["args"], new["kwargs"])
+
+    return hook
+
+
+def _after(path: str, visit: Visit) -> Callable[..., Any]:
+    calls = itertools.count()
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        new = visit(Spot(path, wire.OUTPUT, next(calls)), output)
+        return None if new is output else new
+
+    return hook
+
+
+# ---- a pass that pauses ----
+
+
+class Paused:
+    """A forward pass on a thread of its own, which waits wherever it is told to.
+
+    The thread has the caller's torch state: grad and inference mode, and autocast.
+    """
+
+    def __init__(self, forward: Callable[[Visit], Any]) -> None:
+        self._target: Spot | None = None
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._ended = self._unwinding = False
+        self._here, self._there = threading.Semaphore(0), threading.Semaphore(0)
+        self._state = _torch_state()
+        self._thread = threading.Thread(target=self._run, args=(forward,), name="nnsight_go forward", daemon=True)
+        self._started = False
+
+    def go(self, spot: Spot | None) -> bool:
+        """Goes on to an access point, or to the end, and tells whether it is there. Raises what the pass raises."""
+        self._target = spot
+        if not self._ended:
+            if self._started:
+                self._there.release()
+            else:
+                self._started = True
+                self._thread.start()
+            self._here.acquire()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return not self._ended
+
+    @property
+    def value(self) -> Any:
+        """What stands where the pass waits; it goes on with what is put here."""
+        return self._value
+
+    @value.setter
+    def value(self, new: Any) -> None:
+        self._value = new
+
+    def unwind(self) -> None:
+        """Ends the pass where it stands."""
+        self._unwinding = True
+        if self._started and not self._ended:
+            with contextlib.suppress(BaseException):
+                self.go(None)
+        if self._started:
+            self._thread.join()
+
+    def _visit(self, spot: Spot, value: Any) -> Any:
+        if spot != self._target:
+            return value
+        self._value = value
+        self._here.release()
+        self._there.acquire()
+        if self._unwinding:
+            raise Unwind
+        out, self._value = self._value, None
+        return out
+
+    def _run(self, forward: Callable[[Visit], Any]) -> None:
+        try:
+            with self._state():
+                forward(self._visit)
+        except Unwind:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._ended = True
+            self._here.release()
+
+
+def _torch_state() -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """This thread's torch state, to be entered by another one."""
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    casts = {
+        kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
+    }
+
+    @contextlib.contextmanager
+    def state() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if inference:
+                stack.enter_context(torch.inference_mode())
+            stack.enter_context(torch.set_grad_enabled(grad))
+            for kind, (on, dtype) in casts.items():
+                if on:
+                    stack.enter_context(torch.autocast(kind, dtype))
+            yield
+
+    return state
+
+
+def mismatch(spot: Spot, tree: Tree, value: Any) -> InputError:
+    """The error of a module that gives another structure than it was known for."""
+    side = ("input", "output")[spot.port]
+    return InputError(
+        f"the {side} of {spot.path or 'the model'} has another structure than before: {_kind(value)}",
+        path=spot.path,
+        hint="Its forward depends on more than the sizes of the input: use values of it in the block, or a trace each.",
+    )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"

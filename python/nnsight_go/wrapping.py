@@ -1,0 +1,319 @@
+"""``NNsight(module)``: the language of a trace on any PyTorch module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+
+from . import envoy, positions, sessions, torchmap, tracebacks
+from .envoy import Envoy
+from .errors import InputError, ModulePathError
+from .hosted import Given, Hosted, HostedRun, Layout
+from .native import Run
+from .points import Point
+from .positions import here
+from .recorder import Recorder, current
+from .stopping import Stop
+from .tracing import Tracer
+from .wire import Kind
+
+_ROW: list[list[int]] = [[0]]  # an invoke of a hosted model is one row to the engine, whatever its input is
+
+
+class HostedRecorder(Recorder):
+    """Records a trace of a module."""
+
+    native: Any
+
+    def __init__(self, hosted: Hosted) -> None:
+        super().__init__(hosted)  # type: ignore[arg-type]
+        self.hosted = hosted
+        self.given: list[Given] = []
+        self.stopped = False
+        self._layouts: list[Layout | None] = []
+        self._calls: dict[tuple[int, str], int] = {}
+
+    def open(self, given: Given) -> None:
+        """Begins an invoke."""
+        self.open_invoke(_ROW, None)
+        self.given.append(given)
+        self._layouts.append(None)
+
+    def layout(self, invoke: int) -> Layout:
+        """The access points of an invoke's forward pass."""
+        known = self._layouts[invoke]
+        if known is None:
+            known = self._layouts[invoke] = self.hosted.layout(self.given[invoke])
+            first = next(layout for layout in self._layouts if layout is not None)
+            if known.names != first.names:
+                raise InputError(
+                    "the modules that run for this input are others than for the invokes before it",
+                    hint="Give it a trace of its own.",
+                    **positions.fields(here()),
+                )
+        return known
+
+    def point(self, path: str, port: int, name: str) -> Point:
+        """The access point of a module, at the call that the invoke has got to."""
+        invoke = self._inside(name)
+        layout, path = self.layout(invoke), self.hosted.paths[path]
+        call = self._calls.get((invoke, path), 0)
+        point = layout.points.get((f"{path}:{call}" if call else path, port))
+        if point is None:
+            times = layout.calls.get((path, port), 0)
+            raise ModulePathError(
+                f"{name} is called {times} times in this forward pass, so it has no call {call}"
+                if times
+                else f"{name} is not called in this forward pass",
+                path=path,
+                hint="Calls are counted from 0." if times else "Use the module around it, whose code does its work.",
+                **positions.fields(here()),
+            )
+        return point
+
+    def go_on(self, path: str, calls: int) -> None:
+        """Makes a later call of a module the one that its lines mean."""
+        key = (self._inside(path), self.hosted.paths[path])
+        self._calls[key] = self._calls.get(key, 0) + calls
+
+    def batch(self, invoke: int) -> tuple[int, int]:
+        """Sizes of access points are known as they are."""
+        return 1, 1
+
+    def stands_before(self, one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+        """Whether the access point that a read names comes before another's, in the same invoke."""
+        if one[1] != other[1]:
+            return False
+        points = self.layout(one[1]).points
+        return points[one[4], one[5]].order <= points[other[4], other[5]].order
+
+    def _begin(self, data: bytes, constants: list[torch.Tensor], end: bool) -> Run:
+        layout = next((layout for layout in self._layouts if layout is not None), None)
+        run = HostedRun(self.hosted, layout or Layout([], {}, {}), self.given, data, constants, end)
+        self._tell(run)
+        return run
+
+    def _tell(self, run: HostedRun) -> None:
+        """What the run has to know of the block so far."""
+        run.stops = self.stopped
+        for node in self.nodes:
+            if node[0] in (Kind.READ, Kind.WRITE):
+                run.ports.setdefault(node[4].partition(":")[0], set()).add(node[5])
+
+    def _go_on(self, ids: list[int], end: bool, adopt: Any) -> list[torch.Tensor]:
+        if isinstance(self._run, HostedRun):
+            self._tell(self._run)
+        return super()._go_on(ids, end, adopt)
+
+    def must_run(self) -> bool:
+        """A forward pass runs to its end, for what it does beside its results."""
+        return bool(self.given)
+
+
+class HostedTracer(Tracer):
+    """One trace of a module."""
+
+    model: NNsight  # type: ignore[assignment]
+    _recorder: HostedRecorder
+
+    def __init__(self, model: NNsight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model = model
+        self._given: Given | None = (args, kwargs) if args or kwargs else None
+        self._input = None
+        self._recorder = HostedRecorder(model._hosted)
+        self._mode: torchmap.Mode | None = None
+        self._used = False
+
+    def __enter__(self) -> HostedTracer:
+        super().__enter__()
+        if self._given is not None:
+            self._recorder.open(self._given)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        self._recorder.stopped = isinstance(error, Stop) and error.recorder is self._recorder
+        return super().__exit__(kind, error, traceback)
+
+    def invoke(self, *args: Any, **kwargs: Any) -> HostedInvoker:  # type: ignore[override]
+        """Begins one input of the trace: ``with tracer.invoke(x):``. Each has a forward pass of its own."""
+        return HostedInvoker(self, (args, kwargs))
+
+
+class HostedInvoker:
+    """One input of a trace, as a context manager."""
+
+    def __init__(self, tracer: HostedTracer, given: Given) -> None:
+        self._tracer, self._given = tracer, given
+
+    def __enter__(self) -> HostedInvoker:
+        tracer, rec = self._tracer, self._tracer._recorder
+        why = None
+        if current.recorder is not rec:
+            why = "invokes belong into the block of their trace"
+            hint = "Write `with model.trace() as tracer:` around it."
+        elif tracer._given is not None:
+            why, hint = "this trace has an input already, so it takes no invokes", "Give each invoke its input."
+        elif rec.invoke >= 0:
+            why, hint = "an invoke cannot begin inside another one", "End the first one's block before it."
+        elif not any(self._given):
+            why, hint = "an invoke of a module needs an input", "Each invoke has a forward pass of its own."
+        if why is not None:
+            raise InputError(why, hint=hint, **positions.fields(here()))
+        rec.open(self._given)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        self._tracer._recorder.close_invoke()
+        return isinstance(error, Stop) and error.recorder is self._tracer._recorder
+
+
+class ModuleEnvoy(Envoy):
+    """One module of a wrapped model. What is no module or value of a trace is the module's own."""
+
+    _module: torch.nn.Module
+    _hosted: Hosted
+
+    def __init__(self, hosted: Hosted, path: str, module: torch.nn.Module) -> None:
+        info = {"class": type(module).__name__, "extra": module.extra_repr(), "params": []}
+        super().__init__(hosted, path, info)  # type: ignore[arg-type]
+        self.__dict__["_module"], self.__dict__["_hosted"] = module, hosted
+
+    def _point(self, port: int) -> Point:
+        rec = current.recorder
+        assert isinstance(rec, HostedRecorder)
+        return rec.point(self._path, port, self._name())
+
+    def next(self, calls: int = 1) -> ModuleEnvoy:
+        """Makes a later call of the module the one that its lines mean: a module may be called several times."""
+        rec = self._recorder("next()")
+        assert isinstance(rec, HostedRecorder)
+        rec.go_on(self._path, calls)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module: inside a trace on its values, outside of it as ever."""
+        return self._module(*args, **kwargs)
+
+    @property
+    def training(self) -> bool:
+        """The module's own."""
+        return self._module.training
+
+    def train(self, mode: bool = True) -> ModuleEnvoy:
+        """The module's own, which any part of a model has."""
+        self._module.train(mode)
+        return self
+
+    def named_parameters(self, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The module's own."""
+        return self._module.named_parameters(remove_duplicate=remove_duplicate)
+
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The module's own."""
+        return self._module.named_buffers()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The module's own."""
+        return self._module.state_dict()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_module" not in self.__dict__:
+            raise AttributeError(name)
+        if name in self._children:
+            return self._children[name]
+        try:
+            return getattr(self._module, name)
+        except AttributeError:
+            self._unknown(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), property) or name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._module, name, value)
+
+    def to(self, *args: Any, **kwargs: Any) -> ModuleEnvoy:
+        """The module's own: it moves."""
+        self._module.to(*args, **kwargs)
+        return self
+
+
+class NNsight(ModuleEnvoy):
+    """Any PyTorch module, whose insides can be read and changed while it runs.
+
+    ::
+
+        model = NNsight(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)))
+        with model.trace(torch.rand(1, 4)):
+            hidden = model[1].output.save()
+            model[1].output[:, 0] = 0
+            out = model.output.save()
+
+    The module runs in Python as it is; hooks stand where the block reads and writes, for the time of the trace.
+    What modules give is exactly what they return. Modules are attributes and items, as in the module itself.
+
+    Args:
+        module: which. It is not changed, and can be used beside.
+
+    Raises:
+        InputError: it is no module.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> NNsight:
+        """Readies what every model needs, once a process."""
+        tracebacks.install()
+        return super().__new__(cls)
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        if not isinstance(module, torch.nn.Module):
+            raise InputError(
+                f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}",
+                hint="Models of the hub are opened by LanguageModel(name).",
+                **positions.fields(here()),
+            )
+        hosted = Hosted(module)
+        super().__init__(hosted, "", module)
+        by_path: dict[str, ModuleEnvoy] = {"": self}
+        for path, child in module.named_modules(remove_duplicate=False):
+            if path:
+                parent, _, name = path.rpartition(".")
+                by_path[path] = ModuleEnvoy(hosted, path, child)
+                envoy.hang(by_path[parent], name, by_path[path])
+
+    def trace(self, *args: Any, trace: bool = True, **kwargs: Any) -> Any:
+        """Begins a trace: ``with model.trace(x):``, or ``with model.trace() as tracer:`` for invokes.
+
+        Args:
+            args: what the module is called with.
+            trace: False runs the module at once, and returns what it gives.
+            kwargs: the same by name.
+        """
+        if not trace:
+            return self._module(*args, **kwargs)
+        return HostedTracer(self, args, kwargs)
+
+    def session(self) -> sessions.Session:
+        """Several traces in which values flow from one to the next without being saved."""
+        return sessions.Session()
+
+    def _later(self, what: str) -> NoReturn:
+        raise InputError(
+            f"{what} is not available for wrapped modules in this version",
+            hint="Use model.trace(...).",
+            **positions.fields(here()),
+        )
+
+    def scan(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not in this version."""
+        self._later("scan()")
+
+    def edit(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not in this version."""
+        self._later("edit()")
