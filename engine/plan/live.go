@@ -25,7 +25,8 @@ func (a aliases) join(x, y Slot) { a[a.find(x)] = a.find(y) }
 
 // dropDead removes instructions whose result nobody uses and whose changes nobody can see; keep
 // says which slots are used afterwards. A change can be seen through anything that may share storage
-// with its target, and always in a tensor that is not the run's own. A guard stays: a change that comes
+// with its target, and always in a tensor that is not the run's own: a parameter, a
+// constant, what a hosted module gives. A guard stays: a change that comes
 // too late is an error, and the more so where nobody would notice.
 func dropDead(s *Schedule, keep []bool, alias aliases) {
 	used := make([]bool, s.Slots)
@@ -40,6 +41,11 @@ func dropDead(s *Schedule, keep []bool, alias aliases) {
 		}
 		if s.Borrowed[slot] {
 			seen[alias.find(Slot(slot))] = true
+		}
+	}
+	for i := range s.Instrs {
+		if s.Instrs[i].Op == OpFetch { // the module that it is of goes on with it
+			seen[alias.find(s.Instrs[i].Out)] = true
 		}
 	}
 	kept := len(s.Instrs)

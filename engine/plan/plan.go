@@ -121,7 +121,7 @@ func (s *Plan) grow() {
 // nodes from a node on depend on.
 func (s *Plan) takingPart(from graph.ID) ([]bool, error) {
 	active := make([]bool, len(s.g.Invokes))
-	if s.end {
+	if s.end || s.models.Hosted { // whose passes come in the order of the invokes
 		for i := range active {
 			active[i] = true
 		}

@@ -87,13 +87,21 @@ class Hosted:
             trees[spot.name, spot.port] = hosting.structure(value)
             return value
 
-        with torch.random.fork_rng(), torch.no_grad():
-            try:
-                self._fake(given, visit)
-            except Exception:
-                spots.clear()
-                trees.clear()
-                self._really(given, visit)
+        remembered = self.module.buffers() if any(m.training for m in self.modules.values()) else ()
+        before = [(b, b._version, b.clone()) for b in remembered]
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                try:
+                    self._fake(given, visit)
+                except Exception:
+                    spots.clear()
+                    trees.clear()
+                    self._really(given, visit)
+        finally:
+            with torch.no_grad():
+                for buffer, version, value in before:
+                    if buffer._version != version:
+                        buffer.copy_(value)
         points = {
             (s.name, s.port): Point(s.name, s.port, order, trees[s.name, s.port]) for order, s in enumerate(spots)
         }
@@ -114,15 +122,10 @@ class Hosted:
             self.module(*args, **kwargs)
 
     def _really(self, given: Given, visit: Visit) -> None:
-        """On real tensors, where fake ones do not do. What the module remembers in buffers is put back."""
-        before = [(b, b.clone()) for b in self.module.buffers()]
+        """On real tensors, where fake ones do not do."""
         args, kwargs = _mapped(given, torch.clone)
-        try:
-            with hosting.hooks(self.modules, self._everywhere(), visit):
-                self.module(*args, **kwargs)
-        finally:
-            for buffer, value in before:
-                buffer.copy_(value)
+        with hosting.hooks(self.modules, self._everywhere(), visit):
+            self.module(*args, **kwargs)
 
     # ---- runs ----
 
@@ -267,10 +270,13 @@ class HostedRun(Run):
         spot = self._layout.spots[point]
         if number != self._pass:
             self._finish_paused((number, point))
+            for before in range(self._pass, number):  # of which nothing is wanted but what else it does
+                self._run_through(before, (number, point))
             self._pass = number
         if self._paused is None:
             everywhere = self._hosted._everywhere()
             self._paused = Paused(lambda visit: self._forward(number, everywhere, visit))
+        self.waiting()
         if not self._paused.go(spot):
             raise self._missed(spot)
         self._at = spot

@@ -53,9 +53,10 @@ def structure(value: Any, name: str = "") -> Tree:
     if isinstance(value, torch.Tensor):
         return Leaf(name, tuple(value.shape), value.dtype)
     if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
-        items = tuple(structure(item, f"{dot}{i}") for i, item in enumerate(value))
         if hasattr(value, "_fields"):
-            return Mapping(dict(zip(value._fields, items, strict=True)), type(value).__name__)
+            named = zip(value._fields, value, strict=True)
+            return Mapping({k: structure(item, f"{dot}{k}") for k, item in named}, type(value).__name__)
+        items = tuple(structure(item, f"{dot}{i}") for i, item in enumerate(value))
         return Sequence(items, is_list=isinstance(value, list))
     fields = _fields(value)
     if fields is not None and all(isinstance(key, str) for key in fields):
@@ -129,7 +130,7 @@ def replaced(value: Any, by: dict[str, torch.Tensor], name: str = "") -> Any:
 
 @contextlib.contextmanager
 def hooks(modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit: Visit) -> Iterator[None]:
-    """Calls ``visit`` at sides of modules while it is entered.
+    """Calls ``visit`` at sides of modules while it is entered, in forward passes of this thread alone.
 
     Args:
         modules: by path.
@@ -138,6 +139,7 @@ def hooks(modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit
     """
     key: Any = f"nnsight_go.{next(_keys)}"
     touched: list[dict[Any, Any]] = []
+    owner = threading.get_ident()
 
     def mount(into: dict[Any, Any], what: Any) -> None:
         into[key] = what
@@ -147,20 +149,22 @@ def hooks(modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit
         for path, sides in ports.items():
             module = modules[path]
             if wire.INPUT in sides:
-                mount(module._forward_pre_hooks, _before(path, visit))
+                mount(module._forward_pre_hooks, _before(path, visit, owner))
                 mount(module._forward_pre_hooks_with_kwargs, True)
             if wire.OUTPUT in sides:
-                mount(module._forward_hooks, _after(path, visit))
+                mount(module._forward_hooks, _after(path, visit, owner))
         yield
     finally:
         for into in touched:
             into.pop(key, None)
 
 
-def _before(path: str, visit: Visit) -> Callable[..., Any]:
+def _before(path: str, visit: Visit, owner: int) -> Callable[..., Any]:
     calls = itertools.count()
 
     def hook(module: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != owner:
+            return None
         whole = {"args": args, "kwargs": kwargs}
         new = visit(Spot(path, wire.INPUT, next(calls)), whole)
         return None if new is whole else (new["args"], new["kwargs"])
@@ -168,10 +172,12 @@ def _before(path: str, visit: Visit) -> Callable[..., Any]:
     return hook
 
 
-def _after(path: str, visit: Visit) -> Callable[..., Any]:
+def _after(path: str, visit: Visit, owner: int) -> Callable[..., Any]:
     calls = itertools.count()
 
     def hook(module: Any, args: Any, output: Any) -> Any:
+        if threading.get_ident() != owner:
+            return None
         new = visit(Spot(path, wire.OUTPUT, next(calls)), output)
         return None if new is output else new
 

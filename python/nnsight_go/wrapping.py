@@ -63,6 +63,7 @@ class HostedRecorder(Recorder):
         call = self._calls.get((invoke, path), 0)
         point = layout.points.get((f"{path}:{call}" if call else path, port))
         if point is None:
+            self.hosted.forget()  # another pass may go another way
             times = layout.calls.get((path, port), 0)
             raise ModulePathError(
                 f"{name} is called {times} times in this forward pass, so it has no call {call}"
@@ -226,6 +227,9 @@ class ModuleEnvoy(Envoy):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_module" not in self.__dict__:
             raise AttributeError(name)
+        found = getattr(type(self), name, None)
+        if isinstance(found, property) and found.fget is not None:
+            return found.fget(self)  # whose error is an AttributeError: here it is itself
         if name in self._children:
             return self._children[name]
         try:

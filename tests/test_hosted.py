@@ -1,0 +1,605 @@
+"""Wrapped modules: traces of them are what plain hooks would see and do."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from nnsight_go import InputError, ModulePathError, NNsight, NnsightError, OutOfOrderError, _ffi
+from nnsight_go.hosting import structure, tensors
+from zoo import ZOO
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+def flat(value: Any) -> list[torch.Tensor]:
+    """The tensors of a structured value, in order."""
+    found = tensors(structure(value), value)
+    assert found is not None
+    return found
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.shape == want.shape and got.dtype == want.dtype
+    torch.testing.assert_close(got.detach(), want.detach(), rtol=1e-4, atol=1e-4)
+
+
+def plain(module: nn.Module, args: Any, kwargs: Any, change: dict[str, Change] | None = None) -> dict[str, Any]:
+    """What hooks see of a forward pass: by path, the outputs of each call; some outputs are changed."""
+    seen: dict[str, Any] = {}
+    handles = []
+    for path, m in module.named_modules():
+        if isinstance(m, torch.jit.ScriptModule):
+            continue  # which takes no hooks by that way
+
+        def hook(m: Any, a: Any, output: Any, path: str = path) -> Any:
+            if change and path in change and path not in seen:
+                first = flat(output)[0]
+                new = change[path](first)
+                output = _with_first(output, new)
+            # a copy, since whoever called the module may change what it gave
+            seen.setdefault(path, []).append(output if isinstance(output, torch.Tensor) else copy.copy(output))
+            return output
+
+        handles.append(m.register_forward_hook(hook))
+    try:
+        module(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _with_first(value: Any, new: torch.Tensor) -> Any:
+    from nnsight_go.hosting import replaced
+
+    def name(v: Any, at: str = "") -> str | None:
+        if isinstance(v, torch.Tensor):
+            return at
+        items = v.items() if hasattr(v, "items") else enumerate(v) if isinstance(v, tuple | list) else vars(v).items()
+        for k, x in items:
+            key = v._fields[k] if hasattr(v, "_fields") else k
+            found = (
+                name(x, f"{at}.{key}" if at else str(key))
+                if not isinstance(x, int | str | float | type(None))
+                else None
+            )
+            if found is not None:
+                return found
+        return None
+
+    key = name(value)
+    assert key is not None
+    return replaced(value, {key: new})
+
+
+def at(model: NNsight, path: str) -> Any:
+    return model.get(path) if path else model
+
+
+def first_of(value: Any) -> tuple[Any, Callable[[Any, Any], None]]:
+    """The first tensor of what a trace gives, and how it is assigned where it lies in a structure."""
+    return next(iter(_proxies(value))), lambda v, new: None
+
+
+def _proxies(value: Any) -> list[Any]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if hasattr(value, "values") else value if isinstance(value, tuple | list) else []
+    return [p for item in items for p in _proxies(item)]
+
+
+@pytest.fixture(params=list(ZOO))
+def case(request: pytest.FixtureRequest) -> tuple[NNsight, Any, Any]:
+    module, args, kwargs = ZOO[request.param]()
+    return NNsight(module), args, kwargs
+
+
+Case = tuple[NNsight, Any, Any]
+
+
+def called(case: Case) -> dict[str, Any]:
+    """Paths of modules that run, and what they give first."""
+    model, args, kwargs = case
+    torch.manual_seed(1)
+    with torch.random.fork_rng():
+        return plain(copy.deepcopy(model._module), args, kwargs)
+
+
+def test_every_output(case: Case) -> None:
+    model, args, kwargs = case
+    torch.manual_seed(1)
+    want = plain(copy.deepcopy(model._module), args, kwargs)
+    torch.manual_seed(1)
+    found = {}
+    with model.trace(*args, **kwargs):
+        for path in want:
+            found[path] = [p.save() for p in _proxies(at(model, path).output)]
+    assert len(want) >= 2 or len(list(model._module.modules())) <= 2
+    for path, outputs in want.items():
+        expected = flat(outputs[0])
+        assert len(found[path]) == len(expected), path
+        for got, one in zip(found[path], expected, strict=True):
+            close(got, one)
+
+
+@pytest.mark.parametrize("how", ["replace", "in place", "after a value"])
+def test_edits(case: Case, how: str) -> None:
+    model, args, kwargs = case
+    paths = [
+        p for p, outputs in called(case).items() if p and flat(outputs[0]) and flat(outputs[0])[0].is_floating_point()
+    ]
+    for path in paths[:: max(len(paths) // 4, 1)]:
+        torch.manual_seed(1)
+        want = plain(copy.deepcopy(model._module), args, kwargs, {path: lambda x: x * 0.5 + 1})
+        torch.manual_seed(1)
+        with torch.no_grad() if how == "in place" else torch.enable_grad(), model.trace(*args, **kwargs):
+            module = at(model, path)
+            value = _proxies(module.output)[0]
+            if how == "after a value":
+                assert float(value.float().abs().sum()) >= 0
+            if how == "in place":
+                value *= 0.5
+                value += 1
+            elif isinstance(module.output, torch.Tensor):
+                module.output = value * 0.5 + 1
+            else:
+                _assign_first(module.output, value * 0.5 + 1)
+            out = [p.save() for p in _proxies(model.output)]
+        for got, one in zip(out, flat(want[""][0]), strict=True):
+            close(got, one)
+
+
+def _assign_first(value: Any, new: Any) -> None:
+    keys = value.keys() if hasattr(value, "keys") else range(len(value))
+    for key in keys:
+        if isinstance(value[key], torch.Tensor):
+            value[key] = new
+            return
+        if _proxies(value[key]):
+            return _assign_first(value[key], new)
+
+
+def test_the_module_is_as_it_was(case: Case) -> None:
+    model, args, kwargs = case
+    module = model._module
+    before = {k: v.clone() for k, v in module.state_dict().items()} if not module.training else None
+    attributes = {path: set(vars(m)) for path, m in module.named_modules()}
+    with model.trace(*args, **kwargs):
+        for path in called(case):
+            [p.save() for p in _proxies(at(model, path).output)]
+    for path, m in module.named_modules():
+        assert not (m._forward_hooks or m._forward_pre_hooks or m._forward_pre_hooks_with_kwargs), path
+        assert set(vars(m)) == attributes[path]
+    if before is not None:
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, before[key]), key
+    copy.deepcopy(module)
+    if "Inner" not in repr(module) and "Tagger" not in repr(module) and "Recursive" not in repr(module):
+        pickle.loads(pickle.dumps(module))
+
+
+def test_gradients(case: Case) -> None:
+    model, args, kwargs = case
+    paths = [p for p, outs in called(case).items() if p and flat(outs[0]) and flat(outs[0])[0].requires_grad]
+    path = paths[len(paths) // 2] if paths else ""
+    reference = copy.deepcopy(model._module)
+    torch.manual_seed(1)
+    seen = plain(reference, args, kwargs)
+    loss = next(x for x in flat(seen[""][0]) if x.requires_grad)
+    theirs = flat(seen[path][0])[0]
+    want = torch.autograd.grad(loss.float().tanh().sum(), theirs, allow_unused=True)[0]
+    if want is None:
+        pytest.skip("the loss does not depend on it")
+    torch.manual_seed(1)
+    with model.trace(*args, **kwargs):
+        value = _proxies(at(model, path).output)[0]
+        index = next(i for i, x in enumerate(flat(seen[""][0])) if x.requires_grad)
+        with _proxies(model.output)[index].float().tanh().sum().backward():
+            grad = value.grad.save()
+    close(grad, want)
+    model._module.zero_grad()
+
+
+def test_training_is_as_without_a_trace() -> None:
+    module, args, kwargs = ZOO["dropping"]()
+    traced = copy.deepcopy(module)
+    for step in range(3):
+        torch.manual_seed(step)
+        want = module(*args, **kwargs)
+        torch.manual_seed(step)
+        with NNsight(traced).trace(*args, **kwargs) as tracer:
+            out = tracer.result.save()
+        close(out, want)
+    for a, b in zip(module.state_dict().values(), traced.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert int(module[1].num_batches_tracked) == 3
+
+
+# ---- calls ----
+
+
+def test_a_module_that_is_called_several_times() -> None:
+    module, args, kwargs = ZOO["recurrent"]()
+    model = NNsight(module)
+    want = plain(module, args, kwargs)
+    with model.trace(*args):
+        states = [model.cell.output.save()]
+        for _ in range(3):
+            states.append(model.cell.next().output.save())
+    for got, one in zip(states, want["cell"], strict=True):
+        close(got, one)
+    with model.trace(*args):
+        model.cell.next(2).output[:] = 0
+        out = model.output.save()
+    calls = iter(range(4))
+    handle = module.cell.register_forward_hook(lambda m, a, y: y * 0 if next(calls) == 2 else y)
+    close(out, module(*args))
+    handle.remove()
+    with pytest.raises(ModulePathError, match="is called 4 times in this forward pass, so it has no call 4"):
+        with model.trace(*args):
+            model.cell.next(4).output.save()
+
+
+def test_one_module_by_two_names() -> None:
+    module, args, kwargs = ZOO["structured"]()
+    model = NNsight(module)
+    want = plain(module, args, kwargs)
+    with model.trace(*args, **kwargs):
+        first = model.tied.output.save()
+        second = model.again.next().output.save()
+    close(first, want["tied"][0])
+    close(second, want["tied"][1])
+
+
+def test_inputs_by_position_and_by_name() -> None:
+    module, args, kwargs = ZOO["structured"]()
+    model = NNsight(module)
+    with model.trace(*args, **kwargs):
+        (x,), named = model.inner.inputs
+        x, scale, flag = x.save(), named["scale"].save(), named["flag"]
+        model.inner.inputs[1]["scale"] = scale * 10
+        first = model.inner.output.first.save()
+        out = model.output.save()
+    assert torch.equal(x, args[0]) and scale.tolist() == [2.0] and flag is True
+    close(first, module.inner.linear(x) * 20)
+    assert out.count == 2 and out.missing is None and torch.equal(out.states[0], first)
+
+
+def test_modules_that_do_not_run() -> None:
+    module = zoo.Moody()
+    module.unused = nn.Linear(2, 2)
+    model = NNsight(module)
+    with pytest.raises(ModulePathError, match="model.unused is not called in this forward pass"):
+        with model.trace(torch.randn(1, 4)):
+            model.unused.output.save()
+
+
+def test_a_pass_that_goes_another_way() -> None:
+    model = NNsight(zoo.Moody())
+    x = torch.randn(1, 4)
+    right = 0
+    for _ in range(30):
+        before = model._module.coin.getstate()
+        try:
+            with model.trace(x):
+                out = model.a.output.save()
+        except (InputError, ModulePathError) as e:
+            assert "not called in this forward pass" in str(e)
+            continue
+        close(out, model._module.a(x))
+        right += 1
+        assert model._module.coin.getstate() != before
+    assert 0 < right < 30
+
+
+# ---- several inputs ----
+
+
+def test_invokes(case: Case) -> None:
+    model, args, kwargs = case
+    outs, alone = [], []
+    torch.manual_seed(1)
+    with model.trace() as tracer:
+        for _ in range(2):
+            with tracer.invoke(*args, **kwargs):
+                outs.append([p.save() for p in _proxies(model.output)])
+    torch.manual_seed(1)
+    reference = copy.deepcopy(model._module)
+    reference.load_state_dict(model._module.state_dict())
+    if model._module.training:
+        return  # statistics have gone on: test_training_is_as_without_a_trace
+    for _ in range(2):
+        alone.append(flat(reference(*args, **kwargs)))
+    for got, want in zip(outs, alone, strict=True):
+        for a, b in zip(got, want, strict=True):
+            close(a, b)
+
+
+def test_values_go_from_invoke_to_invoke() -> None:
+    module, _, _ = ZOO["mlp"]()
+    model, x, y = NNsight(module), torch.randn(2, 6), torch.randn(2, 6)
+    with model.trace() as tracer:
+        with tracer.invoke(x):
+            state = model[1].output
+        with tracer.invoke(y):
+            model[1].output = state
+            patched = model.output.save()
+        with tracer.invoke(y):
+            assert float(model[1].output.sum()) == float(torch.relu(module[0](y)).sum())
+            same = model.output.save()
+    close(patched, module(x))
+    close(same, module(y))
+
+
+# ---- values in the middle ----
+
+
+def test_values_on_demand() -> None:
+    module, args, _ = ZOO["mlp"]()
+    model = NNsight(module)
+    passes = []
+    with model.trace(*args):
+        model.output.save()  # a kind of input that is new is tried out on fake tensors
+    handle = module.register_forward_hook(lambda *_: passes.append(threading.current_thread()))
+    with model.trace(*args):
+        hidden = model[1].output
+        if hidden.sum() > 0:
+            hidden *= 2
+        largest = int(hidden.argmax())
+        again = float(model[2].output.sum())
+        out = model.output.save()
+    want = module[2](torch.relu(module[0](*args)) * 2)
+    close(out, want)
+    assert largest >= 0 and abs(again - float(want.sum())) < 1e-4
+    assert len(passes) == 1 and passes[0] is not threading.current_thread()
+    with model.trace(*args):
+        model.output.save()
+    assert passes[1] is threading.current_thread(), "a trace that needs no value stays on its thread"
+    handle.remove()
+
+
+def test_the_pass_has_the_callers_state() -> None:
+    seen = []
+
+    class Curious(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.linear(x)
+            seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")))
+            return y
+
+    model = NNsight(Curious())
+    for around in (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)):
+        seen.clear()
+        with around(), model.trace(torch.randn(1, 2)):
+            float(model.linear.output.sum())
+            now = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"))
+            model.output.save()
+        assert seen[-1] == now
+
+
+def test_a_block_that_raises_ends_the_pass() -> None:
+    module, args, _ = ZOO["mlp"]()
+    model = NNsight(module)
+    before, threads = _ffi.counters(), threading.active_count()
+    for _ in range(3):
+        with pytest.raises(KeyError), model.trace(*args):
+            float(model[1].output.sum())
+            raise KeyError
+    assert threading.active_count() == threads
+    assert not module[1]._forward_hooks
+    gc.collect()
+    assert _ffi.counters()["tensors"] == before["tensors"]
+    with model.trace(*args):
+        out = model.output.save()
+    close(out, module(*args))
+
+
+def test_stop() -> None:
+    module, args, _ = ZOO["mlp"]()
+    model, ran = NNsight(module), []
+    with model.trace(*args):
+        model.output.save()  # a kind of input that is new is tried out on fake tensors
+    handle = module[2].register_forward_hook(lambda *_: ran.append(1))
+    for value in (False, True):
+        with model.trace(*args) as tracer:
+            hidden = model[1].output.save()
+            if value:
+                float(hidden.sum())
+            tracer.stop()
+        close(hidden, torch.relu(module[0](*args)))
+        assert not ran
+    with model.trace(*args):
+        model[1].output.save()
+    assert ran == [1], "a pass runs to its end"
+    with model.trace(*args):
+        pass
+    assert ran == [1, 1]
+    handle.remove()
+
+
+# ---- what goes wrong ----
+
+
+def test_a_forward_that_raises() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.linear(x)
+            raise ValueError("the module's own error")
+
+    model = NNsight(Broken())
+    for value in (False, True):
+        with pytest.raises(ValueError, match="the module's own error") as raised, model.trace(torch.randn(1, 2)):
+            y = model.linear.output.save()
+            if value:
+                float(y.sum())
+                model.linear.output.save()
+        assert any(entry.name == "forward" for entry in raised.traceback)
+    with (
+        pytest.raises(RuntimeError, match="mat1 and mat2 shapes"),
+        NNsight(nn.Linear(3, 2)).trace(torch.randn(1, 2)) as t,
+    ):
+        t.result.save()
+
+
+def test_an_operation_that_fails_names_its_line() -> None:
+    module, args, _ = ZOO["mlp"]()
+    model = NNsight(module)
+    with pytest.raises(NnsightError) as raised, model.trace(*args):
+        (model[1].output @ torch.zeros(3, 3)).save()
+    assert "your line" in str(raised.value) and "torch.zeros(3, 3)" in str(raised.value)
+
+
+def test_mistakes() -> None:
+    module, args, kwargs = ZOO["structured"]()
+    model = NNsight(module)
+    with pytest.raises(InputError, match="wraps a torch.nn.Module, not a str"):
+        NNsight("gpt2")  # type: ignore[arg-type]
+    with pytest.raises(ModulePathError, match="has no 'innr'"):
+        _ = model.innr
+    with pytest.raises(InputError, match="has a value only inside a trace"):
+        _ = model.inner.output
+    with pytest.raises(InputError, match="cannot become"), model.trace(*args, **kwargs):
+        model.inner.output = 3
+    with pytest.raises(OutOfOrderError), model.trace(*args, **kwargs):
+        model.output.save()
+        model.inner.linear.output = torch.zeros(3, 4)
+    with pytest.raises(InputError, match="an invoke of a module needs an input"), model.trace() as tracer:
+        with tracer.invoke():
+            pass
+    with pytest.raises(InputError, match="not available for wrapped modules"):
+        model.scan(*args)
+
+
+def test_an_output_that_changes_its_structure() -> None:
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.out = Shape(), nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.inner(x)
+            return self.out(y if isinstance(y, torch.Tensor) else y[0])
+
+    class Shape(nn.Module):
+        pairs = False
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return (x, x) if self.pairs else x
+
+    model = NNsight(Fickle())
+    x = torch.randn(1, 2)
+    with model.trace(x):
+        model.inner.output.save()
+    model._module.inner.pairs = True
+    with pytest.raises(InputError, match="another structure than before: a tuple of 2"), model.trace(x):
+        model.inner.output.save()
+    with model.trace(x):
+        assert len(model.inner.output) == 2
+
+
+# ---- memory and threads ----
+
+
+def test_memory_stays_flat() -> None:
+    module, args, _ = ZOO["mlp"]()
+    model = NNsight(module)
+
+    def once(value: bool) -> None:
+        with torch.no_grad(), model.trace(*args):
+            hidden = model[1].output
+            hidden[:, 0] = 0
+            if value:
+                float(hidden.sum())
+            model.output.save()
+
+    for _ in range(5):
+        once(True)
+    gc.collect()
+    before, threads = _ffi.counters(), threading.active_count()
+    for i in range(2000):
+        once(i % 100 == 0)
+    gc.collect()
+    assert _ffi.counters() == before
+    assert threading.active_count() == threads
+
+
+def test_modules_are_freed() -> None:
+    before = _ffi.counters()["handles"]
+    module, args, _ = ZOO["mlp"]()
+    model, gone = NNsight(module), weakref.ref(module)
+    with model.trace(*args):
+        model[1].output.save()
+    del module, model
+    gc.collect()
+    assert gone() is None
+    assert _ffi.counters()["handles"] == before
+
+
+def test_threads_on_modules_of_their_own() -> None:
+    failures: list[Any] = []
+
+    def work(seed: int) -> None:
+        try:
+            torch.manual_seed(seed)
+            module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+            model, x = NNsight(module), torch.randn(4, 6)
+            for k in range(20):
+                with model.trace(x):
+                    model[1].output = model[1].output * 2
+                    if k % 5 == 0:
+                        float(model[1].output.sum())
+                    out = model.output.save()
+                close(out, module[2](torch.relu(module[0](x)) * 2))
+        except BaseException as e:
+            failures.append(e)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures, failures[0]
+
+
+def test_threads_on_one_module() -> None:
+    module, args, _ = ZOO["mlp"]()
+    model = NNsight(module)
+    failures: list[Any] = []
+
+    def work(factor: float) -> None:
+        try:
+            for k in range(20):
+                with model.trace(*args):
+                    model[1].output = model[1].output * factor
+                    if k % 5 == 0:
+                        float(model[1].output.sum())
+                    out = model.output.save()
+                close(out, module[2](torch.relu(module[0](*args)) * factor))
+        except BaseException as e:
+            failures.append(e)
+
+    threads = [threading.Thread(target=work, args=(float(i),)) for i in range(1, 5)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures, failures[0]
