@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
+import itertools
 import json
 import weakref
 from collections import OrderedDict
@@ -29,7 +31,7 @@ _KEPT = 32  # layouts of a model that are remembered
 _WANTS = 2  # what a step says of a run that needs an access point
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
     """The access points of one kind of input, in the order of a forward pass."""
 
@@ -37,10 +39,10 @@ class Layout:
     points: dict[tuple[str, int], Point]
     calls: dict[tuple[str, int], int]  # how often a module is called, by path and port
 
-    @property
-    def names(self) -> list[tuple[str, int, tuple[str, ...]]]:
+    @functools.cached_property
+    def names(self) -> tuple[tuple[str, int, tuple[str, ...]], ...]:
         """What the engine is told of it."""
-        return [(s.name, s.port, tuple(_leaves(self.points[s.name, s.port].tree))) for s in self.spots]
+        return tuple((s.name, s.port, tuple(_leaves(self.points[s.name, s.port].tree))) for s in self.spots)
 
 
 class Hosted:
@@ -53,13 +55,14 @@ class Hosted:
         self.paths = {path: first[id(m)] for path, m in module.named_modules(remove_duplicate=False)}
         self._layouts: OrderedDict[Any, Layout] = OrderedDict()
         self._handles: dict[Any, int] = {}
+        self._handle_of: weakref.WeakKeyDictionary[Layout, int] = weakref.WeakKeyDictionary()
+        # a parameter goes where its module goes
+        self._anchor = next(itertools.chain(module.parameters(), module.buffers()), None)
 
     @property
     def device(self) -> torch.device:
         """Where the module's first parameter or buffer is; the CPU where it has none."""
-        for tensor in (*self.module.parameters(), *self.module.buffers()):
-            return tensor.device
-        return torch.device("cpu")
+        return torch.device("cpu") if self._anchor is None else self._anchor.device
 
     # ---- what a forward pass looks like ----
 
@@ -131,17 +134,27 @@ class Hosted:
 
     def handle(self, layout: Layout) -> int:
         """The engine's model of a layout."""
-        names = layout.names
-        key = tuple(names)
+        known = self._handle_of.get(layout)
+        if known is not None:
+            return known
+        key = layout.names
         handle = self._handles.get(key)
         if handle is None:
-            points = [{"path": n, "port": ("input", "output")[p], "leaves": list(leaves)} for n, p, leaves in names]
+            points = [{"path": n, "port": ("input", "output")[p], "leaves": list(leaves)} for n, p, leaves in key]
             out = ctypes.c_uint64()
             lib = _ffi.lib()
             _ffi.check(lib.nng_hosted_new, json.dumps(points).encode(), ctypes.byref(out))
             handle = self._handles[key] = out.value
             weakref.finalize(self, _close, lib, handle)
+        self._handle_of[layout] = handle
         return handle
+
+    def run(self, given: Given) -> None:
+        """A forward pass that nobody looks into."""
+        try:
+            self.module(*given[0], **given[1])
+        except Exception as error:
+            raise users(error)  # noqa: B904 - it is the module's own error
 
 
 class HostedRun(Run):

@@ -48,7 +48,7 @@ class HostedRecorder(Recorder):
         if known is None:
             known = self._layouts[invoke] = self.hosted.layout(self.given[invoke])
             first = next(layout for layout in self._layouts if layout is not None)
-            if known.names != first.names:
+            if known is not first and known.names != first.names:
                 raise InputError(
                     "the modules that run for this input are others than for the invokes before it",
                     hint="Give it a trace of its own.",
@@ -111,6 +111,10 @@ class HostedRecorder(Recorder):
 
     def must_run(self) -> bool:
         """A forward pass runs to its end, for what it does beside its results."""
+        if not self.nodes and not self.stopped:  # nothing for the engine to do
+            for given in self.given:
+                self.hosted.run(given)
+            return False
         return bool(self.given)
 
 
