@@ -11,6 +11,7 @@ import (
 	"unsafe"
 
 	"github.com/nnsight-go/nnsight-go/engine"
+	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/host"
 )
@@ -54,9 +55,19 @@ func nngo_run_feed(handle C.nng_run, tensors *unsafe.Pointer, n C.int64_t, err *
 			return missing("tensors")
 		}
 		return withRun(handle, func(r *host.Run) error {
-			given, e := borrow(tensors, n)
-			if e != nil {
-				return e
+			given := make([]aten.Tensor, 0, int(n))
+			for _, p := range unsafe.Slice(tensors, int(n)) {
+				t, e := aten.Tensor{}, error(nil)
+				if p != nil { // else there is none this time
+					t, e = aten.Borrow(p)
+				}
+				if e != nil {
+					for _, t := range given {
+						t.Free()
+					}
+					return e
+				}
+				given = append(given, t)
 			}
 			return r.Feed(given)
 		})

@@ -82,8 +82,8 @@ int nng_model_load(nng_model model, nng_buf* err);
 /* Makes a model whose forward pass the caller does, from its access points: a JSON list of {"path", "port",
  * "leaves"} in the order in which a pass comes to them. Runs are all that can be made of it. A step of such
  * a run may end with *done 2: it wants what stands at access point *point of forward pass *forward
- * (nng_run_wanted). nng_run_feed hands its tensors over [borrowed]; after the steps that follow,
- * nng_run_given gives the numbers of those that are to be replaced (*out, a JSON list) and by what
+ * (nng_run_wanted). nng_run_feed hands its tensors over [borrowed; null for one that is not there]; after the steps
+ * that follow, nng_run_given gives the numbers of those that are to be replaced (*out, a JSON list) and by what
  * (*tensors, *n: as nng_run_results). */
 int nng_hosted_new(const char* points, nng_model* out, nng_buf* err);
 int nng_run_wanted(nng_run run, int32_t* forward, int32_t* point, nng_buf* err);

@@ -26,7 +26,7 @@ def flat(value: Any) -> list[torch.Tensor]:
     """The tensors of a structured value, in order."""
     found = tensors(structure(value), value)
     assert found is not None
-    return found
+    return [x for x in found if x is not None]
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:

@@ -112,6 +112,10 @@ func (r *Run) Feed(values []aten.Tensor) error {
 func (r *Run) fetch() (value, error) {
 	out := aten.Value{Kind: graph.ArgTuple}
 	for _, t := range r.visit.values {
+		if t.IsZero() { // there is none this time
+			out.L = append(out.L, aten.Value{Kind: graph.ArgNone})
+			continue
+		}
 		out.L = append(out.L, aten.TensorValue(t))
 	}
 	r.visit.wanted, r.visit.fed, r.visit.values = nil, false, nil

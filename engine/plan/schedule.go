@@ -41,7 +41,7 @@ const (
 	OpTrack              // what Args[0] holds becomes what autograd follows, as far as Args[1] says; Args[2]: it is not the run's own
 	OpBackward           // a backward pass from the list Args[0], with gradients Args[1]: gives those of Args[2]
 	OpFetch              // the tensors of an access point of a hosted model
-	OpGive               // Args[0] is what is to stand at an access point of a hosted model
+	OpGive               // Args[0] is what is to stand at the access point of a hosted model that Args[1] was fetched from
 	OpSetGrad            // the gradient of Args[0] is Args[1] in what a backward pass goes on to
 )
 

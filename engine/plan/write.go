@@ -88,7 +88,11 @@ func (s *Plan) write(p *pass, n int) error {
 // give hands a value over that is to stand at an access point of a hosted model.
 func (s *Plan) give(p *pass, mark graph.ID, slot Slot) {
 	m := &p.model.Nodes[mark]
-	s.emit(Instr{Op: OpGive, Args: []graph.Arg{graph.Ref(slot)}, Out: NoSlot, Mode: s.mode,
+	args := []graph.Arg{graph.Ref(slot)}
+	if fetch := p.env[p.model.Nodes[m.Args[0].Ref].Args[0].Ref]; fetch >= 0 { // so that the pass stops there; else it does
+		args = append(args, graph.Ref(fetch))
+	}
+	s.emit(Instr{Op: OpGive, Args: args, Out: NoSlot, Mode: s.mode,
 		Place: Place{Forward: p.forward, Point: int(m.Index), Leaf: int(m.Step)}})
 }
 

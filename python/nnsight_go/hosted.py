@@ -53,6 +53,7 @@ class Hosted:
         self.modules = dict(module.named_modules(remove_duplicate=True))
         first = {id(m): path for path, m in self.modules.items()}
         self.paths = {path: first[id(m)] for path, m in module.named_modules(remove_duplicate=False)}
+        self.wrapped: set[str] = set()  # modules whose bare output is shown as a tuple of one
         self._layouts: OrderedDict[Any, Layout] = OrderedDict()
         self._handles: dict[Any, int] = {}
         self._handle_of: weakref.WeakKeyDictionary[Layout, int] = weakref.WeakKeyDictionary()
@@ -121,13 +122,13 @@ class Hosted:
 
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         args, kwargs = _mapped(given, mode.from_tensor)
-        with mode, hosting.hooks(self.modules, self._everywhere(), visit):
+        with mode, hosting.hooks(self.modules, self._everywhere(), visit, self.wrapped):
             self.module(*args, **kwargs)
 
     def _really(self, given: Given, visit: Visit) -> None:
         """On real tensors, where fake ones do not do."""
         args, kwargs = _mapped(given, torch.clone)
-        with hosting.hooks(self.modules, self._everywhere(), visit):
+        with hosting.hooks(self.modules, self._everywhere(), visit, self.wrapped):
             self.module(*args, **kwargs)
 
     # ---- runs ----
@@ -254,7 +255,7 @@ class HostedRun(Run):
 
     def _forward(self, number: int, ports: dict[str, set[int]], visit: Visit) -> Any:
         args, kwargs = self._given[number]
-        with hosting.hooks(self._hosted.modules, ports, visit):
+        with hosting.hooks(self._hosted.modules, ports, visit, self._hosted.wrapped):
             try:
                 return self._hosted.module(*args, **kwargs)
             except Exception as error:

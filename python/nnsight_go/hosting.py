@@ -74,13 +74,16 @@ def _fields(value: Any) -> dict[str, Any] | None:
     return None
 
 
-def tensors(tree: Tree, value: Any) -> list[torch.Tensor] | None:
-    """The tensors of a value that has a structure, in order; None where it has another."""
+def tensors(tree: Tree, value: Any) -> list[torch.Tensor | None] | None:
+    """The tensors of a value that has a structure, in order; None where it has another.
+
+    A tensor that may be there or not (a mask that this input does not need) is None in the list where it is not.
+    """
     match tree:
         case Leaf():
-            return [value] if isinstance(value, torch.Tensor) else None
+            return [value] if isinstance(value, torch.Tensor) or value is None else None
         case Constant():
-            return None if isinstance(value, torch.Tensor) else []
+            return [] if tree.value is None or not isinstance(value, torch.Tensor) else None
         case Sequence():
             if not isinstance(value, tuple | list) or len(value) != len(tree.items):
                 return None
@@ -90,7 +93,7 @@ def tensors(tree: Tree, value: Any) -> list[torch.Tensor] | None:
             if fields is None or list(fields) != list(tree.fields):
                 return None
             parts = zip(tree.fields.values(), fields.values(), strict=True)
-    out: list[torch.Tensor] = []
+    out: list[torch.Tensor | None] = []
     for part, item in parts:
         found = tensors(part, item)
         if found is None:
@@ -129,13 +132,16 @@ def replaced(value: Any, by: dict[str, torch.Tensor], name: str = "") -> Any:
 
 
 @contextlib.contextmanager
-def hooks(modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit: Visit) -> Iterator[None]:
+def hooks(
+    modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit: Visit, wrapped: set[str]
+) -> Iterator[None]:
     """Calls ``visit`` at sides of modules while it is entered, in forward passes of this thread alone.
 
     Args:
         modules: by path.
         ports: by path: which sides.
         visit: what to call.
+        wrapped: modules whose bare output is shown as a tuple of one.
     """
     key: Any = f"nnsight_go.{next(_keys)}"
     touched: list[dict[Any, Any]] = []
@@ -152,7 +158,7 @@ def hooks(modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit
                 mount(module._forward_pre_hooks, _before(path, visit, owner))
                 mount(module._forward_pre_hooks_with_kwargs, True)
             if wire.OUTPUT in sides:
-                mount(module._forward_hooks, _after(path, visit, owner))
+                mount(module._forward_hooks, _after(path, visit, owner, path in wrapped))
         yield
     finally:
         for into in touched:
@@ -172,14 +178,17 @@ def _before(path: str, visit: Visit, owner: int) -> Callable[..., Any]:
     return hook
 
 
-def _after(path: str, visit: Visit, owner: int) -> Callable[..., Any]:
+def _after(path: str, visit: Visit, owner: int, wrap: bool) -> Callable[..., Any]:
     calls = itertools.count()
 
     def hook(module: Any, args: Any, output: Any) -> Any:
         if threading.get_ident() != owner:
             return None
-        new = visit(Spot(path, wire.OUTPUT, next(calls)), output)
-        return None if new is output else new
+        shown = (output,) if wrap and isinstance(output, torch.Tensor) else output
+        new = visit(Spot(path, wire.OUTPUT, next(calls)), shown)
+        if new is shown:
+            return None
+        return new[0] if shown is not output else new
 
     return hook
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import threading
 from collections.abc import Mapping
@@ -64,7 +65,7 @@ class LanguageModel(Envoy):
     Args:
         name: a directory; ``"nnsight-go/landmarks"``, the model that comes with the package; or the
             name of a model of the Hugging Face hub, which is looked for in the local cache and else
-            downloaded.
+            downloaded. Or a model of transformers, which is wrapped as it is.
         device_map: where the model computes: ``"auto"`` (the GPU if there is one), ``"cpu"``,
             ``"cuda"``, ``"cuda:1"``, a ``torch.device``, or None for the CPU.
         dtype: dtype of the parameters, a ``torch.dtype`` or its name; None or ``"auto"`` keeps what the
@@ -78,6 +79,8 @@ class LanguageModel(Envoy):
         local_files_only: never download.
         rename: more names for modules: ``{"transformer.h": "layers"}`` makes ``model.layers``, and
             ``{"attn": "attention"}`` gives every module named so a second name.
+        native: False has transformers compute the model, though the engine could; True refuses a model that the
+            engine cannot. By default the engine does what it can, and transformers the rest.
         options: what programs written for nnsight give: taken where it changes nothing here
             (``trust_remote_code``, ``task="text-generation"``, ...).
 
@@ -88,8 +91,12 @@ class LanguageModel(Envoy):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LanguageModel:
-        """Readies what every model needs, once a process."""
+        """Readies what every model needs, once a process, and chooses who computes it."""
         tracebacks.install()
+        if cls is LanguageModel and args and _is_hosted(args[0], kwargs):
+            from .hosted_language import HostedLanguageModel
+
+            return super().__new__(HostedLanguageModel)
         return super().__new__(cls)
 
     def __init__(
@@ -106,6 +113,7 @@ class LanguageModel(Envoy):
         local_files_only: bool = False,
         rename: Mapping[str, str | list[str]] | None = None,
         torch_dtype: torch.dtype | str | None = None,
+        native: bool | None = None,
         **options: Any,
     ) -> None:
         foreign.options("LanguageModel(...)", options, foreign.OPENING)
@@ -118,14 +126,14 @@ class LanguageModel(Envoy):
                 **positions.fields(here()),
             )
         directory = hub.resolve(name, revision, token, cache_dir, local_files_only)
-        native = Native(directory, _dtype(dtype if dtype is not None else torch_dtype), _device(device_map), dispatch)
-        super().__init__(native, "", native.description["modules"][0])
+        engine = Native(directory, _dtype(dtype if dtype is not None else torch_dtype), _device(device_map), dispatch)
+        super().__init__(engine, "", engine.description["modules"][0])
         self._directory = directory
         self._name_or_path = os.fspath(name)
         self._tokenizer_given = tokenizer
         self._tokenizer_lock = threading.Lock()
         self._tokenizer: Any = None
-        envoy.grow(self, native.description["modules"])
+        envoy.grow(self, engine.description["modules"])
         self._edits: tuple[Edit, ...] = ()
         self._rename = dict(rename or {})
         renaming.apply(self, self._rename)
@@ -345,6 +353,21 @@ class LanguageModel(Envoy):
     def close(self) -> None:
         """Gives the weights back without waiting for Python's collector. Tensors that were handed out stay valid."""
         self._native.close()
+
+
+def _is_hosted(name: Any, options: dict[str, Any]) -> bool:
+    """Whether a model is computed by transformers: it is one, or the engine does not know its architecture."""
+    if isinstance(name, torch.nn.Module) or options.get("native") is False:
+        return True
+    if options.get("native") or not isinstance(name, str | os.PathLike):
+        return False
+    where = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
+    directory = hub.resolve(name, **where)
+    try:
+        architectures = json.loads((directory / "config.json").read_text()).get("architectures") or []
+    except (OSError, ValueError, AttributeError):
+        return False  # opening it tells what is wrong
+    return bool(architectures) and architectures[0] not in _ffi.version()["architectures"]
 
 
 def _local(remote: bool | str) -> None:

@@ -160,13 +160,14 @@ class Run:
 
 
 @contextlib.contextmanager
-def _pointers(tensors: Sequence[torch.Tensor]) -> Iterator[Any]:
-    """References on tensors, for the time of a call."""
+def _pointers(tensors: Sequence[torch.Tensor | None]) -> Iterator[Any]:
+    """References on tensors, for the time of a call; null for none."""
     py = _ffi.py()
     out = (ctypes.c_void_p * len(tensors))()
     try:
         for i, tensor in enumerate(tensors):
-            out[i] = py.nngpy_unwrap(tensor)
+            if tensor is not None:
+                out[i] = py.nngpy_unwrap(tensor)
         yield out
     finally:
         for pointer in out:

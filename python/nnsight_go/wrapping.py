@@ -187,7 +187,7 @@ class ModuleEnvoy(Envoy):
 
     def __init__(self, hosted: Hosted, path: str, module: torch.nn.Module) -> None:
         info = {"class": type(module).__name__, "extra": module.extra_repr(), "params": []}
-        super().__init__(hosted, path, info)  # type: ignore[arg-type]
+        Envoy.__init__(self, hosted, path, info)  # type: ignore[arg-type]
         self.__dict__["_module"], self.__dict__["_hosted"] = module, hosted
 
     def _point(self, port: int) -> Point:
@@ -287,7 +287,7 @@ class NNsight(ModuleEnvoy):
                 **positions.fields(here()),
             )
         hosted = Hosted(module)
-        super().__init__(hosted, "", module)
+        ModuleEnvoy.__init__(self, hosted, "", module)
         by_path: dict[str, ModuleEnvoy] = {"": self}
         for path, child in module.named_modules(remove_duplicate=False):
             if path:
@@ -307,7 +307,7 @@ class NNsight(ModuleEnvoy):
             return self._module(*args, **kwargs)
         return HostedTracer(self, args, kwargs)
 
-    def session(self) -> sessions.Session:
+    def session(self, remote: bool | str = False, **kwargs: Any) -> sessions.Session:
         """Several traces in which values flow from one to the next without being saved."""
         return sessions.Session()
 

@@ -1,0 +1,222 @@
+"""``LanguageModel`` over a model of transformers that the engine does not compute itself."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+
+from . import hub, inputs, positions, renaming
+from .errors import ModelLoadError
+from .hosted import Given
+from .model import LanguageModel, _device, _dtype, _local
+from .positions import here
+from .tokenizer import Tokenizer
+from .wrapping import HostedInvoker, HostedTracer, NNsight
+
+# What a trace's keywords mean for the tokenizer; all others are the module's own.
+_TOKENIZING = ("add_special_tokens", "max_length", "truncation")
+
+
+def transformers() -> ModuleType:
+    """The library, which is an extra.
+
+    Raises:
+        ModelLoadError: it is not installed.
+    """
+    try:
+        return importlib.import_module("transformers")
+    except ImportError:
+        raise ModelLoadError(
+            "this model is not one that the engine computes itself, and transformers, which does, is not installed",
+            hint="Install it: pip install 'nnsight_go[hf]'.",
+            **positions.fields(here()),
+        ) from None
+
+
+class HostedLanguageModel(NNsight, LanguageModel):
+    """A language model whose forward pass is transformers' own. Made by ``LanguageModel``.
+
+    Texts become padded token ids as for other models: on the left for decoders, which get position ids that
+    leave the padding out; on the right for encoders. Decoder blocks give a tuple, as elsewhere.
+    """
+
+    def __init__(
+        self,
+        name: str | os.PathLike[str] | torch.nn.Module,
+        *,
+        device_map: Any = None,
+        dtype: torch.dtype | str | None = None,
+        dispatch: bool = False,
+        tokenizer: Any = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        rename: Mapping[str, str | list[str]] | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        native: bool | None = None,
+        **options: Any,
+    ) -> None:
+        library = transformers()
+        if isinstance(name, torch.nn.Module):
+            module, directory = name, Path(getattr(getattr(name, "config", None), "_name_or_path", "") or ".")
+        else:
+            directory = hub.resolve(name, revision, token, cache_dir, local_files_only)
+            module = _open(library, directory, _dtype(dtype if dtype is not None else torch_dtype), options)
+            module = module.to(_device(device_map)).eval()
+        NNsight.__init__(self, module)
+        self._hosted.wrapped = _blocks(module)
+        self._directory, self._name_or_path = directory, os.fspath(directory)
+        self._tokenizer_given, self._tokenizer = tokenizer, None
+        self._edits = ()
+        self._rename = dict(rename or {})
+        renaming.apply(self, self._rename)
+        self._parameters_of_forward = set(inspect.signature(module.forward).parameters)
+
+    # ---- tracing ----
+
+    def trace(self, *inputs: Any, remote: bool | str = False, trace: bool = True, **kwargs: Any) -> Any:
+        """Begins a trace, as of other language models; keywords are also those of the module's forward."""
+        _local(remote)
+        tracer = LanguageTracer(self, inputs, kwargs)
+        if trace:
+            return tracer
+        args, named = tracer._given or ((), {})
+        return self._module(*args, **named)
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+        """What the module is called with."""
+        named = {k: v for k, v in kwargs.items() if k not in (*_TOKENIZING, "input_ids", "attention_mask")}
+        about = {k: v for k, v in kwargs.items() if k not in named}
+        if "use_cache" in self._parameters_of_forward:
+            named.setdefault("use_cache", False)
+        if not args and "input_ids" not in about:
+            return (), named | about
+        rows, masks = inputs.read(self._tokenizer_for_text, args, about)
+        named = self._batch(rows, masks) | named
+        config = self._module.config
+        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in named:
+            start = getattr(config, "decoder_start_token_id", None)
+            start = start if start is not None else getattr(config, "bos_token_id", 0) or 0
+            named["decoder_input_ids"] = torch.full((len(rows), 1), start, device=self.device)
+        return (), named
+
+    def _batch(self, rows: list[list[int]], masks: list[list[int]] | None) -> dict[str, torch.Tensor]:
+        longest = max(map(len, rows))
+        decoder = "position_ids" in self._parameters_of_forward and _decodes(self._module)
+        pad = getattr(self._module.config, "pad_token_id", None) or 0
+        ids, seen = [], []
+        for row, mask in zip(rows, masks or [[1] * len(row) for row in rows], strict=True):
+            fill = longest - len(row)
+            ids.append([pad] * fill + row if decoder else row + [pad] * fill)
+            seen.append([0] * fill + mask if decoder else mask + [0] * fill)
+        out = {"input_ids": torch.tensor(ids, device=self.device)}
+        counts = torch.tensor(seen, device=self.device)
+        if not bool(counts.all()):
+            out["attention_mask"] = counts
+            if decoder:
+                out["position_ids"] = (counts.cumsum(-1) - 1).clamp_min(0)
+        return out
+
+    # ---- what belongs to the model ----
+
+    @property
+    def config(self) -> Any:
+        """The module's own."""
+        return self._module.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return next(self._module.parameters()).dtype
+
+    @property
+    def dispatched(self) -> bool:
+        """Always: the module is there."""
+        return True
+
+    def dispatch(self) -> HostedLanguageModel:
+        """The model itself."""
+        return self
+
+    def close(self) -> None:
+        """Nothing: the module belongs to Python."""
+
+    def _open_tokenizer(self) -> Any:
+        if self._tokenizer_given is None or self._tokenizer_given is True:
+            if not (self._directory / "tokenizer.json").is_file():
+                return None
+            return Tokenizer(self._directory, name_or_path=self._name_or_path)
+        return super()._open_tokenizer()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer it was opened with, or that lies beside the weights; None where there is none."""
+        if self._tokenizer is None and self._tokenizer_given is not False:
+            self._tokenizer = self._open_tokenizer()
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        self._tokenizer_given, self._tokenizer = False if value is None else value, None
+
+    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not in this version: the module's own is ``model._module.generate``."""
+        self._later("generate()")
+
+    def stream(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not in this version."""
+        self._later("stream()")
+
+
+class LanguageTracer(HostedTracer):
+    """One trace of a hosted language model."""
+
+    model: HostedLanguageModel
+
+    def __init__(self, model: HostedLanguageModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__(model, args, kwargs)
+        if self._given is not None:
+            self._given = model._given(args, kwargs)
+
+    def invoke(self, *args: Any, **kwargs: Any) -> HostedInvoker:  # type: ignore[override]
+        """Begins one input of the trace: ``with tracer.invoke("Hello"):``. Each has a forward pass of its own."""
+        return HostedInvoker(self, self.model._given(args, kwargs) if args or kwargs else ((), {}))
+
+
+def _open(library: ModuleType, directory: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> torch.nn.Module:
+    config = library.AutoConfig.from_pretrained(directory)
+    names = getattr(config, "architectures", None) or []
+    kind = getattr(library, names[0], None) if names else None
+    try:
+        found = (kind or library.AutoModel).from_pretrained(directory, dtype=dtype or "auto", **options)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelLoadError(
+            f"{directory} cannot be opened by transformers: {error}", **positions.fields(here())
+        ) from None
+    assert isinstance(found, torch.nn.Module)
+    return found
+
+
+def _blocks(module: torch.nn.Module) -> set[str]:
+    """Paths of decoder blocks, which give a tuple whose first value are the hidden states."""
+    layers = importlib.import_module("transformers.modeling_layers")
+    kind = layers.GradientCheckpointingLayer
+    return {path for path, m in module.named_modules() if isinstance(m, kind)} if _decodes(module) else set()
+
+
+def _decodes(module: torch.nn.Module) -> bool:
+    """Whether it is a decoder by itself, which reads from the left."""
+    config = getattr(module, "config", None)
+    return (
+        type(module).__name__.endswith("ForCausalLM")
+        or type(module).__name__.endswith("LMHeadModel")
+        or bool(getattr(config, "is_decoder", False) and not getattr(config, "is_encoder_decoder", False))
+    )
