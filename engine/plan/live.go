@@ -26,9 +26,9 @@ func (a aliases) join(x, y Slot) { a[a.find(x)] = a.find(y) }
 // dropDead removes instructions whose result nobody uses and whose changes nobody can see; keep
 // says which slots are used afterwards. A change can be seen through anything that may share storage
 // with its target, and always in a tensor that is not the run's own: a parameter, a
-// constant, what a hosted module gives. A guard stays: a change that comes
+// constant, or what hosted modules gave and go on with: visible. A guard stays: a change that comes
 // too late is an error, and the more so where nobody would notice.
-func dropDead(s *Schedule, keep []bool, alias aliases) {
+func dropDead(s *Schedule, keep []bool, alias aliases, visible []Slot) {
 	used := make([]bool, s.Slots)
 	seen := make([]bool, s.Slots) // by group
 	use := func(r Slot) {
@@ -43,10 +43,8 @@ func dropDead(s *Schedule, keep []bool, alias aliases) {
 			seen[alias.find(Slot(slot))] = true
 		}
 	}
-	for i := range s.Instrs {
-		if s.Instrs[i].Op == OpFetch { // the module that it is of goes on with it
-			seen[alias.find(s.Instrs[i].Out)] = true
-		}
+	for _, slot := range visible {
+		seen[alias.find(slot)] = true
 	}
 	kept := len(s.Instrs)
 	for i := len(s.Instrs) - 1; i >= 0; i-- {

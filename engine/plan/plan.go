@@ -42,6 +42,7 @@ type Plan struct {
 	node      graph.ID // the user's node being placed, for the instructions it causes
 	lastUses  map[*graph.Model][]graph.ID
 	gradients gradients
+	visible   []Slot // what modules of a hosted model gave, or go on with
 }
 
 // lost stands in a pass's env for a value that was computed and then given up, since neither the
@@ -381,7 +382,7 @@ func (s *Plan) settle() {
 			s.needed(s.passes[i], use)
 		}
 	}
-	dropDead(out, keep, s.alias)
+	dropDead(out, keep, s.alias, s.visible)
 	s.alive = append(s.alive, make([]bool, out.Slots-len(s.alive))...)
 	markLastUses(out, keep, s.alive)
 	out.Sources = bindings(s.sources, out, keep, s.alive)

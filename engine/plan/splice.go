@@ -394,6 +394,12 @@ func (s *Plan) leaf(p *pass, node *graph.Node) (graph.ID, error) {
 func (s *Plan) emit(in Instr) Slot {
 	in.Node = s.node
 	in.shares(func(r Slot) { s.alias.join(in.Out, r) })
+	switch in.Op {
+	case OpFetch:
+		s.visible = append(s.visible, in.Out)
+	case OpGive:
+		s.visible = append(s.visible, in.Args[0].Ref)
+	}
 	s.out.Instrs = append(s.out.Instrs, in)
 	return in.Out
 }
