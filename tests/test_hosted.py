@@ -246,9 +246,11 @@ def test_a_module_that_is_called_several_times() -> None:
     handle = module.cell.register_forward_hook(lambda m, a, y: y * 0 if next(calls) == 2 else y)
     close(out, module(*args))
     handle.remove()
-    with pytest.raises(ModulePathError, match="is called 4 times in this forward pass, so it has no call 4"):
-        with model.trace(*args):
-            model.cell.next(4).output.save()
+    with (
+        pytest.raises(ModulePathError, match="is called 4 times in this forward pass, so it has no call 4"),
+        model.trace(*args),
+    ):
+        model.cell.next(4).output.save()
 
 
 def test_one_module_by_two_names() -> None:
@@ -280,9 +282,11 @@ def test_modules_that_do_not_run() -> None:
     module = zoo.Moody()
     module.unused = nn.Linear(2, 2)
     model = NNsight(module)
-    with pytest.raises(ModulePathError, match="model.unused is not called in this forward pass"):
-        with model.trace(torch.randn(1, 4)):
-            model.unused.output.save()
+    with (
+        pytest.raises(ModulePathError, match="model.unused is not called in this forward pass"),
+        model.trace(torch.randn(1, 4)),
+    ):
+        model.unused.output.save()
 
 
 def test_a_pass_that_goes_another_way() -> None:
@@ -442,7 +446,7 @@ def test_a_forward_that_raises() -> None:
             self.linear = nn.Linear(2, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.linear(x)
+            self.linear(x)
             raise ValueError("the module's own error")
 
     model = NNsight(Broken())
@@ -483,8 +487,7 @@ def test_mistakes() -> None:
         model.output.save()
         model.inner.linear.output = torch.zeros(3, 4)
     with pytest.raises(InputError, match="an invoke of a module needs an input"), model.trace() as tracer:
-        with tracer.invoke():
-            pass
+        tracer.invoke().__enter__()
     with pytest.raises(InputError, match="not available for wrapped modules"):
         model.scan(*args)
 
@@ -603,3 +606,64 @@ def test_threads_on_one_module() -> None:
     for t in threads:
         t.join()
     assert not failures, failures[0]
+
+
+# ---- what comes with a trace ----
+
+
+def test_cache() -> None:
+    module, args, _ = ZOO["mlp"]()
+    model = NNsight(module)
+    with model.trace(*args) as tracer:
+        cache = tracer.cache(include_inputs=True)
+        model[0].output[:] *= 2
+    want = plain(module, args, {}, {"0": lambda x: x * 2})
+    assert set(cache) == {"model", "model.0", "model.1", "model.2"}
+    for path in ("0", "1", "2"):
+        close(cache[f"model.{path}"].output, want[path][0])
+    assert torch.equal(cache["model.0"].inputs[0][0], args[0])
+    with model.trace(*args) as tracer:
+        some = tracer.cache(modules=[model[1]])
+    assert set(some) == {"model.1"}
+
+
+def test_session_and_barrier() -> None:
+    module, args, _ = ZOO["mlp"]()
+    model = NNsight(module)
+    with model.session():
+        with model.trace(*args):
+            state = model[1].output
+        with model.trace(*args):
+            model[1].output = state * 2
+            out = model.output.save()
+    close(out, module[2](torch.relu(module[0](*args)) * 2))
+
+
+def test_what_is_not_there_yet() -> None:
+    module, args, _ = ZOO["mlp"]()
+    model = NNsight(module)
+    with model.trace(*args) as tracer:
+        model[1].output.save()
+    uses: list[Callable[[], Any]] = [
+        lambda: model.scan(*args),
+        lambda: model.edit(),
+        lambda: model[0].source,
+        lambda: model[0].skip(args[0]),
+        lambda: tracer.graph.run(model),
+    ]
+    for use in uses:
+        with pytest.raises(InputError, match="in this version"):
+            use()
+
+
+def test_calls_without_a_trace() -> None:
+    module, args, _ = ZOO["mlp"]()
+    model = NNsight(module)
+    assert torch.equal(model(*args), module(*args))
+    assert torch.equal(model.trace(*args, trace=False), module(*args))
+    assert model[0].weight is module[0].weight and model.training and not model.eval().training
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in module.named_parameters()]
+    with model.trace(*args):
+        lens = model[2](model[1].output).save()
+        out = model.output.save()
+    close(lens, out)

@@ -288,8 +288,9 @@ def tiny(name: str) -> Any:
             return t.ViTModel(config), {"pixel_values": torch.randn(2, 3, 16, 16)}
         case "whisper":
             config = t.WhisperConfig(
-                vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, num_mel_bins=8,
-                decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_source_positions=10,
+                vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                num_mel_bins=8, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+                max_source_positions=10,
                 max_target_positions=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
             )  # fmt: skip
             features = torch.randn(2, 8, 20)

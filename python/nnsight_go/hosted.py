@@ -11,7 +11,7 @@ import json
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -21,6 +21,7 @@ from .hosting import Paused, Spot, Unwind, Visit
 from .native import Run, _close, _pointers
 from .points import Leaf, Point, Tree
 from .positions import here
+from .recorder import current
 
 if TYPE_CHECKING:
     from .proxy import Proxy
@@ -64,6 +65,21 @@ class Hosted:
     def device(self) -> torch.device:
         """Where the module's first parameter or buffer is; the CPU where it has none."""
         return torch.device("cpu") if self._anchor is None else self._anchor.device
+
+    @property
+    def points(self) -> dict[tuple[str, int], Point]:
+        """The access points of the invoke that is being recorded."""
+        rec: Any = current.recorder
+        layout: Layout = rec.layout(rec.invoke)
+        return layout.points
+
+    def begin(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuses: a stored graph has no forward pass of Python's."""
+        raise InputError(
+            "a stored graph does not run on a wrapped module in this version",
+            hint="Use model.trace(...).",
+            **positions.fields(here()),
+        )
 
     # ---- what a forward pass looks like ----
 

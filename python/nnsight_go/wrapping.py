@@ -195,6 +195,22 @@ class ModuleEnvoy(Envoy):
         assert isinstance(rec, HostedRecorder)
         return rec.point(self._path, port, self._name())
 
+    def _later(self, what: str) -> NoReturn:
+        raise InputError(
+            f"{what} is not available for wrapped modules in this version",
+            hint="Reads, edits, values, invokes, gradients, stop() and cache() are.",
+            **positions.fields(here()),
+        )
+
+    def skip(self, replacement: Any) -> NoReturn:
+        """Not in this version."""
+        self._later("skip()")
+
+    @property
+    def source(self) -> NoReturn:
+        """Not in this version."""
+        self._later(".source")
+
     def next(self, calls: int = 1) -> ModuleEnvoy:
         """Makes a later call of the module the one that its lines mean: a module may be called several times."""
         rec = self._recorder("next()")
@@ -310,13 +326,6 @@ class NNsight(ModuleEnvoy):
     def session(self, remote: bool | str = False, **kwargs: Any) -> sessions.Session:
         """Several traces in which values flow from one to the next without being saved."""
         return sessions.Session()
-
-    def _later(self, what: str) -> NoReturn:
-        raise InputError(
-            f"{what} is not available for wrapped modules in this version",
-            hint="Use model.trace(...).",
-            **positions.fields(here()),
-        )
 
     def scan(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not in this version."""
