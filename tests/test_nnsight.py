@@ -384,13 +384,13 @@ import nnsight_go.as_nnsight  # twice is once
 import importlib.util
 import nnsight
 import nnsight.modeling.language
-from nnsight import CONFIG, LanguageModel, save
+from nnsight import CONFIG, LanguageModel, NNsight, save
 from nnsight import *
 from nnsight.intervention.envoy import Envoy
 from nnsight.models.LanguageModel import LanguageModel as Old
 from nnsight.util import apply, fetch_attr
 
-assert importlib.util.find_spec("nnsight") is not None and not hasattr(nnsight, "NNsight")
+assert importlib.util.find_spec("nnsight") is not None and not hasattr(nnsight, "DiffusionModel")
 assert nnsight.__version__.startswith("0.8.1+") and Old is LanguageModel is nnsight.TransformersModel
 model = LanguageModel("nnsight-go/landmarks", device_map="auto", dispatch=True)
 with model.trace("The Eiffel Tower is in the city of"):

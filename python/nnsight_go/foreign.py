@@ -14,7 +14,6 @@ from . import positions
 from .errors import InputError
 from .positions import here
 
-_HOSTED = "models that are Python modules are not in this version; LanguageModel opens language models"
 _REMOTE = "remote traces are not in this version"
 _ONE_STEP = "a trace runs the model once, so there is no next step; `with model.generate(prompt) as tracer:` has more"
 _MACHINERY = "it belongs to how nnsight runs a trace; nothing here has its duty"
@@ -22,7 +21,6 @@ _GONE = "nnsight itself dropped it in 0.5; plain Python does it inside a block"
 
 # Names of the package.
 PACKAGE: dict[str, str] = {
-    "NNsight": _HOSTED,
     "VisionLanguageModel": "models of images are not in this version",
     "DiffusionModel": "diffusion models are not in this version",
     "VLLM": "vLLM does not run under this package, which has an engine of its own",
