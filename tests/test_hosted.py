@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import zoo
-from nnsight_go import InputError, ModulePathError, NNsight, NnsightError, OutOfOrderError, _ffi
+from nnsight_go import InputError, ModulePathError, NNsight, NnsightError, OpError, OutOfOrderError, _ffi
 from nnsight_go.hosting import structure, tensors
 from zoo import ZOO
 
@@ -489,7 +489,64 @@ def test_mistakes() -> None:
     with pytest.raises(InputError, match="an invoke of a module needs an input"), model.trace() as tracer:
         tracer.invoke().__enter__()
     with pytest.raises(InputError, match="not available for wrapped modules"):
-        model.scan(*args)
+        model.edit()
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_scan_tells_the_sizes_of_a_trace_and_runs_nothing(name: str) -> None:
+    module, args, kwargs = ZOO[name]()
+    model, ran = NNsight(module), []
+    layout = model._hosted.layout((args, kwargs))
+    paths = [p for p in model._hosted.modules if (p, 1) in layout.points][-3:]
+    hook = module.register_forward_hook(lambda *_: ran.append(1))
+    with model.scan(*args, **kwargs):
+        scanned = [flat_proxies(model.get(p).output) for p in paths]
+    assert not ran
+    hook.remove()
+    with model.trace(*args, **kwargs):
+        traced = [flat_proxies(model.get(p).output) for p in paths]
+    told = [[(x.shape, x.dtype) for x in xs] for xs in scanned]
+    assert told == [[(x.shape, x.dtype) for x in xs] for xs in traced]
+    assert all(x.device.type == "meta" for xs in scanned for x in xs)
+
+
+def flat_proxies(value: Any) -> list[torch.Tensor]:
+    """The tensors of a value of a trace, saved."""
+    return [x.save() for x in flat(value)]
+
+
+def test_a_scan_of_a_module_without_data_and_of_what_does_not_fit() -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).to("meta")
+    model = NNsight(module)
+    with model.scan(torch.rand(3, 4)):
+        wide = (model[1].output @ torch.zeros(8, 5)).save()
+        model[1].output[:, 0] = 0
+        out = model.output.save()
+    assert (wide.shape, out.shape, out.device.type) == ((3, 5), (3, 2), "meta")
+    with pytest.raises(OpError) as raised, model.scan(torch.rand(3, 4)):
+        _ = model[1].output @ torch.zeros(3, 3)
+    assert "model[1].output @ torch.zeros(3, 3)" in str(raised.value)
+    with pytest.raises(InputError, match="knows only shapes"), model.scan(torch.rand(3, 4)):
+        float(model.output.sum())
+    with model.scan() as scanner:
+        for rows in (1, 2):
+            with scanner.invoke(torch.rand(rows, 4)):
+                last = model.output.save()
+    assert last.shape == (2, 2)
+
+
+def test_second_names() -> None:
+    module, args, kwargs = ZOO["vae"]()
+    path = "decoder.0"
+    model = NNsight(module, rename={path: "chosen", "mean": ["mu", "average"]})
+    assert model.chosen is model.get(path) and model.mu is model.mean is model.average
+    with model.trace(*args, **kwargs):
+        one, other = model.mu.output.save(), model.chosen.output.save()
+    assert one.shape == (4, 2) and other.shape == (4, 8)
+    with pytest.raises(InputError, match="no module of this model is named 'nothing'"):
+        NNsight(module, rename={"nothing": "x"})
+    with pytest.raises(InputError, match="it is taken"):
+        NNsight(module, rename={path: "output"})
 
 
 def test_an_output_that_changes_its_structure() -> None:
@@ -645,7 +702,6 @@ def test_what_is_not_there_yet() -> None:
     with model.trace(*args) as tracer:
         model[1].output.save()
     uses: list[Callable[[], Any]] = [
-        lambda: model.scan(*args),
         lambda: model.edit(),
         lambda: model[0].source,
         lambda: model[0].skip(args[0]),

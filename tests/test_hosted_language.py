@@ -64,6 +64,18 @@ def test_hosted_equals_native(either: Pair) -> None:
         close(got, want)
 
 
+def test_a_scan_tells_what_a_native_one_tells(either: Pair) -> None:
+    rows = [either.ids(7), either.ids(4, seed=2)]
+    told = []
+    for model in (hosted(either).model, either.model):
+        with model.scan(rows):
+            hidden = model.get(either.blocks)[1].output[0].save()
+            heads = hidden.unflatten(-1, (4, -1)).save()
+            logits = model.lm_head.output.save()
+        told.append([(x.shape, x.dtype, x.device.type) for x in (hidden, heads, logits)])
+    assert told[0] == told[1] and told[0][0][2] == "meta"
+
+
 def test_padding(either: Pair) -> None:
     rows = [either.ids(7), either.ids(4, seed=2)]
     found = []

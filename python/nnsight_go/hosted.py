@@ -137,7 +137,8 @@ class Hosted:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        args, kwargs = _mapped(given, mode.from_tensor)
+        meta = self.device.type == "meta"  # where no input has its data
+        args, kwargs = _mapped(given, lambda x: mode.from_tensor(x.to("meta") if meta else x))
         with mode, hosting.hooks(self.modules, self._everywhere(), visit, self.wrapped):
             self.module(*args, **kwargs)
 

@@ -12,13 +12,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import hub, inputs, positions, renaming
+from . import hub, inputs, positions
 from .errors import ModelLoadError
 from .hosted import Given
 from .model import LanguageModel, _device, _dtype, _local
 from .positions import here
 from .tokenizer import Tokenizer
-from .wrapping import HostedInvoker, HostedTracer, NNsight
+from .wrapping import HostedInvoker, HostedRecorder, HostedScanRecorder, HostedTracer, NNsight
 
 # What a trace's keywords mean for the tokenizer; all others are the module's own.
 _TOKENIZING = ("add_special_tokens", "max_length", "truncation")
@@ -71,13 +71,12 @@ class HostedLanguageModel(NNsight, LanguageModel):
             directory = hub.resolve(name, revision, token, cache_dir, local_files_only)
             module = _open(library, directory, _dtype(dtype if dtype is not None else torch_dtype), options)
             module = module.to(_device(device_map)).eval()
-        NNsight.__init__(self, module)
+        NNsight.__init__(self, module, rename=rename)
         self._hosted.wrapped = _blocks(module)
         self._directory, self._name_or_path = directory, os.fspath(directory)
         self._tokenizer_given, self._tokenizer = tokenizer, None
         self._edits = ()
         self._rename = dict(rename or {})
-        renaming.apply(self, self._rename)
         self._parameters_of_forward = set(inspect.signature(module.forward).parameters)
 
     # ---- tracing ----
@@ -90,6 +89,10 @@ class HostedLanguageModel(NNsight, LanguageModel):
             return tracer
         args, named = tracer._given or ((), {})
         return self._module(*args, **named)
+
+    def scan(self, *inputs: Any, **kwargs: Any) -> LanguageTracer:
+        """A trace that runs nothing, as of other modules; it takes what ``trace`` takes."""
+        return LanguageTracer(self, inputs, kwargs, HostedScanRecorder)
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         """What the module is called with."""
@@ -181,8 +184,14 @@ class LanguageTracer(HostedTracer):
 
     model: HostedLanguageModel
 
-    def __init__(self, model: HostedLanguageModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__(model, args, kwargs)
+    def __init__(
+        self,
+        model: HostedLanguageModel,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kind: type[HostedRecorder] = HostedRecorder,
+    ) -> None:
+        super().__init__(model, args, kwargs, kind)
         if self._given is not None:
             self._given = model._given(args, kwargs)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 
-from . import envoy, positions, sessions, torchmap, tracebacks
+from . import envoy, positions, renaming, sessions, torchmap, tracebacks
 from .envoy import Envoy
 from .errors import InputError, ModulePathError
 from .hosted import Given, Hosted, HostedRun, Layout
@@ -16,6 +16,7 @@ from .native import Run
 from .points import Point
 from .positions import here
 from .recorder import Recorder, current
+from .scanning import ScanRecorder
 from .stopping import Stop
 from .tracing import Tracer
 from .wire import Kind
@@ -118,17 +119,27 @@ class HostedRecorder(Recorder):
         return bool(self.given)
 
 
+class HostedScanRecorder(ScanRecorder, HostedRecorder):
+    """Records a trace of a module that is never run."""
+
+
 class HostedTracer(Tracer):
     """One trace of a module."""
 
     model: NNsight  # type: ignore[assignment]
     _recorder: HostedRecorder
 
-    def __init__(self, model: NNsight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: NNsight,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kind: type[HostedRecorder] = HostedRecorder,
+    ) -> None:
         self.model = model
         self._given: Given | None = (args, kwargs) if args or kwargs else None
         self._input = None
-        self._recorder = HostedRecorder(model._hosted)
+        self._recorder = kind(model._hosted)
         self._mode: torchmap.Mode | None = None
         self._used = False
 
@@ -285,9 +296,11 @@ class NNsight(ModuleEnvoy):
 
     Args:
         module: which. It is not changed, and can be used beside.
+        rename: more names for its parts: ``{"encoder.layers": "blocks"}`` makes ``model.blocks``, and
+            ``{"fc": "linear"}`` gives every ``fc`` a second name.
 
     Raises:
-        InputError: it is no module.
+        InputError: it is no module, or ``rename`` fits none of its parts.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> NNsight:
@@ -295,7 +308,7 @@ class NNsight(ModuleEnvoy):
         tracebacks.install()
         return super().__new__(cls)
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, *, rename: Mapping[str, str | list[str]] | None = None) -> None:
         if not isinstance(module, torch.nn.Module):
             raise InputError(
                 f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}",
@@ -310,6 +323,7 @@ class NNsight(ModuleEnvoy):
                 parent, _, name = path.rpartition(".")
                 by_path[path] = ModuleEnvoy(hosted, path, child)
                 envoy.hang(by_path[parent], name, by_path[path])
+        renaming.apply(self, rename or {})
 
     def trace(self, *args: Any, trace: bool = True, **kwargs: Any) -> Any:
         """Begins a trace: ``with model.trace(x):``, or ``with model.trace() as tracer:`` for invokes.
@@ -327,9 +341,16 @@ class NNsight(ModuleEnvoy):
         """Several traces in which values flow from one to the next without being saved."""
         return sessions.Session()
 
-    def scan(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not in this version."""
-        self._later("scan()")
+    def scan(self, *args: Any, **kwargs: Any) -> HostedTracer:
+        """A trace that runs nothing: shapes and dtypes are known, saved values are tensors on the meta device.
+
+        Takes what ``trace`` takes. The module may be on the meta device. One whose forward needs values
+        (``if x.sum() > 0``) runs once on copies of the input, to know what its parts give.
+
+        Raises:
+            OpError: at the end of the block, where an operation's shapes do not fit.
+        """
+        return HostedTracer(self, args, kwargs, HostedScanRecorder)
 
     def edit(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not in this version."""
