@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .proxy import Proxy
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
+Seen = tuple[str, int, str]  # name and port of an access point, and a leaf of it
 
 _KEPT = 32  # layouts of a model that are remembered
 _WANTS = 2  # what a step says of a run that needs an access point
@@ -174,6 +175,67 @@ class Hosted:
         except Exception as error:
             raise users(error)  # noqa: B904 - it is the module's own error
 
+    def forward(self, given: Given, ports: dict[str, set[int]], visit: Visit) -> None:
+        """A forward pass that is visited at sides of modules."""
+        with hosting.hooks(self.modules, ports, visit, self.wrapped):
+            self.run(given)
+
+    def watch(self, given: Given, layout: Layout, wanted: set[tuple[str, int]], stops: bool) -> dict[Seen, Any]:
+        """A forward pass of which values are seen and not changed, without the engine.
+
+        Args:
+            given: its input.
+            layout: its access points.
+            wanted: which of them, by name and port.
+            stops: nothing runs behind the last of them.
+
+        Returns:
+            By name, port and leaf of an access point: its tensor as it is, or None where there is none this time.
+        """
+        missing, found = set(wanted), {}
+        ports: dict[str, set[int]] = {}
+        for name, port in wanted:
+            ports.setdefault(name.partition(":")[0], set()).add(port)
+
+        def visit(spot: Spot, value: Any) -> Any:
+            key = (spot.name, spot.port)
+            if key in missing:
+                missing.discard(key)
+                tree = layout.points[key].tree
+                for leaf, tensor in zip(_leaves(tree), self.tensors(spot, tree, value), strict=True):
+                    found[(*key, leaf)] = tensor
+                if stops and not missing:
+                    raise Unwind
+            return value
+
+        with contextlib.suppress(Unwind):
+            self.forward(given, ports, visit)
+        if missing:
+            raise self.missed(next(s for s in layout.spots if (s.name, s.port) in missing))
+        return found
+
+    def tensors(self, spot: Spot, tree: Tree, value: Any) -> list[torch.Tensor | None]:
+        """The tensors of what stands at an access point.
+
+        Raises:
+            InputError: it has not the structure that it is known to have.
+        """
+        found = hosting.tensors(tree, value)
+        if found is None:
+            self.forget()
+            raise hosting.mismatch(spot, tree, value)
+        return found
+
+    def missed(self, spot: Spot) -> InputError:
+        """The error of an access point that a pass did not come to."""
+        self.forget()
+        return InputError(
+            f"{spot.path or 'the model'} was not called in this forward pass, or earlier than it was known to be",
+            path=spot.path,
+            hint="The order of its modules depends on more than the sizes of the input: use a trace each.",
+            **positions.fields(here()),
+        )
+
 
 class HostedRun(Run):
     """A trace on its way through the engine and the forward passes of a module.
@@ -244,10 +306,7 @@ class HostedRun(Run):
     def _feed(self, spot: Spot, value: Any) -> tuple[tuple[int, int] | None, Any]:
         """Hands over what stands at an access point; gives what is wanted next, and what is to stand there."""
         tree = self._layout.points[spot.name, spot.port].tree
-        found = hosting.tensors(tree, value)
-        if found is None:
-            self._hosted.forget()
-            raise hosting.mismatch(spot, tree, value)
+        found = self._hosted.tensors(spot, tree, value)
         with _pointers(found) as pointers:
             _ffi.check(_ffi.lib().nng_run_feed, self._handle, pointers, len(found))
         wanted = self._step()
@@ -270,14 +329,6 @@ class HostedRun(Run):
 
     # ---- forward passes ----
 
-    def _forward(self, number: int, ports: dict[str, set[int]], visit: Visit) -> Any:
-        args, kwargs = self._given[number]
-        with hosting.hooks(self._hosted.modules, ports, visit, self._hosted.wrapped):
-            try:
-                return self._hosted.module(*args, **kwargs)
-            except Exception as error:
-                raise users(error)  # noqa: B904 - it is the module's own error
-
     def _run_through(self, number: int, wanted: tuple[int, int] | None) -> tuple[int, int] | None:
         """A whole pass on this thread, with hooks on what the trace names alone."""
 
@@ -291,9 +342,9 @@ class HostedRun(Run):
             return new
 
         with contextlib.suppress(Unwind):
-            self._forward(number, self.ports, visit)
+            self._hosted.forward(self._given[number], self.ports, visit)
         if wanted is not None and wanted[0] == number:
-            raise self._missed(self._layout.spots[wanted[1]])
+            raise self._hosted.missed(self._layout.spots[wanted[1]])
         return wanted
 
     def _reach(self, number: int, point: int) -> tuple[int, int] | None:
@@ -306,10 +357,10 @@ class HostedRun(Run):
             self._pass = number
         if self._paused is None:
             everywhere = self._hosted._everywhere()
-            self._paused = Paused(lambda visit: self._forward(number, everywhere, visit))
+            self._paused = Paused(lambda visit: self._hosted.forward(self._given[number], everywhere, visit))
         self.waiting()
         if not self._paused.go(spot):
-            raise self._missed(spot)
+            raise self._hosted.missed(spot)
         self._at = spot
         wanted, self._paused.value = self._feed(spot, self._paused.value)
         return wanted
@@ -331,15 +382,6 @@ class HostedRun(Run):
         else:
             paused.go(None)
         self._pass += 1
-
-    def _missed(self, spot: Spot) -> InputError:
-        self._hosted.forget()
-        return InputError(
-            f"{spot.path or 'the model'} was not called in this forward pass, or earlier than it was known to be",
-            path=spot.path,
-            hint="The order of its modules depends on more than the sizes of the input: use a trace each.",
-            **positions.fields(here()),
-        )
 
 
 # ---- inputs ----

@@ -159,6 +159,12 @@ class Run:
         _ffi.check(_ffi.lib().nng_run_free, self._handle)
 
 
+def become(proxies: Sequence[Proxy], tensors: Sequence[torch.Tensor]) -> None:
+    """Turns proxies into tensors: all of them or, where anything fails, none."""
+    with _pointers(tensors) as pointers:
+        _ffi.py().nngpy_adopt(list(proxies), pointers, torch.Tensor)
+
+
 @contextlib.contextmanager
 def _pointers(tensors: Sequence[torch.Tensor | None]) -> Iterator[Any]:
     """References on tensors, for the time of a call; null for none."""

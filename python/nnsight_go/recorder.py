@@ -525,13 +525,17 @@ class Recorder:
                     **positions.fields(c.place),
                 )
 
-    def _go_on(self, ids: list[int], end: bool, adopt: list[Proxy] | None) -> list[torch.Tensor]:
-        """Sends the engine what has been recorded since the last time, and gives the values of nodes."""
-        self.check_captures()
+    def _keep(self, ids: list[int]) -> None:
+        """Records that the values of nodes are wanted."""
         for id in ids:
             _, invoke, place, mode = self.nodes[id][:4]
             self.nodes.append((_SAVE, invoke, place, mode, [0, id]))
             self.made.append(None)
+
+    def _go_on(self, ids: list[int], end: bool, adopt: list[Proxy] | None) -> list[torch.Tensor]:
+        """Sends the engine what has been recorded since the last time, and gives the values of nodes."""
+        self.check_captures()
+        self._keep(ids)
         sent = self._sent
         nodes = self.nodes[sent.nodes :]
         rows, indices = positions.table(node[2] for node in nodes)

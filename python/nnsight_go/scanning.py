@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
 
-from . import _ffi, positions, shapes
+from . import positions, shapes
 from .errors import InputError, OpError
+from .native import become
 from .positions import here
 from .proxy import Proxy
 from .recorder import Recorder, proxies
@@ -64,14 +64,7 @@ class ScanRecorder(Recorder):
             if made is not None:
                 shapes.infer(self, node)
         saved = list({id(p): p for p in proxies(self.saved())}.values())
-        metas = [self.meta(p) for p in saved]
-        py = _ffi.py()
-        pointers = (ctypes.c_void_p * len(metas))(*map(py.nngpy_unwrap, metas))
-        try:
-            py.nngpy_adopt(saved, pointers, torch.Tensor)
-        finally:
-            for pointer in pointers:
-                py.nngpy_tensor_free(pointer)
+        become(saved, [self.meta(p) for p in saved])
         self.close("it was not saved")
         for act in self.when_done:
             act()

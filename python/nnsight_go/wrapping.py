@@ -11,8 +11,8 @@ import torch
 from . import envoy, positions, renaming, sessions, torchmap, tracebacks
 from .envoy import Envoy
 from .errors import InputError, ModulePathError
-from .hosted import Given, Hosted, HostedRun, Layout
-from .native import Run
+from .hosted import Given, Hosted, HostedRun, Layout, Seen
+from .native import Run, become
 from .points import Point
 from .positions import here
 from .recorder import Recorder, current
@@ -106,9 +106,37 @@ class HostedRecorder(Recorder):
                 run.ports.setdefault(node[4].partition(":")[0], set()).add(node[5])
 
     def _go_on(self, ids: list[int], end: bool, adopt: Any) -> list[torch.Tensor]:
+        if end and self._run is None and all(n[0] == Kind.READ and n[3] == self.mode for n in self.nodes):
+            become(adopt, self._watch(ids))
+            self._keep(ids)
+            return []
         if isinstance(self._run, HostedRun):
             self._tell(self._run)
         return super()._go_on(ids, end, adopt)
+
+    def _watch(self, ids: list[int]) -> list[torch.Tensor]:
+        """The values of reads in a block that has nothing else, which needs no engine."""
+        reads = [(node[1], (node[4], node[5]), node[7]) for node in map(self.nodes.__getitem__, ids)]
+        last = max((invoke for invoke, _, _ in reads), default=-1)
+        found: dict[int, dict[Seen, Any]] = {}
+        for invoke, given in enumerate(self.given):
+            if self.stopped and invoke > last:
+                break
+            wanted = {point for of, point, _ in reads if of == invoke}
+            if wanted:
+                stops = self.stopped and invoke == last
+                found[invoke] = self.hosted.watch(given, self.layout(invoke), wanted, stops)
+            else:
+                self.hosted.run(given)
+        out = [found[invoke][*point, leaf] for invoke, point, leaf in reads]
+        for id, value in zip(ids, out, strict=True):
+            if value is None:
+                raise InputError(
+                    f"{self.nodes[id][4] or 'the model'} has no {self.nodes[id][7]} in this forward pass",
+                    path=self.nodes[id][4],
+                    **positions.fields(self.nodes[id][2]),
+                )
+        return out
 
     def must_run(self) -> bool:
         """A forward pass runs to its end, for what it does beside its results."""
