@@ -438,8 +438,12 @@ def test_an_unsupported_architecture(spoilt: pathlib.Path) -> None:
         json.dumps(config | {"architectures": ["MambaForCausalLM"], "model_type": "mamba"})
     )
     with pytest.raises(ModelLoadError) as caught:
-        LanguageModel(spoilt)
+        LanguageModel(spoilt, native=True)
     says(caught, "MambaForCausalLM", "GPT2LMHeadModel", "LlamaForCausalLM")
+    pytest.importorskip("transformers")
+    with pytest.raises(ModelLoadError) as caught:  # transformers has it, and finds other weights than its own
+        LanguageModel(spoilt)
+    says(caught, "lacks", "weights of a MambaForCausalLM")
 
 
 def test_a_directory_without_weights(spoilt: pathlib.Path) -> None:

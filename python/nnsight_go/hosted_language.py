@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from . import hub, inputs, positions
-from .errors import ModelLoadError
+from .errors import InputError, ModelLoadError
 from .hosted import Given
 from .model import LanguageModel, _device, _dtype, _local
 from .positions import here
@@ -64,6 +64,12 @@ class HostedLanguageModel(NNsight, LanguageModel):
         native: bool | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(name, torch.nn.Module) and not hasattr(name, "config"):
+            raise InputError(
+                f"a {type(name).__name__} is no model of transformers: it has no config",
+                hint="NNsight(module) wraps any module.",
+                **positions.fields(here()),
+            )
         library = transformers()
         if isinstance(name, torch.nn.Module):
             module, directory = name, Path(getattr(getattr(name, "config", None), "_name_or_path", "") or ".")
@@ -205,11 +211,22 @@ def _open(library: ModuleType, directory: Path, dtype: torch.dtype | None, optio
     names = getattr(config, "architectures", None) or []
     kind = getattr(library, names[0], None) if names else None
     try:
-        found = (kind or library.AutoModel).from_pretrained(directory, dtype=dtype or "auto", **options)
+        opened = (kind or library.AutoModel).from_pretrained(
+            directory, dtype=dtype or "auto", output_loading_info=True, **options
+        )
     except (OSError, ValueError, TypeError) as error:
         raise ModelLoadError(
             f"{directory} cannot be opened by transformers: {error}", **positions.fields(here())
         ) from None
+    found, info = opened
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would go on with random ones
+        raise ModelLoadError(
+            f"{directory} lacks {len(missing)} weights of a {type(found).__name__}: {', '.join(missing[:3])}"
+            + (", ..." if missing[3:] else ""),
+            hint="Wrap a model that you have opened yourself, LanguageModel(module), if they are to be random.",
+            **positions.fields(here()),
+        )
     assert isinstance(found, torch.nn.Module)
     return found
 

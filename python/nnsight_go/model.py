@@ -15,7 +15,7 @@ import torch
 from . import _ffi, envoy, foreign, hub, positions, renaming, tracebacks
 from .edits import Edit, Editing
 from .envoy import Envoy
-from .errors import InputError, ModelLoadError, RemoteError
+from .errors import InputError, ModelLoadError, NnsightError, RemoteError
 from .generating import Generating, Generator
 from .native import Native
 from .positions import here
@@ -362,12 +362,16 @@ def _is_hosted(name: Any, options: dict[str, Any]) -> bool:
     if options.get("native") or not isinstance(name, str | os.PathLike):
         return False
     where = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
-    directory = hub.resolve(name, **where)
     try:
-        architectures = json.loads((directory / "config.json").read_text()).get("architectures") or []
-    except (OSError, ValueError, AttributeError):
+        directory = hub.resolve(name, **where)
+        architectures = json.loads((directory / "config.json").read_text()).get("architectures")
+    except (NnsightError, OSError, ValueError, AttributeError):
         return False  # opening it tells what is wrong
-    return bool(architectures) and architectures[0] not in _ffi.version()["architectures"]
+    return (
+        isinstance(architectures, list)
+        and bool(architectures)
+        and architectures[0] not in _ffi.version()["architectures"]
+    )
 
 
 def _local(remote: bool | str) -> None:
