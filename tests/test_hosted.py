@@ -576,6 +576,43 @@ def test_an_output_that_changes_its_structure() -> None:
         assert len(model.inner.output) == 2
 
 
+def test_a_tensor_that_is_not_there_this_time() -> None:
+    class Maybe(nn.Module):
+        there = True
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return x + 1, x * 2 if self.there else None
+
+    model, x = NNsight(nn.Sequential(Maybe())), torch.ones(1, 2)
+    with model.trace(x):
+        kept = [y.save() for y in model[0].output]
+    assert kept[1][0, 0] == 2
+    model._module[0].there = False
+    with (
+        pytest.raises(NnsightError, match="1 of the output of 0 is None in this forward pass") as raised,
+        model.trace(x),
+    ):
+        model[0].output[1].save()
+    assert "model[0].output[1].save()" in str(raised.value)
+    with model.trace(x):
+        assert model[0].output[1] is None
+        first = model[0].output[0].save()
+    close(first, x + 1)
+
+
+def test_what_is_read_is_what_the_module_gave() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True))
+    x = torch.randn(2, 3)
+    with NNsight(module).trace(x) as tracer:
+        before, after = tracer.model[0].output.save(), tracer.model.output.save()
+    want = plain(module, (x,), {})
+    close(before, want["0"][0])  # which the next module has changed
+    close(after, want[""][0])
+    assert before.data_ptr() == after.data_ptr() and after.grad_fn is not None
+    after.sum().backward()
+    assert module[0].weight.grad is not None
+
+
 # ---- memory and threads ----
 
 

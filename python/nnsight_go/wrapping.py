@@ -131,12 +131,20 @@ class HostedRecorder(Recorder):
         out = [found[invoke][*point, leaf] for invoke, point, leaf in reads]
         for id, value in zip(ids, out, strict=True):
             if value is None:
-                raise InputError(
-                    f"{self.nodes[id][4] or 'the model'} has no {self.nodes[id][7]} in this forward pass",
-                    path=self.nodes[id][4],
-                    **positions.fields(self.nodes[id][2]),
-                )
+                self.hosted.forget()
+                raise self._none(id)
         return out
+
+    def _none(self, id: int) -> InputError:
+        """The error of a read of a tensor that is not there this time."""
+        place, path, port, leaf = (self.nodes[id][i] for i in (2, 4, 5, 7))
+        what = f"{leaf} of the {('input', 'output')[port]} of {path or 'the model'}"
+        return InputError(
+            f"{what.removeprefix(' of ')} is None in this forward pass",
+            path=path,
+            hint="Whether it is there depends on more than the sizes of the input: the next trace tries anew.",
+            **positions.fields(place),
+        )
 
     def must_run(self) -> bool:
         """A forward pass runs to its end, for what it does beside its results."""
