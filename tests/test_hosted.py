@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import pathlib
 import pickle
 import threading
 import weakref
@@ -620,23 +622,29 @@ def test_memory_stays_flat() -> None:
     module, args, _ = ZOO["mlp"]()
     model = NNsight(module)
 
-    def once(value: bool) -> None:
+    def once(edit: bool, value: bool) -> None:
         with torch.no_grad(), model.trace(*args):
             hidden = model[1].output
-            hidden[:, 0] = 0
+            if edit:
+                hidden[:, 0] = 0
             if value:
                 float(hidden.sum())
             model.output.save()
 
-    for _ in range(5):
-        once(True)
+    def resident() -> int:
+        statm = pathlib.Path("/proc/self/statm")  # Linux has it
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+    for i in range(1000):
+        once(i % 2 == 0, i % 10 == 0)
     gc.collect()
-    before, threads = _ffi.counters(), threading.active_count()
-    for i in range(2000):
-        once(i % 100 == 0)
+    before, threads, memory = _ffi.counters(), threading.active_count(), resident()
+    for i in range(10_000):
+        once(i % 2 == 0, i % 100 == 0)
     gc.collect()
     assert _ffi.counters() == before
     assert threading.active_count() == threads
+    assert resident() - memory < 8 << 20
 
 
 def test_modules_are_freed() -> None:
