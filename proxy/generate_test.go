@@ -38,7 +38,7 @@ func uncached(t *testing.T, m *engine.Model, path string, row []int64, edited fu
 				h.SetIndex(h.Index(proxy.All, p).Mul(0.5), proxy.All, p)
 			}
 		}
-		last := in.Module(path + "1").Output("0").Index(0, -1).Save()
+		last := in.Module(path+"1").Output("0").Index(0, -1).Save()
 		next := in.Module("lm_head").Output("").Index(0, -1).Argmax(-1).Save()
 		run(t, tr)
 		hidden = append(hidden, floats(t, last.Tensor()))
