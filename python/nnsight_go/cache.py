@@ -179,7 +179,7 @@ def gather(
     """Makes a cache that the end of the trace fills: of the invoke that is open, or of all from now on."""
     cache = Cache(root)
     paths = _paths(root, modules)
-    ports = [port for port, wanted in ((wire.OUTPUT, include_output), (wire.INPUT, include_inputs)) if wanted]
+    ports = _ports(include_output, include_inputs)
     first, only = len(rec.invokes), rec.invoke
 
     def fill() -> None:
@@ -187,17 +187,12 @@ def gather(
         for path in paths:
             entries: list[Entry | None] = []
             for invoke in invokes:
-                if skipping.skipped(rec, invoke, path) is not None:
-                    entries.append(None)  # nothing of it is computed
-                    continue
                 rec.invoke = invoke
-                parts = {port: _value(rec, root, path, port, convert) for port in ports}
-                entries.append(Entry(parts.get(wire.OUTPUT), parts.get(wire.INPUT)))
+                entries.append(_entry(rec, root, path, ports, convert))
             rec.invoke = -1
             for entry in filter(None, entries):
                 rec.save([entry.output, entry.inputs])
-            if any(entries):
-                filled["model." + path if path else "model"] = entries[0] if len(entries) == 1 else entries
+            _put(filled, path, entries)
 
     filled: dict[str, Any] = {}
     rec.at_end.append(fill)
@@ -216,23 +211,20 @@ def follow(
     """Makes a cache that each step of a generation fills from now on, when it has run."""
     cache = Cache(root)
     paths = _paths(root, modules)
-    ports = [port for port, wanted in ((wire.OUTPUT, include_output), (wire.INPUT, include_inputs)) if wanted]
+    ports = _ports(include_output, include_inputs)
     first = rec.step
     entries: dict[str, list[Entry | None]] = {}
 
     def collect(rec: StepRecorder) -> Callable[[], None]:
         found: dict[str, Entry | None] = {}
         for path in paths if rec.step >= first else ():
-            skipped = skipping.skipped(rec, rec.invoke, path) is not None
-            parts = {} if skipped else {port: _value(rec, root, path, port, convert) for port in ports}
-            found[path] = None if skipped else Entry(parts.get(wire.OUTPUT), parts.get(wire.INPUT))
+            found[path] = _entry(rec, root, path, ports, convert)
 
         def add() -> None:
             for path, entry in found.items():
                 steps = entries.setdefault(path, [])
                 steps.append(entry)
-                if any(steps):
-                    cache["model." + path if path else "model"] = steps[0] if len(steps) == 1 else steps
+                _put(cache, path, steps)
 
         return add
 
@@ -271,6 +263,26 @@ def _paths(root: Envoy, modules: Iterable[Envoy | str] | Envoy | str | None) -> 
         module._point(wire.OUTPUT)  # tells why where it never runs
         out.append(path)
     return out
+
+
+def _entry(
+    rec: Recorder, root: Envoy, path: str, ports: list[int], convert: Callable[[torch.Tensor], torch.Tensor]
+) -> Entry | None:
+    """What a cache has of a module in the invoke that is open; None where nothing of it is computed."""
+    if skipping.skipped(rec, rec.invoke, path) is not None:
+        return None
+    parts = {port: _value(rec, root, path, port, convert) for port in ports}
+    return Entry(parts.get(wire.OUTPUT), parts.get(wire.INPUT))
+
+
+def _put(into: dict[str, Any], path: str, entries: list[Entry | None]) -> None:
+    """Puts a module's entries where its name says, one by itself; none where it was left out everywhere."""
+    if any(entries):
+        into["model." + path if path else "model"] = entries[0] if len(entries) == 1 else entries
+
+
+def _ports(include_output: bool, include_inputs: bool) -> list[int]:
+    return [port for port, wanted in ((wire.OUTPUT, include_output), (wire.INPUT, include_inputs)) if wanted]
 
 
 def _value(rec: Recorder, root: Envoy, path: str, port: int, convert: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _ffi, inputs, positions, settings, torchmap
+from . import inputs, positions, settings, torchmap
 from .drawing import Drawing
 from .errors import NotSavedError
 from .generation import Generation, StepRecorder
+from .native import become
 from .positions import here
 from .recorder import current
 from .stopping import Stop
@@ -134,9 +134,4 @@ class Continuation:
 
     def _adopt(self, awaited: Awaited) -> None:
         assert self._tokens is not None
-        py = _ffi.py()
-        pointer = (ctypes.c_void_p * 1)(py.nngpy_unwrap(self._tokens))
-        try:
-            py.nngpy_adopt([awaited], pointer, torch.Tensor)
-        finally:
-            py.nngpy_tensor_free(pointer[0])
+        become([awaited], [self._tokens])

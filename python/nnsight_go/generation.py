@@ -13,7 +13,7 @@ import torch
 from . import _ffi, positions, wire
 from .drawing import Drawing, Drawn
 from .errors import InputError, NnsightError, OutOfOrderError, StepLoopError
-from .native import Run, _pointers
+from .native import Run, _pointers, started
 from .points import Leaf
 from .positions import Place, here
 from .proxy import Proxy
@@ -44,11 +44,7 @@ class Handle:
 
     def step(self, graph: bytes, constants: list[torch.Tensor], end: bool) -> Run:
         """Starts the run of the next step."""
-        run = ctypes.c_uint64()
-        with _pointers(constants) as pointers:
-            given = (graph, len(graph), pointers, len(constants), end)
-            _ffi.check(_ffi.lib().nng_generation_step, self._handle, *given, ctypes.byref(run))
-        return Run(run.value)
+        return Run(started(_ffi.lib().nng_generation_step, self._handle, graph, constants, end))
 
     def next(self) -> Drawn:
         """Draws the tokens of the step that is done."""

@@ -177,19 +177,14 @@ class Backward:
 
     def __enter__(self) -> Backward:
         rec = self._gradients._rec
-        last = rec.nodes[-1]
         behind = [n for n in range(self.node + 1, len(rec.nodes)) if rec.nodes[n][0] not in (Kind.GRAD, Kind.SET_GRAD)]
-        ended = last[0] == Kind.END and last[4] == [0, self.node]
-        if self._entered or rec.taken_back(self.node) or (not ended and behind):
+        if self._entered or rec.taken_back(self.node) or (not self._ended() and behind):
             raise InputError(
                 "this backward pass has gone by",
                 hint="Write `with loss.backward():`, and the lines on gradients into its block.",
                 **fields(here()),
             )
-        if ended:
-            rec.take_back()
-        else:
-            rec.nodes[self.node] = (*rec.nodes[self.node][:-1], True)
+        self.reopen()
         self._entered = True
         self._gradients.open.append(self)
         return self
@@ -200,6 +195,18 @@ class Backward:
         self._gradients.open.remove(self)
         if kind is None:
             self.close()
+
+    def _ended(self) -> bool:
+        last = self._gradients._rec.nodes[-1]
+        return bool(last[0] == Kind.END and last[4] == [0, self.node])
+
+    def reopen(self) -> None:
+        """Makes the pass that was recorded last a block, which the lines that follow stand in."""
+        rec = self._gradients._rec
+        if self._ended():
+            rec.take_back()
+        else:
+            rec.nodes[self.node] = (*rec.nodes[self.node][:-1], True)
 
     def close(self) -> None:
         """Ends the block."""
@@ -285,10 +292,7 @@ def grad(
         )
     roots, targets, seeds = map(_sequence, (outputs, inputs, grad_outputs))
     pass_ = of(rec).backward(roots, seeds or None, retain_graph, create_graph, fill=False)
-    if rec.nodes[-1][0] == Kind.END:
-        rec.take_back()
-    else:
-        rec.nodes[pass_.node] = (*rec.nodes[pass_.node][:-1], True)
+    pass_.reopen()
     found = tuple(of(rec).grad(t if type(t) is Proxy else rec.constant(t), pass_) for t in targets)
     pass_.close()
     return found

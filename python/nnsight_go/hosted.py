@@ -18,7 +18,7 @@ import torch
 from . import _ffi, hosting, positions, wire
 from .errors import InputError, users
 from .hosting import Paused, Spot, Unwind, Visit
-from .native import Run, _close, _pointers
+from .native import Run, _close, _pointers, started
 from .points import Leaf, Point, Tree
 from .positions import here
 from .recorder import current
@@ -248,11 +248,7 @@ class HostedRun(Run):
     """
 
     def __init__(self, hosted: Hosted, layout: Layout, given: Sequence[Given], graph: bytes, constants: Any, end: bool):
-        run = ctypes.c_uint64()
-        with _pointers(constants) as pointers:
-            about = (hosted.handle(layout), graph, len(graph), pointers, len(constants), end)
-            _ffi.check(_ffi.lib().nng_run_new, *about, ctypes.byref(run))
-        super().__init__(run.value)
+        super().__init__(started(_ffi.lib().nng_run_new, hosted.handle(layout), graph, constants, end))
         self._hosted, self._layout, self._given = hosted, layout, given
         self._paused: Paused | None = None
         self._pass = 0  # the forward pass that is under way, or to come
@@ -272,7 +268,7 @@ class HostedRun(Run):
         if not self.last:
             while wanted is not None:
                 wanted = self._reach(*wanted)
-            return super().results(adopt)
+            return self._found(adopt)
         while wanted is not None and self._paused is not None and wanted[0] == self._pass:
             wanted = self._reach(*wanted)
         self._finish_paused(wanted)
@@ -281,7 +277,7 @@ class HostedRun(Run):
                 break
             self._pass = number
             wanted = self._run_through(number, wanted)
-        return super().results(adopt)
+        return self._found(adopt)
 
     def free(self) -> None:
         """Ends the run and the pass that waits."""
@@ -294,13 +290,10 @@ class HostedRun(Run):
 
     def _step(self) -> tuple[int, int] | None:
         """Works until an access point is wanted, and gives it: number of the pass, and of the point."""
-        lib, done = _ffi.lib(), ctypes.c_int32()
-        while not done.value:
-            _ffi.check(lib.nng_run_step, self._handle, 100, ctypes.byref(done))
-        if done.value != _WANTS:
+        if self._work() != _WANTS:
             return None
         forward, point = ctypes.c_int32(), ctypes.c_int32()
-        _ffi.check(lib.nng_run_wanted, self._handle, ctypes.byref(forward), ctypes.byref(point))
+        _ffi.check(_ffi.lib().nng_run_wanted, self._handle, ctypes.byref(forward), ctypes.byref(point))
         return forward.value, point.value
 
     def _feed(self, spot: Spot, value: Any) -> tuple[tuple[int, int] | None, Any]:

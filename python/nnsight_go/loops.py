@@ -7,17 +7,15 @@ a list that gained values of the body gains one item a step; what a replay could
 
 from __future__ import annotations
 
-import ctypes
 import dis
 import re
 from types import CodeType, FrameType
 from typing import Any, NoReturn
 
-import torch
-
-from . import _ffi, positions, wire
+from . import positions, wire
 from .errors import StepLoopError
 from .generation import Generation, StepRecorder
+from .native import become
 from .positions import here
 from .proxy import Proxy
 from .recorder import proxies
@@ -163,13 +161,7 @@ class Loop:
         if not self._latest or not self.named:
             return
         named, self.named = self.named, []
-        py = _ffi.py()
-        pointers = (ctypes.c_void_p * len(named))(*map(py.nngpy_unwrap, self._latest))
-        try:
-            py.nngpy_adopt(named, pointers, torch.Tensor)
-        finally:
-            for pointer in pointers:
-                py.nngpy_tensor_free(pointer)
+        become(named, self._latest)
 
 
 def carried(code: CodeType, start: int, stop: int) -> set[str]:

@@ -114,11 +114,7 @@ class Native:
             constants: the tensors that its const nodes number.
             end: nothing will be added to it.
         """
-        run = ctypes.c_uint64()
-        with _pointers(constants) as pointers:
-            given = (graph, len(graph), pointers, len(constants), end)
-            _ffi.check(_ffi.lib().nng_run_new, self._handle, *given, ctypes.byref(run))
-        return Run(run.value)
+        return Run(started(_ffi.lib().nng_run_new, self._handle, graph, constants, end))
 
 
 class Run:
@@ -137,10 +133,19 @@ class Run:
 
         With ``adopt`` these proxies become the values instead: all of them or, where anything fails, none.
         """
-        lib, py = _ffi.lib(), _ffi.py()
-        done = ctypes.c_int32()
+        self._work()
+        return self._found(adopt)
+
+    def _work(self) -> int:
+        """Works until the engine has more to say than that it works, and gives that: ``done`` of ``nng_run_step``."""
+        lib, done = _ffi.lib(), ctypes.c_int32()
         while not done.value:
             _ffi.check(lib.nng_run_step, self._handle, STEP_MS, ctypes.byref(done))
+        return done.value
+
+    def _found(self, adopt: Sequence[Proxy] | None) -> list[torch.Tensor]:
+        """The values that are there, as ``results`` gives them."""
+        lib, py = _ffi.lib(), _ffi.py()
         array, count = ctypes.POINTER(ctypes.c_void_p)(), ctypes.c_int64()
         out = _ffi.Buf()
         _ffi.check(lib.nng_run_results, self._handle, ctypes.byref(out), ctypes.byref(array), ctypes.byref(count))
@@ -159,7 +164,15 @@ class Run:
         _ffi.check(_ffi.lib().nng_run_free, self._handle)
 
 
-def become(proxies: Sequence[Proxy], tensors: Sequence[torch.Tensor]) -> None:
+def started(function: Any, handle: int, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> int:
+    """The handle of a run of a graph in wire form that a function of ``nng.h`` starts."""
+    run = ctypes.c_uint64()
+    with _pointers(constants) as pointers:
+        _ffi.check(function, handle, graph, len(graph), pointers, len(constants), end, ctypes.byref(run))
+    return run.value
+
+
+def become(proxies: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
     """Turns proxies into tensors: all of them or, where anything fails, none."""
     with _pointers(tensors) as pointers:
         _ffi.py().nngpy_adopt(list(proxies), pointers, torch.Tensor)

@@ -36,6 +36,8 @@ class HostedRecorder(Recorder):
         self.stopped = False
         self._layouts: list[Layout | None] = []
         self._calls: dict[tuple[int, str], int] = {}
+        self._ports: dict[str, set[int]] = {}  # by path: the sides of modules that nodes before _told name
+        self._told = 0
 
     def open(self, given: Given) -> None:
         """Begins an invoke."""
@@ -95,23 +97,20 @@ class HostedRecorder(Recorder):
     def _begin(self, data: bytes, constants: list[torch.Tensor], end: bool) -> Run:
         layout = next((layout for layout in self._layouts if layout is not None), None)
         run = HostedRun(self.hosted, layout or Layout([], {}, {}), self.given, data, constants, end)
-        self._tell(run)
+        run.ports, run.stops = self._ports, self.stopped
         return run
-
-    def _tell(self, run: HostedRun) -> None:
-        """What the run has to know of the block so far."""
-        run.stops = self.stopped
-        for node in self.nodes:
-            if node[0] in (Kind.READ, Kind.WRITE):
-                run.ports.setdefault(node[4].partition(":")[0], set()).add(node[5])
 
     def _go_on(self, ids: list[int], end: bool, adopt: Any) -> list[torch.Tensor]:
         if end and self._run is None and all(n[0] == Kind.READ and n[3] == self.mode for n in self.nodes):
             become(adopt, self._watch(ids))
             self._keep(ids)
             return []
+        for node in self.nodes[self._told :]:
+            if node[0] in (Kind.READ, Kind.WRITE):
+                self._ports.setdefault(node[4].partition(":")[0], set()).add(node[5])
+        self._told = len(self.nodes)
         if isinstance(self._run, HostedRun):
-            self._tell(self._run)
+            self._run.stops = self.stopped
         return super()._go_on(ids, end, adopt)
 
     def _watch(self, ids: list[int]) -> list[torch.Tensor]:
@@ -148,10 +147,6 @@ class HostedRecorder(Recorder):
 
     def must_run(self) -> bool:
         """A forward pass runs to its end, for what it does beside its results."""
-        if not self.nodes and not self.stopped:  # nothing for the engine to do
-            for given in self.given:
-                self.hosted.run(given)
-            return False
         return bool(self.given)
 
 

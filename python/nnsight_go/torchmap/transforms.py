@@ -23,9 +23,34 @@ active: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 """Gives None where no transform is running on this thread."""
 
 _lock = threading.Lock()
+
+
+class _Shared:
+    """Something of the whole process that stands while any block does, on whatever thread."""
+
+    def __init__(self) -> None:
+        self._blocks = 0
+        self._stands: contextlib.AbstractContextManager[Any] | None = None
+
+    @contextlib.contextmanager
+    def held(self, make: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+        """Enters what ``make`` gives with the first block, and leaves it with the last one."""
+        with _lock:
+            self._blocks += 1
+            if self._blocks == 1:
+                self._stands = make()
+                self._stands.__enter__()
+        try:
+            yield
+        finally:
+            with _lock:
+                self._blocks -= 1
+                if self._blocks == 0 and self._stands is not None:
+                    self._stands.__exit__(None, None, None)
+
+
+_eager, _looked_at = _Shared(), _Shared()  # compiled functions held back; custom autograd functions
 _prepared = False
-_blocks = 0  # that hold compiled functions back, of all threads
-_stance: Any = None
 
 
 def prepare() -> None:
@@ -84,49 +109,24 @@ def outside() -> Iterator[None]:
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
     """Compiled functions run as they were written while this is entered, by any thread."""
-    global _blocks, _stance
     compiler = sys.modules.get("torch._dynamo.decorators")
     if compiler is None:  # nothing can have been compiled
         yield
         return
-    with _lock:
-        _blocks += 1
-        if _blocks == 1:
-            _stance = compiler.set_stance("force_eager")
-            _stance.__enter__()
-    try:
+    with _eager.held(lambda: compiler.set_stance("force_eager")):
         yield
-    finally:
-        with _lock:
-            _blocks -= 1
-            if _blocks == 0:
-                _stance.__exit__(None, None, None)
 
 
-_functions = 0  # blocks in which custom autograd functions are looked at, of all threads
-
-
-@contextlib.contextmanager
-def functions() -> Iterator[None]:
+def functions() -> contextlib.AbstractContextManager[None]:
     """Custom autograd functions take proxies while this is entered.
 
     They are computed at their line, so that their own backward is part of the graph.
     """
-    global _functions
-    with _lock:
-        _functions += 1
-        if _functions == 1:
-            _mount()
-    try:
-        yield
-    finally:
-        with _lock:
-            _functions -= 1
-            if _functions == 0:
-                _unmount()
+    return _looked_at.held(_mounted)
 
 
-def _mount() -> None:
+@contextlib.contextmanager
+def _mounted() -> Iterator[None]:
     function: Any = torch.autograd.Function
     found = next(kind.__dict__["apply"] for kind in function.__mro__ if "apply" in kind.__dict__)
 
@@ -138,17 +138,12 @@ def _mount() -> None:
 
         return custom(current.recorder, bound, args, kwargs)
 
-    _mounted.append(function.__dict__.get("apply"))
+    before = function.__dict__.get("apply")
     function.apply = classmethod(apply)
-
-
-def _unmount() -> None:
-    function: Any = torch.autograd.Function
-    before = _mounted.pop()
-    if before is None:
-        del function.apply
-    else:
-        function.apply = before
-
-
-_mounted: list[Any] = []
+    try:
+        yield
+    finally:
+        if before is None:
+            del function.apply
+        else:
+            function.apply = before
