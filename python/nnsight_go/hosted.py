@@ -10,7 +10,7 @@ import itertools
 import json
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -19,13 +19,14 @@ from . import _ffi, hosting, positions, wire
 from .errors import InputError, NnsightError, users
 from .hosting import Paused, Spot, Unwind, Visit
 from .native import Run, _close, _pointers, started
-from .points import Leaf, Point, Tree
+from .points import Point, Tree
 from .positions import here
 from .recorder import current
 
 if TYPE_CHECKING:
     from .proxy import Proxy
-    from .straight import Straight
+    from .rowwise import Cuts
+    from .straight import Key, Straight
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -44,14 +45,19 @@ class Layout:
     @functools.cached_property
     def names(self) -> tuple[tuple[str, int, tuple[str, ...]], ...]:
         """What the engine is told of it."""
-        return tuple((s.name, s.port, tuple(_leaves(self.points[s.name, s.port].tree))) for s in self.spots)
+        return tuple(
+            (s.name, s.port, tuple(leaf.name for leaf in hosting.leaves(self.points[s.name, s.port].tree)))
+            for s in self.spots
+        )
 
 
 class Hosted:
     """A module, what is known of its forward passes, and the engine's models of them."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, batch_dim: int | None = None) -> None:
         self.module = module
+        self.batch_dim = batch_dim  # the axis of rows, if the user has said which
+        self.cuts: dict[Any, Cuts] = {}  # by kind of input: how its rows lie at access points (rowwise)
         self.modules = dict(module.named_modules(remove_duplicate=True))
         self._all = list(self.modules.values())
         first = {id(m): path for path, m in self.modules.items()}
@@ -87,8 +93,7 @@ class Hosted:
 
     def layout(self, given: Given) -> Layout:
         """The access points of a forward pass of that input, which is tried out on fake tensors once a kind."""
-        with torch._C.DisableTorchFunction():  # the block's mode looks at every call, also at a tensor's shape
-            key = (_signature(given), *[m.training for m in self._all])
+        key = self.kind(given)
         known = self._layouts.get(key)
         if known is None:
             known = self._layouts[key] = self._try_out(given)
@@ -96,6 +101,11 @@ class Hosted:
                 self._layouts.popitem(last=False)
         self._layouts.move_to_end(key)
         return known
+
+    def kind(self, given: Given) -> Any:
+        """What decides about the structure of a forward pass, as far as it can be seen before."""
+        with torch._C.DisableTorchFunction():  # the block's mode looks at every call, also at a tensor's shape
+            return (hosting.frozen(given), *[m.training for m in self._all])
 
     def forget(self) -> None:
         """Forgets what forward passes look like, after one that was different."""
@@ -110,21 +120,13 @@ class Hosted:
             trees[spot.name, spot.port] = hosting.structure(value)
             return value
 
-        remembered = self.module.buffers() if any(m.training for m in self.modules.values()) else ()
-        before = [(b, b._version, b.clone()) for b in remembered]
-        try:
-            with torch.random.fork_rng(), torch.no_grad():
-                try:
-                    self._fake(given, visit)
-                except Exception:
-                    spots.clear()
-                    trees.clear()
-                    self._really(given, visit)
-        finally:
-            with torch.no_grad():
-                for buffer, version, value in before:
-                    if buffer._version != version:
-                        buffer.copy_(value)
+        with self.aside():
+            try:
+                self._fake(given, visit)
+            except Exception:
+                spots.clear()
+                trees.clear()
+                self._really(given, visit)
         points = {
             (s.name, s.port): Point(s.name, s.port, order, trees[s.name, s.port]) for order, s in enumerate(spots)
         }
@@ -132,6 +134,50 @@ class Hosted:
         for s in spots:
             calls[s.path, s.port] = max(calls.get((s.path, s.port), 0), s.call + 1)
         return Layout(spots, points, calls)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[Callable[[], bool]]:
+        """For passes that nobody asked for: random numbers and buffers are afterwards as they were.
+
+        Gives a function that tells whether these passes have left them alone so far.
+        """
+        remembered = self.module.buffers() if any(m.training for m in self._all) else ()
+        before = [(b, b.clone()) for b in remembered]  # batch norm changes them behind the back of their version
+        with torch.random.fork_rng(), torch.no_grad():
+            state = torch.random.get_rng_state()
+            on_gpu = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+
+            def untouched() -> bool:
+                return (
+                    torch.equal(state, torch.random.get_rng_state())
+                    and (on_gpu is None or torch.equal(on_gpu, torch.cuda.get_rng_state(self.device)))
+                    and all(torch.equal(b, value) for b, value in before)
+                )
+
+            try:
+                yield untouched
+            finally:
+                for buffer, value in before:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+    def seen(self, given: Given, points: Iterable[Key]) -> dict[tuple[str, int, str], torch.Tensor]:
+        """What stands at access points in a pass of copies of an input: by name, port and leaf."""
+        found: dict[tuple[str, int, str], torch.Tensor] = {}
+        wanted = set(points)
+
+        def visit(spot: Spot, value: Any) -> Any:
+            if (spot.name, spot.port) in wanted:
+                tree = hosting.structure(value)
+                for leaf, tensor in zip(hosting.leaves(tree), hosting.tensors(tree, value) or (), strict=False):
+                    if tensor is not None:
+                        found[spot.name, spot.port, leaf.name] = tensor.clone()
+            return value
+
+        args, kwargs = hosting.mapped(given, torch.clone)
+        with hosting.hooks(self.modules, hosting.sides(wanted), visit, self.wrapped):
+            self.module(*args, **kwargs)
+        return found
 
     def _everywhere(self) -> dict[str, set[int]]:
         return {path: {wire.INPUT, wire.OUTPUT} for path in self.modules}
@@ -141,13 +187,13 @@ class Hosted:
 
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         meta = self.device.type == "meta"  # where no input has its data
-        args, kwargs = _mapped(given, lambda x: mode.from_tensor(x.to("meta") if meta else x))
+        args, kwargs = hosting.mapped(given, lambda x: mode.from_tensor(x.to("meta") if meta else x))
         with mode, hosting.hooks(self.modules, self._everywhere(), visit, self.wrapped):
             self.module(*args, **kwargs)
 
     def _really(self, given: Given, visit: Visit) -> None:
         """On real tensors, where fake ones do not do."""
-        args, kwargs = _mapped(given, torch.clone)
+        args, kwargs = hosting.mapped(given, torch.clone)
         with hosting.hooks(self.modules, self._everywhere(), visit, self.wrapped):
             self.module(*args, **kwargs)
 
@@ -195,9 +241,6 @@ class Hosted:
             stops: nothing runs behind the last of it.
         """
         missing = dict(block.steps[invoke])
-        ports: dict[str, set[int]] = {}
-        for name, port in missing:
-            ports.setdefault(name.partition(":")[0], set()).add(port)
 
         def visit(spot: Spot, value: Any) -> Any:
             key = (spot.name, spot.port)
@@ -205,7 +248,8 @@ class Hosted:
             if ids is None:
                 return value
             tree = layout.points[key].tree
-            leaves = dict(zip(_leaves(tree), self.tensors(spot, tree, value), strict=True))
+            names = [leaf.name for leaf in hosting.leaves(tree)]
+            leaves: dict[str, Any] = dict(zip(names, self.tensors(spot, tree, value), strict=True))
             if block.do(ids, leaves):
                 value = hosting.replaced(value, leaves)
             if stops and not missing:
@@ -216,7 +260,7 @@ class Hosted:
         if stops and not missing:
             return
         with contextlib.suppress(Unwind):
-            self.forward(given, ports, visit)
+            self.forward(given, hosting.sides(missing), visit)
         if missing:
             raise self.missed(next(s for s in layout.spots if (s.name, s.port) in missing))
 
@@ -320,7 +364,7 @@ class HostedRun(Run):
             numbers = json.loads(out.take())
             if not numbers:
                 return value
-            names = list(_leaves(tree))
+            names = [leaf.name for leaf in hosting.leaves(tree)]
             new = {names[n]: py.nngpy_wrap(array[i]) for i, n in enumerate(numbers)}
         finally:
             lib.nng_tensors_free(array, count)
@@ -381,35 +425,3 @@ class HostedRun(Run):
         else:
             paused.go(None)
         self._pass += 1
-
-
-# ---- inputs ----
-
-
-def _leaves(tree: Any) -> list[str]:
-    if isinstance(tree, Leaf):
-        return [tree.name]
-    parts = getattr(tree, "items", None) if not hasattr(tree, "fields") else tree.fields.values()
-    return [name for part in parts or () for name in _leaves(part)]
-
-
-def _mapped(x: Any, f: Callable[[torch.Tensor], Any]) -> Any:
-    if isinstance(x, torch.Tensor):
-        return f(x)
-    if isinstance(x, tuple | list) and not isinstance(x, torch.Size):
-        items = [_mapped(item, f) for item in x]
-        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
-    if isinstance(x, dict):
-        return type(x)({k: _mapped(v, f) for k, v in x.items()}) if type(x) is dict else x
-    return x
-
-
-def _signature(x: Any) -> Any:
-    """What decides about the structure of a forward pass, as far as it shows in the input."""
-    if isinstance(x, torch.Tensor):
-        return (x.shape, x.dtype, x.device)
-    if isinstance(x, tuple | list):
-        return (type(x), *map(_signature, x))
-    if isinstance(x, dict):
-        return tuple((k, _signature(v)) for k, v in x.items())
-    return x if isinstance(x, int | float | str | bool | type(None)) else id(x)

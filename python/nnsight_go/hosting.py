@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -125,6 +125,49 @@ def replaced(value: Any, by: dict[str, torch.Tensor], name: str = "") -> Any:
         return dataclasses.replace(value, **new)  # type: ignore[type-var]
     out = value.copy()
     out.update(new)
+    return out
+
+
+def leaves(tree: Tree) -> list[Leaf]:
+    """The tensors of a structure, in order."""
+    if isinstance(tree, Leaf):
+        return [tree]
+    match tree:
+        case Sequence():
+            return [leaf for part in tree.items for leaf in leaves(part)]
+        case Mapping():
+            return [leaf for part in tree.fields.values() for leaf in leaves(part)]
+    return []
+
+
+def mapped(x: Any, f: Callable[[torch.Tensor], Any]) -> Any:
+    """An input with ``f`` applied to its tensors; what is no plain container stays as it is."""
+    if isinstance(x, torch.Tensor):
+        return f(x)
+    if isinstance(x, tuple | list) and not isinstance(x, torch.Size):
+        items = [mapped(item, f) for item in x]
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
+    if type(x) is dict:
+        return {k: mapped(v, f) for k, v in x.items()}
+    return x
+
+
+def frozen(x: Any) -> Any:
+    """What an input is like, to be compared and hashed: sizes and dtypes of tensors, plain values, containers."""
+    if isinstance(x, torch.Tensor):
+        return (x.shape, x.dtype, x.device)
+    if isinstance(x, tuple | list):
+        return (type(x), *map(frozen, x))
+    if isinstance(x, dict):
+        return tuple((k, frozen(v)) for k, v in x.items())
+    return x if isinstance(x, int | float | str | bool | type(None)) else id(x)
+
+
+def sides(points: Iterable[tuple[str, int]]) -> dict[str, set[int]]:
+    """The sides of modules that access points are, by path."""
+    out: dict[str, set[int]] = {}
+    for name, port in points:
+        out.setdefault(name.partition(":")[0], set()).add(port)
     return out
 
 

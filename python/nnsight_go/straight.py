@@ -51,6 +51,7 @@ class Straight:
         steps: by invoke: the nodes to be done at each access point, in order.
         first: by invoke: the nodes to be done before its pass.
         mixes: a value of an invoke is used by a later one.
+        edited: the access points at which something is replaced or changed in place.
     """
 
     def __init__(self, rec: HostedRecorder) -> None:
@@ -58,12 +59,13 @@ class Straight:
         self.steps: list[dict[Key, list[int]]] = [{} for _ in rec.invokes]
         self.first: list[list[int]] = [[] for _ in rec.invokes]
         self.mixes = False
+        self.edited: set[Key | None] = set()
         self.values: dict[int, Any] = {}
         self.last: dict[int, int] = {}  # by node: the last one that uses it
 
-    def points(self) -> set[Key]:
-        """The access points that the block names."""
-        return {key for steps in self.steps for key in steps}
+    def forget(self) -> None:
+        """Begins anew: what was done so far has no effect."""
+        self.values.clear()
 
     def do(self, ids: Iterable[int], leaves: dict[str, Any]) -> bool:
         """Does nodes, with the tensors that stand at their access point by name; says whether one was replaced.
@@ -138,9 +140,9 @@ class Straight:
 @contextlib.contextmanager
 def _as_written(rec: HostedRecorder) -> Iterator[None]:
     """The autograd state that the block was written in, where the module's forward has changed it."""
-    with torch.inference_mode(bool(rec.mode & 2)), torch.set_grad_enabled(bool(rec.mode & 1)):
-        with contextlib.nullcontext() if rec.autocast else torch._C._DisableAutocast():
-            yield
+    casts = contextlib.nullcontext() if rec.autocast else torch._C._DisableAutocast()
+    with torch.inference_mode(bool(rec.mode & 2)), torch.set_grad_enabled(bool(rec.mode & 1)), casts:
+        yield
 
 
 def operator(name: str) -> Any:
@@ -234,6 +236,8 @@ def _placed(out: Straight, rec: HostedRecorder, uses: list[list[int]], live: byt
             if changed[0] != 0 or reads[changed[1]] != {(invoke, at[invoke][0])}:
                 return False  # a value that the pass has left behind, or that belongs to somebody else
         point = at[invoke][1]
+        if changed is not None or kind == _WRITE:
+            out.edited.add(point)
         (out.first[invoke] if point is None else out.steps[invoke].setdefault(point, [])).append(id)
     return True
 

@@ -16,6 +16,7 @@ from .native import Run, become
 from .points import Point
 from .positions import here
 from .recorder import Recorder, current
+from .rowwise import Together
 from .scanning import ScanRecorder
 from .stopping import Stop
 from .tracing import Tracer
@@ -120,14 +121,24 @@ class HostedRecorder(Recorder):
 
     def _do(self, block: straight.Straight, ids: list[int]) -> None:
         """Does a block that goes straight ahead, without the engine."""
-        last = max((self.nodes[id][1] for id in ids), default=-1)
-        for invoke, given in enumerate(self.given):
-            if self.stopped and invoke > last:
-                break
-            if block.steps[invoke] or block.first[invoke]:
-                self.hosted.straight(given, self.layout(invoke), block, invoke, self.stopped and invoke == last)
-            else:
-                self.hosted.run(given)
+        if self.stopped:
+            last = max((self.nodes[id][1] for id in ids), default=-1)
+            for invoke in range(last + 1):
+                self._do_one(block, invoke, stops=invoke == last)
+            return
+        together = Together(self.hosted)
+        for group in together.passes(self.given, self.layout, block):
+            first = group.invokes[0]
+            if group.cuts is None or not together.run(self.given, self.layout(first), block, group):
+                for invoke in group.invokes:
+                    self._do_one(block, invoke)
+
+    def _do_one(self, block: straight.Straight, invoke: int, stops: bool = False) -> None:
+        given = self.given[invoke]
+        if block.steps[invoke] or block.first[invoke]:
+            self.hosted.straight(given, self.layout(invoke), block, invoke, stops)
+        else:
+            self.hosted.run(given)
 
     def order(self, invoke: int, point: straight.Key) -> float:
         """The place of an access point in the pass of an invoke."""
@@ -329,6 +340,8 @@ class NNsight(ModuleEnvoy):
         module: which. It is not changed, and can be used beside.
         rename: more names for its parts: ``{"encoder.layers": "blocks"}`` makes ``model.blocks``, and
             ``{"fc": "linear"}`` gives every ``fc`` a second name.
+        batch_dim: the axis of rows, in all that its modules take and give: invokes then share a pass along it.
+            Without it they do where the module is found to treat each row by itself.
 
     Raises:
         InputError: it is no module, or ``rename`` fits none of its parts.
@@ -339,14 +352,20 @@ class NNsight(ModuleEnvoy):
         tracebacks.install()
         return super().__new__(cls)
 
-    def __init__(self, module: torch.nn.Module, *, rename: Mapping[str, str | list[str]] | None = None) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        rename: Mapping[str, str | list[str]] | None = None,
+        batch_dim: int | None = None,
+    ) -> None:
         if not isinstance(module, torch.nn.Module):
             raise InputError(
                 f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}",
                 hint="Models of the hub are opened by LanguageModel(name).",
                 **positions.fields(here()),
             )
-        hosted = Hosted(module)
+        hosted = Hosted(module, batch_dim)
         ModuleEnvoy.__init__(self, hosted, "", module)
         by_path: dict[str, ModuleEnvoy] = {"": self}
         for path, child in module.named_modules(remove_duplicate=False):
