@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from . import _ffi, hosting, operations, positions, wire
-from .errors import InputError, users
+from .errors import InputError, NnsightError, users
 from .hosting import Paused, Spot, Unwind, Visit
 from .native import Run, _close, _pointers, started
 from .points import Leaf, Point, Tree
@@ -25,9 +25,9 @@ from .recorder import current
 
 if TYPE_CHECKING:
     from .proxy import Proxy
+    from .straight import Straight
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
-Seen = tuple[str, int, str]  # name and port of an access point, and a leaf of it
 
 _KEPT = 32  # layouts of a model that are remembered
 _WANTS = 2  # what a step says of a run that needs an access point
@@ -204,6 +204,8 @@ class Hosted:
         """A forward pass that nobody looks into."""
         try:
             self.module(*given[0], **given[1])
+        except NnsightError:
+            raise
         except Exception as error:
             raise users(error)  # noqa: B904 - it is the module's own error
 
@@ -219,39 +221,41 @@ class Hosted:
         with self._hooks(ports, visit, inside):
             self.run(given)
 
-    def watch(self, given: Given, layout: Layout, wanted: set[tuple[str, int]], stops: bool) -> dict[Seen, Any]:
-        """A forward pass of which values are seen and not changed, without the engine.
+    def straight(self, given: Given, layout: Layout, block: Straight, invoke: int, stops: bool) -> None:
+        """A forward pass in whose hooks a block that goes straight ahead is done.
 
         Args:
             given: its input.
             layout: its access points.
-            wanted: which of them, by name and port.
-            stops: nothing runs behind the last of them.
-
-        Returns:
-            By name, port and leaf of an access point: its tensor as it is, or None where there is none this time.
+            block: what is to be done.
+            invoke: for which invoke.
+            stops: nothing runs behind the last of it.
         """
-        missing, found = set(wanted), {}
+        missing = dict(block.steps[invoke])
         ports: dict[str, set[int]] = {}
-        for name, port in wanted:
+        for name, port in missing:
             ports.setdefault(name.partition(":")[0], set()).add(port)
 
         def visit(spot: Spot, value: Any) -> Any:
             key = (spot.name, spot.port)
-            if key in missing:
-                missing.discard(key)
-                tree = layout.points[key].tree
-                for leaf, tensor in zip(_leaves(tree), self.tensors(spot, tree, value), strict=True):
-                    found[(*key, leaf)] = tensor
-                if stops and not missing:
-                    raise Unwind
+            ids = missing.pop(key, None)
+            if ids is None:
+                return value
+            tree = layout.points[key].tree
+            leaves = dict(zip(_leaves(tree), self.tensors(spot, tree, value), strict=True))
+            if block.do(ids, leaves):
+                value = hosting.replaced(value, leaves)
+            if stops and not missing:
+                raise Unwind
             return value
 
+        block.do(block.first[invoke], {})
+        if stops and not missing:
+            return
         with contextlib.suppress(Unwind):
             self.forward(given, ports, visit)
         if missing:
             raise self.missed(next(s for s in layout.spots if (s.name, s.port) in missing))
-        return found
 
     def tensors(self, spot: Spot, tree: Tree, value: Any) -> list[torch.Tensor | None]:
         """The tensors of what stands at an access point.

@@ -51,6 +51,7 @@ class _Calls(TorchFunctionMode):
         self._visit, self._wanted = visit, wanted
         self._running: list[_Frame] = []
         self._times: dict[str, int] = {}  # by path: how often a module was called
+        self._visiting = False
         self._owner = threading.get_ident()
 
     def enters(self, path: str) -> Callable[..., None]:
@@ -74,15 +75,22 @@ class _Calls(TorchFunctionMode):
 
         return hook
 
+    def at_side(self, spot: Spot, value: Any) -> Any:
+        """Visits a side of a module. What the visit calls is no call of a module."""
+        self._visiting = True
+        try:
+            return self._visit(spot, value)
+        finally:
+            self._visiting = False
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **kwargs) if kwargs else func(*args)
-        # tensors under a transform (vmap) are nothing to hand out
-        if not self._running or not _has_tensors(out) or transforms.active() is not None:
+        if self._visiting or not self._running or not _has_tensors(out):
             return out
         called = getattr(func, "__name__", "")
-        if called in _NO_CALLS:
+        if called in _NO_CALLS or transforms.active() is not None:  # under vmap, tensors are nothing to hand out
             return out
         running, name = self._running[-1], named(called)
         number = running.counts.get(name, 0)
@@ -167,7 +175,7 @@ def hooks(
             mount(module._forward_pre_hooks, calls.enters(path))
             mount(module._forward_hooks, calls.leaves(path))
             mount(module._forward_hooks_always_called, True)
-        with hosting.hooks(modules, ports, visit, wrapped), _uncompiled(), calls:
+        with hosting.hooks(modules, ports, calls.at_side, wrapped), _uncompiled(), calls:
             yield
     finally:
         mount.undo()

@@ -152,7 +152,7 @@ class Recorder:
         self._forced: tuple[int, dict[int, torch.Tensor]] = (-1, {})
         self._failed: dict[int, NnsightError] = {}
         self.gradients: Gradients | None = None  # what the block says of them, if it does
-        self.mode = _mode()  # that the model runs under
+        self.mode = mode_now()  # that the model runs under
         self._run: Run | None = None  # what the engine does of this trace, once a value was needed
         self._sent = _Sent()
 
@@ -187,7 +187,7 @@ class Recorder:
         self.invokes.append(Invoke(None, edit=True))
         for tensor in edit.recording.constants:
             index = len(self.captures)
-            self.captures.append(_Capture(tensor, _version(tensor), tensor, index, None))
+            self.captures.append(_Capture(tensor, version(tensor), tensor, index, None))
         for node in edit.recording.nodes:
             self.nodes.append(wire.renumbered(node, number, nodes, constants))
             self.made.append(None)
@@ -219,7 +219,7 @@ class Recorder:
 
     def _add(self, kind: int, made: tuple[Callable[..., Any], Any, Any] | None, *rest: Any) -> int:
         id = len(self.nodes)
-        self.nodes.append((kind, self.invoke if self.invoke >= 0 else self._owner(), here(), _mode(), *rest))
+        self.nodes.append((kind, self.invoke if self.invoke >= 0 else self._owner(), here(), mode_now(), *rest))
         self.made.append(made)
         return id
 
@@ -304,9 +304,9 @@ class Recorder:
     def _constant(self, tensor: torch.Tensor) -> int:
         owner = self._owner()
         known = self._captured.get(id(tensor))
-        version = _version(tensor)
-        if known is None or (known.sent is not tensor and known.version != version):
-            known = self._captured[id(tensor)] = self._capture(tensor, version)
+        now = version(tensor)
+        if known is None or (known.sent is not tensor and known.version != now):
+            known = self._captured[id(tensor)] = self._capture(tensor, now)
         node = self._const_nodes.get((owner, known.index))
         if node is None:
             node = self._add(_CONST, (shapes.meta_of, (known.sent,), None), known.index)
@@ -518,7 +518,7 @@ class Recorder:
     def check_captures(self) -> None:
         """Raises where a tensor from outside is not what it was when a line used it."""
         for c in self.captures:
-            if c.sent is c.original and _version(c.original) != c.version:
+            if c.sent is c.original and version(c.original) != c.version:
                 raise InputError(
                     f"a tensor of sizes {list(c.original.shape)} that the block uses was changed in place after that",
                     hint="Tensors of more than 64 KiB are used as they are: pass a copy (.clone()) if you change it.",
@@ -582,7 +582,7 @@ class Recorder:
             return
         lost = {error.node}
         zero = len(self.captures)
-        self.captures.append(_Capture(_ZERO, _version(_ZERO), _ZERO, zero, None))
+        self.captures.append(_Capture(_ZERO, version(_ZERO), _ZERO, zero, None))
         for id, node in enumerate(self.nodes):
             if id in lost or not lost.isdisjoint(wire.references(node)):
                 lost.add(id)
@@ -670,12 +670,13 @@ class Recorder:
         )
 
 
-def _mode() -> int:
+def mode_now() -> int:
     """The autograd state of this line, as nodes carry it."""
     return (1 if _grad_enabled() else 0) | (2 if _inference() else 0)
 
 
-def _version(tensor: torch.Tensor) -> int:
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; -1 where torch does not count."""
     return -1 if tensor.is_inference() else tensor._version
 
 

@@ -194,7 +194,7 @@ def graph(invokes: Sequence[Any], nodes: Sequence[Node], positions: Sequence[Any
 
 def results(data: bytes, tensors: Sequence[Any]) -> list[tuple[int, Any]]:
     """Decodes results into ``(node, value)`` pairs; ``tensors`` are what the references number."""
-    return [(node, _value(value, tensors)) for node, value in msgspec.msgpack.decode(data)]
+    return [(node, value(x, tensors)) for node, x in msgspec.msgpack.decode(data)]
 
 
 def _pairs(items: Iterable[Any]) -> Iterable[tuple[Any, Any]]:
@@ -202,7 +202,8 @@ def _pairs(items: Iterable[Any]) -> Iterable[tuple[Any, Any]]:
     return zip(it, it, strict=True)
 
 
-def _value(x: Any, tensors: Sequence[Any]) -> Any:
+def value(x: Any, tensors: Any) -> Any:
+    """An argument out of its wire form; ``tensors`` has what references number."""
     if not isinstance(x, list):
         return x
     tag, rest = Tag(x[0]), x[1:]
@@ -210,10 +211,10 @@ def _value(x: Any, tensors: Sequence[Any]) -> Any:
         case Tag.REF:
             return tensors[rest[0]]
         case Tag.LIST | Tag.TUPLE:
-            items = [_value(item, tensors) for item in rest]
+            items = [value(item, tensors) for item in rest]
             return items if tag is Tag.LIST else tuple(items)
         case Tag.DICT | Tag.OBJECT:
-            return {k: _value(v, tensors) for k, v in _pairs(rest[1:] if tag is Tag.OBJECT else rest)}
+            return {k: value(v, tensors) for k, v in _pairs(rest[1:] if tag is Tag.OBJECT else rest)}
         case Tag.DTYPE | Tag.LAYOUT | Tag.MEMORY_FORMAT:
             return getattr(torch, rest[0])
         case Tag.DEVICE:
@@ -221,6 +222,6 @@ def _value(x: Any, tensors: Sequence[Any]) -> Any:
         case Tag.COMPLEX:
             return complex(rest[0], rest[1])
         case Tag.SLICE:
-            return slice(*[_value(item, tensors) for item in rest])
+            return slice(*[value(item, tensors) for item in rest])
         case Tag.ELLIPSIS:
             return ...

@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import envoy, positions, renaming, sessions, torchmap, tracebacks
+from . import envoy, positions, renaming, sessions, straight, torchmap, tracebacks
 from .envoy import Envoy
 from .errors import InputError, ModulePathError
-from .hosted import Given, Hosted, HostedRun, Layout, Seen
+from .hosted import Given, Hosted, HostedRun, Layout
 from .hosted_source import HostedSource
 from .native import Run, become
 from .points import Point
@@ -128,10 +128,13 @@ class HostedRecorder(Recorder):
         return run
 
     def _go_on(self, ids: list[int], end: bool, adopt: Any) -> list[torch.Tensor]:
-        if end and self._run is None and all(n[0] == Kind.READ and n[3] == self.mode for n in self.nodes):
-            become(adopt, self._watch(ids))
-            self._keep(ids)
-            return []
+        if end and self._run is None:
+            block = straight.plan(self, ids)
+            if block is not None:
+                self._do(block, ids)
+                become(adopt, [block.values[id] for id in ids])
+                self._keep(ids)
+                return []
         for node in self.nodes[self._told :]:
             if node[0] in (Kind.READ, Kind.WRITE):
                 self._ports.setdefault(node[4].partition(":")[0], set()).add(node[5])
@@ -140,30 +143,25 @@ class HostedRecorder(Recorder):
             self._run.stops = self.stopped
         return super()._go_on(ids, end, adopt)
 
-    def _watch(self, ids: list[int]) -> list[torch.Tensor]:
-        """The values of reads in a block that has nothing else, which needs no engine."""
-        reads = [(node[1], (node[4], node[5]), node[7]) for node in map(self.nodes.__getitem__, ids)]
-        last = max((invoke for invoke, _, _ in reads), default=-1)
-        found: dict[int, dict[Seen, Any]] = {}
+    def _do(self, block: straight.Straight, ids: list[int]) -> None:
+        """Does a block that goes straight ahead, without the engine."""
+        last = max((self.nodes[id][1] for id in ids), default=-1)
         for invoke, given in enumerate(self.given):
             if self.stopped and invoke > last:
                 break
-            wanted = {point for of, point, _ in reads if of == invoke}
-            if wanted:
-                stops = self.stopped and invoke == last
-                found[invoke] = self.hosted.watch(given, self.layout(invoke), wanted, stops)
+            if block.steps[invoke] or block.first[invoke]:
+                self.hosted.straight(given, self.layout(invoke), block, invoke, self.stopped and invoke == last)
             else:
                 self.hosted.run(given)
-        out = [found[invoke][*point, leaf] for invoke, point, leaf in reads]
-        for id, value in zip(ids, out, strict=True):
-            if value is None:
-                self.hosted.forget()
-                raise self._none(id)
-        return out
 
-    def _none(self, id: int) -> InputError:
+    def order(self, invoke: int, point: straight.Key) -> float:
+        """The place of an access point in the pass of an invoke."""
+        return self.layout(invoke).points[point].order
+
+    def absent(self, id: int) -> InputError:
         """The error of a read of a tensor that is not there this time."""
         place, path, port, leaf = (self.nodes[id][i] for i in (2, 4, 5, 7))
+        self.hosted.forget()
         what = f"{leaf} of the {('input', 'output')[port]} of {path or 'the model'}"
         return InputError(
             f"{what.removeprefix(' of ')} is None in this forward pass",

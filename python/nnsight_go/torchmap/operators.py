@@ -122,7 +122,7 @@ _VARARGS_METHODS = frozenset(
 _VARARGS_FACTORIES = frozenset("zeros ones empty".split())
 
 # In-place operations that change the sizes of what they work on.
-_RESHAPING = frozenset("t_ transpose_ swapaxes_ swapdims_ squeeze_ unsqueeze_ resize_ resize_as_ as_strided_".split())
+RESHAPING = frozenset("t_ transpose_ swapaxes_ swapdims_ squeeze_ unsqueeze_ resize_ resize_as_ as_strided_".split())
 
 
 def direct(op: Operator, func: Any = None, name: str | None = None) -> Rule:
@@ -223,7 +223,7 @@ def plain(op: Operator, overload: str) -> Rule:
 
 
 def _in_place(op: Operator, name: str) -> Rule:
-    reshapes = name in _RESHAPING
+    reshapes = name in RESHAPING
     autocast, most = op.autocast, op.positional
 
     def rule(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

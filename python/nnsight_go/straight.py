@@ -1,0 +1,243 @@
+"""Blocks that go straight ahead: their lines are done in Python, in the hooks of a hosted module's pass.
+
+Most blocks name modules in the order in which the pass comes to them, and change in place only what it has
+just come to. Doing such a block needs no plan: at each access point the operations are done that the block
+has behind it. That costs a fraction of what a visit of the engine does, which is given all other blocks: those
+whose order differs from the pass's, that want values in the middle, or gradients.
+
+``plan`` says whether a recording is of that kind. What it gives does the work of one access point after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import positions, wire
+from .errors import OpError
+from .recorder import mode_now, version
+from .torchmap.computing import substituted
+from .torchmap.operators import RESHAPING, is_in_place
+from .wire import Kind
+
+if TYPE_CHECKING:
+    from .wrapping import HostedRecorder
+
+Key = tuple[str, int]  # name and port of an access point
+
+_READ, _WRITE, _CALL, _CONST = int(Kind.READ), int(Kind.WRITE), int(Kind.CALL), int(Kind.CONST)
+_INDEX, _SET_INDEX, _ITEM = int(Kind.INDEX), int(Kind.SET_INDEX), int(Kind.ITEM)
+_NO_REFERENCES = frozenset((_READ, _CONST))
+_KNOWN = frozenset((_READ, _WRITE, _CALL, _CONST, _INDEX, _SET_INDEX, _ITEM))
+
+# Functions whose call, as it was recorded, does what the recorded operator does.
+_CALLABLE = (
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    torch._ops.OpOverload,
+    torch._ops.OpOverloadPacket,
+)
+
+
+class Straight:
+    """What is to be done at the access points of the passes of a block.
+
+    Attributes:
+        steps: by invoke: the nodes to be done at each access point, in order.
+        first: by invoke: the nodes to be done before its pass.
+        mixes: a value of an invoke is used by a later one.
+    """
+
+    def __init__(self, rec: HostedRecorder) -> None:
+        self._rec = rec
+        self.steps: list[dict[Key, list[int]]] = [{} for _ in rec.invokes]
+        self.first: list[list[int]] = [[] for _ in rec.invokes]
+        self.mixes = False
+        self.values: dict[int, Any] = {}
+        self.last: dict[int, int] = {}  # by node: the last one that uses it
+
+    def points(self) -> set[Key]:
+        """The access points that the block names."""
+        return {key for steps in self.steps for key in steps}
+
+    def do(self, ids: Iterable[int], leaves: dict[str, Any]) -> bool:
+        """Does nodes, with the tensors that stand at their access point by name; says whether one was replaced.
+
+        Raises:
+            OpError: an operation failed; it names the user's line.
+        """
+        if mode_now() != self._rec.mode or (torch._C._is_any_autocast_enabled() and not self._rec.autocast):
+            with _as_written(self._rec):
+                return self._do(ids, leaves)
+        return self._do(ids, leaves)
+
+    def _do(self, ids: Iterable[int], leaves: dict[str, Any]) -> bool:
+        nodes, values, last = self._rec.nodes, self.values, self.last
+        wrote = False
+        for id in ids:
+            node = nodes[id]
+            kind = node[0]
+            if kind == _READ:
+                values[id] = leaves[node[7]]
+                if values[id] is None:
+                    raise self._rec.absent(id)
+                continue
+            if kind == _WRITE:
+                leaves[node[7]] = values[node[8][1]]
+                wrote = True
+            else:
+                try:
+                    values[id] = self._call(id, kind, node)
+                except Exception as error:
+                    raise self._failed(id, error) from None
+            for ref in wire.references(node):
+                if last[ref] == id:
+                    values.pop(ref, None)
+        return wrote
+
+    def _call(self, id: int, kind: int, node: tuple[Any, ...]) -> Any:
+        values = self.values
+        if kind == _CONST:
+            return self._rec.captures[node[4]].sent
+        if kind == _ITEM:
+            return values[node[4][1]][node[5]]
+        if kind == _INDEX:
+            return values[node[4][1]][substituted(self._rec.made[id][1][1], values)]  # type: ignore[index]
+        if kind == _SET_INDEX:
+            values[node[4][1]][wire.value(node[5], values)] = wire.value(node[6], values)
+            return None
+        made = self._rec.made[id]
+        assert made is not None
+        function, args, kwargs = made
+        if isinstance(function, _CALLABLE):
+            return function(*substituted(args, values), **(substituted(kwargs, values) if kwargs else {}))
+        named = {k: wire.value(x, values) for k, x in node[6].items()} if node[6] else {}
+        return operator(node[4])(*[wire.value(x, values) for x in node[5]], **named)
+
+    def _failed(self, id: int, error: Exception) -> OpError:
+        node = self._rec.nodes[id]
+        op = node[4] if node[0] == _CALL else ("index" if node[0] == _INDEX else "index assignment")
+        sizes = [list(v.shape) for ref in wire.references(node) if isinstance(v := self.values.get(ref), torch.Tensor)]
+        found = OpError(
+            str(error).partition("\n")[0],
+            op=op,
+            node=id,
+            invoke=node[1],
+            hint=f"Its tensors have the sizes {', '.join(map(str, sizes))}." if sizes else None,
+            **positions.fields(node[2]),
+        )
+        found.late = True
+        return found
+
+
+@contextlib.contextmanager
+def _as_written(rec: HostedRecorder) -> Iterator[None]:
+    """The autograd state that the block was written in, where the module's forward has changed it."""
+    with torch.inference_mode(bool(rec.mode & 2)), torch.set_grad_enabled(bool(rec.mode & 1)):
+        with contextlib.nullcontext() if rec.autocast else torch._C._DisableAutocast():
+            yield
+
+
+def operator(name: str) -> Any:
+    """The operator of a name like ``aten::add.Tensor``."""
+    _, _, name = name.partition("::")
+    name, _, overload = name.partition(".")
+    packet = getattr(torch.ops.aten, name)
+    return getattr(packet, overload) if overload else packet
+
+
+def _changed(node: tuple[Any, ...]) -> Any:
+    """The argument that a node changes in place, in wire form, or None."""
+    if node[0] == _SET_INDEX:
+        return node[4]
+    if node[0] == _CALL:
+        if node[6] and "out" in node[6]:
+            return node[6]["out"]
+        name = node[4].partition("::")[2].partition(".")[0]
+        if is_in_place(name) or (name.startswith("__i") and name.endswith("__")):
+            return node[5][0]
+    return None
+
+
+def plan(rec: HostedRecorder, wanted: list[int]) -> Straight | None:
+    """What a whole recording says, if it goes straight ahead; None where it needs the engine.
+
+    Args:
+        rec: the recording, at the end of its block.
+        wanted: the nodes whose values are to be kept.
+    """
+    nodes, made = rec.nodes, rec.made
+    if rec.gradients is not None or len(made) != len(nodes) or mode_now() != rec.mode or not _unchanged(rec):
+        return None
+    uses: list[list[int]] = [[]] * len(nodes)
+    live = bytearray(len(nodes))
+    for id in wanted:
+        live[id] = 1
+    for id in range(len(nodes) - 1, -1, -1):
+        node = nodes[id]
+        kind = node[0]
+        if kind not in _KNOWN:
+            return None
+        if kind not in _NO_REFERENCES:
+            if kind == _CALL and not node[4].startswith("aten::"):
+                return None
+            if live[id] or kind == _WRITE or _changed(node) is not None:
+                live[id] = 1
+                uses[id] = refs = list(wire.references(node))
+                for ref in refs:
+                    live[ref] = 1
+    edits = {node[1] for id, node in enumerate(nodes) if live[id] and (node[0] == _WRITE or _changed(node) is not None)}
+    out = Straight(rec)
+    out.last = dict.fromkeys(wanted, len(nodes))  # never
+    return out if _placed(out, rec, uses, live, edits) else None
+
+
+def _placed(out: Straight, rec: HostedRecorder, uses: list[list[int]], live: bytearray, edits: set[int]) -> bool:
+    """Says where each node is done. False where one cannot be done where the pass stands then."""
+    at: list[tuple[float, Key | None]] = [(-1, None)] * len(rec.invokes)
+    reads: list[frozenset[tuple[int, float]]] = [frozenset()] * len(rec.nodes)  # of what a value is made
+    last = out.last
+    for id, node in enumerate(rec.nodes):
+        if not live[id]:
+            continue
+        kind, invoke = node[0], node[1]
+        if node[3] != rec.mode:
+            return False
+        if kind == _READ or kind == _WRITE:
+            key = (node[4], node[5])
+            order = rec.order(invoke, key)
+            before = at[invoke][0]
+            if kind == _READ and order < before and invoke not in edits:  # it is the same wherever it is read
+                reads[id] = frozenset(((invoke, order),))
+                out.steps[invoke].setdefault(key, []).append(id)
+                continue
+            if order < before or (kind == _WRITE and order > before):
+                return False
+            at[invoke] = (order, key)
+            if kind == _READ:
+                reads[id] = frozenset(((invoke, order),))
+        elif kind == _CONST:
+            reads[id] = frozenset(((-1, -1),))
+        for ref in uses[id]:
+            last[ref] = max(last.get(ref, -1), id)
+            reads[id] |= reads[ref]
+            out.mixes = out.mixes or rec.nodes[ref][1] != invoke
+        changed = _changed(node)
+        if changed is not None:
+            if node[0] == _CALL and node[4].partition("::")[2] in RESHAPING:
+                return False
+            if changed[0] != 0 or reads[changed[1]] != {(invoke, at[invoke][0])}:
+                return False  # a value that the pass has left behind, or that belongs to somebody else
+        point = at[invoke][1]
+        (out.first[invoke] if point is None else out.steps[invoke].setdefault(point, [])).append(id)
+    return True
+
+
+def _unchanged(rec: HostedRecorder) -> bool:
+    """Whether the tensors from outside are what they were at the lines that use them."""
+    return all(c.version >= 0 and version(c.original) == c.version for c in rec.captures)
