@@ -82,6 +82,41 @@ void exchange(PyObject* proxy, PyObject* wrapper) {
   }
 }
 
+// Everything that can fail comes first, so that either all proxies become tensors or none does.
+template <typename Source>
+int adopt(PyObject* proxies, PyObject* cls, Source source) {
+  if (!PyList_Check(proxies) || !PyType_Check(cls)) {
+    PyErr_SetString(PyExc_TypeError, "a list of proxies and a class are needed");
+    return -1;
+  }
+  Py_ssize_t n = PyList_GET_SIZE(proxies);
+  std::vector<Object> wrappers;
+  wrappers.reserve(n);
+  for (Py_ssize_t i = 0; i < n; i++) {
+    PyObject* proxy = PyList_GET_ITEM(proxies, i);
+    if (!THPVariable_Check(proxy)) {
+      PyErr_Format(PyExc_TypeError, "only a torch.Tensor can become one, not a %s", Py_TYPE(proxy)->tp_name);
+      return -1;
+    }
+    Tensor real = source(i);
+    // A tensor that has a Python object already (an earlier wrapper here among them) keeps it.
+    if (real.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr) real = alias_of(real);
+    wrappers.emplace_back(THPVariable_Wrap(real));
+    if (!wrappers.back()) return -1;
+  }
+  for (Py_ssize_t i = 0; i < n; i++) {
+    PyObject* proxy = PyList_GET_ITEM(proxies, i);
+    exchange(proxy, wrappers[i].get());
+    Object dict(PyObject_GenericGetDict(proxy, nullptr));
+    if (dict)
+      PyDict_Clear(dict.get());
+    else
+      PyErr_Clear();
+    if (PyObject_SetAttrString(proxy, "__class__", cls) != 0) return -1;
+  }
+  return 0;
+}
+
 }  // namespace
 
 extern "C" {
@@ -100,39 +135,24 @@ PyObject* nngpy_wrap(void* tensor) {
   return guarded<PyObject*>(nullptr, [&] { return THPVariable_Wrap(as_tensor(tensor)); });
 }
 
-// Everything that can fail comes first, so that either all proxies become tensors or none does.
 int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls) {
+  return guarded<int>(-1, [&] { return adopt(proxies, cls, [&](Py_ssize_t i) { return as_tensor(tensors[i]); }); });
+}
+
+int nngpy_become(PyObject* proxies, PyObject* tensors, PyObject* cls) {
   return guarded<int>(-1, [&] {
-    if (!PyList_Check(proxies) || !PyType_Check(cls)) {
-      PyErr_SetString(PyExc_TypeError, "a list of proxies and a class are needed");
+    if (!PyList_Check(tensors) || !PyList_Check(proxies) || PyList_GET_SIZE(tensors) != PyList_GET_SIZE(proxies)) {
+      PyErr_SetString(PyExc_TypeError, "a list of as many tensors as proxies is needed");
       return -1;
     }
-    Py_ssize_t n = PyList_GET_SIZE(proxies);
-    std::vector<Object> wrappers;
-    wrappers.reserve(n);
-    for (Py_ssize_t i = 0; i < n; i++) {
-      PyObject* proxy = PyList_GET_ITEM(proxies, i);
-      if (!THPVariable_Check(proxy)) {
-        PyErr_Format(PyExc_TypeError, "only a torch.Tensor can become one, not a %s", Py_TYPE(proxy)->tp_name);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); i++) {
+      PyObject* tensor = PyList_GET_ITEM(tensors, i);
+      if (!THPVariable_Check(tensor)) {
+        PyErr_Format(PyExc_TypeError, "a proxy cannot become a %s", Py_TYPE(tensor)->tp_name);
         return -1;
       }
-      Tensor real = as_tensor(tensors[i]);
-      // A tensor that has a Python object already (an earlier wrapper here among them) keeps it.
-      if (real.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr) real = alias_of(real);
-      wrappers.emplace_back(THPVariable_Wrap(real));
-      if (!wrappers.back()) return -1;
     }
-    for (Py_ssize_t i = 0; i < n; i++) {
-      PyObject* proxy = PyList_GET_ITEM(proxies, i);
-      exchange(proxy, wrappers[i].get());
-      Object dict(PyObject_GenericGetDict(proxy, nullptr));
-      if (dict)
-        PyDict_Clear(dict.get());
-      else
-        PyErr_Clear();
-      if (PyObject_SetAttrString(proxy, "__class__", cls) != 0) return -1;
-    }
-    return 0;
+    return adopt(proxies, cls, [&](Py_ssize_t i) { return THPVariable_Unpack(PyList_GET_ITEM(tensors, i)); });
   });
 }
 

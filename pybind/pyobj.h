@@ -25,6 +25,9 @@ PyObject* nngpy_wrap(void* tensor);
  * number. The caller keeps its handles tensors[0..len(proxies)). 0 or -1. */
 int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls);
 
+/* The same with Python tensors, a list. */
+int nngpy_become(PyObject* proxies, PyObject* tensors, PyObject* cls);
+
 /* A callable around a Python function that is no frame in tracebacks [new reference]. It binds like
  * a function. Where the function raises, cut(exception) gives the traceback to go on with, or None. */
 PyObject* nngpy_boundary(PyObject* function, PyObject* cut);

@@ -131,7 +131,7 @@ def test_wrong_names(block: Made) -> None:
         _ = model.up.source.q
     assert error.value.hint == "It calls linear_0."
     with pytest.raises(ModulePathError, match="no input"), model.trace(x):
-        _ = model.source.add_0.input
+        _ = model.up.source.linear_0.input
     nothing_is_left(model._module)
 
 

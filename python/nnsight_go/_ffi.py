@@ -136,6 +136,7 @@ def py() -> ctypes.PyDLL:
     library.nngpy_wrap.argtypes, library.nngpy_wrap.restype = [ctypes.c_void_p], ctypes.py_object
     library.nngpy_adopt.argtypes = [ctypes.py_object, _POINTERS, ctypes.py_object]
     library.nngpy_adopt.restype = ctypes.c_int
+    library.nngpy_become.argtypes, library.nngpy_become.restype = [ctypes.py_object] * 3, ctypes.c_int
     library.nngpy_tensor_free.argtypes, library.nngpy_tensor_free.restype = [ctypes.c_void_p], None
     library.nngpy_boundary.argtypes = [ctypes.py_object, ctypes.py_object]
     library.nngpy_boundary.restype = ctypes.py_object

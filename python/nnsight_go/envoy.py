@@ -16,7 +16,7 @@ import torch
 from . import calls, foreign, positions, skipping, structures, wire
 from .errors import InputError, ModulePathError
 from .placement import Placed
-from .points import Point
+from .points import Leaf, Point
 from .positions import here
 from .recorder import current
 
@@ -136,17 +136,23 @@ class Envoy(Placed):
         return "A fused operation of the engine does its work: use the module around it."
 
     def _read(self, port: int) -> Any:
-        rec = self._recorder(("input", "output")[port])
+        rec = current.recorder
+        if rec is None or rec.native is not self._native:
+            rec = self._recorder(_PORTS[port])
         point = self._point(port)
         if rec.skipped:
             skipping.check(rec, self._path, port)
         invoke = rec.touch(point)
         key = (invoke, point.path, port)
-        if key not in rec.bound:
-            rec.bound[key] = structures.build(
-                rec, point, point.tree, f"model.{point.text}" if self._path else point.text
-            )
-        return rec.bound[key]
+        seen = rec.bound.get(key)
+        if seen is None:
+            tree = point.tree
+            if type(tree) is Leaf:
+                seen = rec.read(point, tree)
+            else:
+                seen = structures.build(rec, point, tree, f"model.{point.text}" if self._path else point.text)
+            rec.bound[key] = seen
+        return seen
 
     def _write(self, port: int, value: Any) -> None:
         old = self._read(port)

@@ -64,12 +64,14 @@ class Hosted:
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
         self.modules = dict(module.named_modules(remove_duplicate=True))
+        self._all = list(self.modules.values())
         first = {id(m): path for path, m in self.modules.items()}
         self.paths = {path: first[id(m)] for path, m in module.named_modules(remove_duplicate=False)}
         self.wrapped: set[str] = set()  # modules whose bare output is shown as a tuple of one
         self._layouts: OrderedDict[Any, Layout] = OrderedDict()
         self._insides: weakref.WeakKeyDictionary[Layout, Layout] = weakref.WeakKeyDictionary()
         self.sourced = False  # a trace has asked for operations
+        self.ops: dict[tuple[str, int], Point] = {}  # those of every pass, which native models know
         self._handles: dict[Any, int] = {}
         self._handle_of: weakref.WeakKeyDictionary[Layout, int] = weakref.WeakKeyDictionary()
         # a parameter goes where its module goes
@@ -99,7 +101,8 @@ class Hosted:
 
     def layout(self, given: Given) -> Layout:
         """The access points of a forward pass of that input, which is tried out on fake tensors once a kind."""
-        key = (_signature(given), tuple(m.training for m in self.modules.values()))
+        with torch._C.DisableTorchFunction():  # the block's mode looks at every call, also at a tensor's shape
+            key = (_signature(given), *[m.training for m in self._all])
         known = self._layouts.get(key)
         if known is None:
             known = self._layouts[key] = _modules_alone(*self._try_out(given))
@@ -467,7 +470,7 @@ def _mapped(x: Any, f: Callable[[torch.Tensor], Any]) -> Any:
 def _signature(x: Any) -> Any:
     """What decides about the structure of a forward pass, as far as it shows in the input."""
     if isinstance(x, torch.Tensor):
-        return (tuple(x.shape), x.dtype, x.device)
+        return (x.shape, x.dtype, x.device)
     if isinstance(x, tuple | list):
         return (type(x), *map(_signature, x))
     if isinstance(x, dict):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import positions, wire
-from .errors import InputError
+from .errors import InputError, ModulePathError
 from .inside import VALUE, Inside, Source
 from .operations import prefix
 from .points import Point
@@ -48,7 +48,12 @@ class Operation(Inside):
 
     def _point(self, port: int) -> Point:
         if port != wire.OUTPUT:
-            return super()._point(port)  # whose error it is
+            raise ModulePathError(
+                f"{self._name()} is the result of a call, so it has no input",
+                path=self._path,
+                hint=self._never_runs(),
+                **positions.fields(here()),
+            )
         source = HostedSource(self._of)  # of the call that is meant by now
         point = source._points.get(self._called)
         if point is None:

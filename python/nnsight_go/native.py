@@ -174,8 +174,8 @@ def started(function: Any, handle: int, graph: bytes, constants: Sequence[torch.
 
 def become(proxies: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
     """Turns proxies into tensors: all of them or, where anything fails, none."""
-    with _pointers(tensors) as pointers:
-        _ffi.py().nngpy_adopt(list(proxies), pointers, torch.Tensor)
+    if proxies:
+        _ffi.py().nngpy_become(list(proxies), list(tensors), torch.Tensor)
 
 
 @contextlib.contextmanager

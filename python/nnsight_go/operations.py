@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import re
-import sys
 import threading
 from collections.abc import Callable, Container, Iterator
 from typing import TYPE_CHECKING, Any
@@ -101,38 +100,6 @@ class _Calls(TorchFunctionMode):
         return self._visit(Spot(path, wire.OUTPUT, running.call), out)
 
 
-class _Here(threading.local):
-    """The passes of this thread whose operations are shown."""
-
-    passes = 0
-
-
-_here = _Here()
-
-
-@functools.cache
-def _hold_back() -> None:
-    """Lets compiled functions run as they were written inside such passes, from now on."""
-    compiler: Any = sys.modules["torch._dynamo.eval_frame"]
-    chosen = compiler._callback_from_stance
-
-    def callback(given: Any) -> Any:
-        return None if _here.passes else chosen(given)  # None: nothing is compiled
-
-    compiler._callback_from_stance = callback
-
-
-@contextlib.contextmanager
-def _uncompiled() -> Iterator[None]:
-    if "torch._dynamo.eval_frame" in sys.modules:  # else nothing can have been compiled
-        _hold_back()
-    _here.passes += 1
-    try:
-        yield
-    finally:
-        _here.passes -= 1
-
-
 def prefix(path: str) -> str:
     """What the names of a module's operations begin with."""
     return f"{path}.source." if path else "source."
@@ -175,7 +142,7 @@ def hooks(
             mount(module._forward_pre_hooks, calls.enters(path))
             mount(module._forward_hooks, calls.leaves(path))
             mount(module._forward_hooks_always_called, True)
-        with hosting.hooks(modules, ports, calls.at_side, wrapped), _uncompiled(), calls:
+        with hosting.hooks(modules, ports, calls.at_side, wrapped), transforms.uncompiled(), calls:
             yield
     finally:
         mount.undo()

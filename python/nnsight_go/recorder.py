@@ -348,7 +348,9 @@ class Recorder:
         Reads move it as well, where they are recorded (``read``). Raises ``OutOfOrderError`` where the point
         is written to after a later one was named.
         """
-        invoke = self._inside(point.text)
+        invoke = self.invoke
+        if invoke < 0 or self.closed is not None:
+            self._inside(point.text)
         if not writing:
             return invoke
         named = self._named.setdefault(invoke, {})
@@ -366,9 +368,12 @@ class Recorder:
 
     def read(self, point: Point, leaf: Leaf) -> Proxy:
         """Records reading one tensor of an access point."""
-        made = (self._leaf_meta, (self.invoke, point.order, leaf, len(self._writes.get(self.invoke, ()))), None)
-        node = self._add(_READ, made, point.path, point.port, 0, leaf.name)
-        self._named.setdefault(self.invoke, {})[node] = (point, self.nodes[node][2])
+        invoke, place, node = self.invoke, here(), len(self.nodes)
+        self.made.append((self._leaf_meta, (invoke, point.order, leaf, len(self._writes.get(invoke, ()))), None))
+        if invoke < 0:
+            invoke = self._owner()
+        self.nodes.append((_READ, invoke, place, mode_now(), point.path, point.port, 0, leaf.name))
+        self._named.setdefault(self.invoke, {})[node] = (point, place)
         self._fresh.add(node)
         return Proxy._make(self, node)
 
@@ -594,7 +599,7 @@ class Recorder:
     def save(self, value: Any) -> None:
         """Notes that a value, or every proxy in a container, is wanted after the block."""
         self._saved[id(value)] = value
-        for proxy in proxies(value):
+        for proxy in (value,) if type(value) is Proxy else proxies(value):
             if proxy._rec is self:
                 self._used(proxy._id)
 

@@ -208,7 +208,7 @@ def _placed(out: Straight, rec: HostedRecorder, uses: list[list[int]], live: byt
         kind, invoke = node[0], node[1]
         if node[3] != rec.mode:
             return False
-        if kind == _READ or kind == _WRITE:
+        if kind in (_READ, _WRITE):
             key = (node[4], node[5])
             order = rec.order(invoke, key)
             before = at[invoke][0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -83,19 +83,21 @@ class HostedRecorder(Recorder):
         path = self.hosted.paths[path]
         return self.layout(invoke).operations.get((path, self._calls.get((invoke, path), 0)), {})
 
-    def point(self, path: str, port: int, name: str) -> Point:
-        """The access point of a module, at the call that the invoke has got to."""
-        invoke = self._inside(name)
-        layout, path = self.layout(invoke), self.hosted.paths[path]
-        call = self._calls.get((invoke, path), 0)
+    def point(self, path: str, port: int, name: Callable[[], str]) -> Point:
+        """The access point of a module, at the call that the invoke has got to; ``name()`` is how it is written."""
+        invoke = self.invoke
+        if invoke < 0 or self.closed is not None:
+            self._inside(name())
+        layout, path = self._layouts[invoke] or self.layout(invoke), self.hosted.paths[path]
+        call = self._calls.get((invoke, path), 0) if self._calls else 0
         point = layout.points.get((f"{path}:{call}" if call else path, port))
         if point is None:
             self.hosted.forget()  # another pass may go another way
             times = layout.calls.get((path, port), 0)
             raise ModulePathError(
-                f"{name} is called {times} times in this forward pass, so it has no call {call}"
+                f"{name()} is called {times} times in this forward pass, so it has no call {call}"
                 if times
-                else f"{name} is not called in this forward pass",
+                else f"{name()} is not called in this forward pass",
                 path=path,
                 hint="Calls are counted from 0." if times else "Use the module around it, whose code does its work.",
                 **positions.fields(here()),
@@ -270,7 +272,7 @@ class ModuleEnvoy(Envoy):
     def _point(self, port: int) -> Point:
         rec = current.recorder
         assert isinstance(rec, HostedRecorder)
-        return rec.point(self._path, port, self._name())
+        return rec.point(self._path, port, self._name)
 
     def _later(self, what: str) -> NoReturn:
         raise InputError(

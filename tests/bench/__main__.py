@@ -1,7 +1,8 @@
-"""`make bench`: ours against transformers, in one process and one run.
+"""`make bench`: ours against transformers, nnsight and hooks, in one process and one run.
 
-Prints a table and writes it as Markdown and JSON under --out. The model is of GPT-2-small's size
-with random weights; --small takes a tiny one, to try the harness itself.
+Prints tables and writes them as Markdown and JSON under --out. Against transformers the model is of
+GPT-2-small's size with random weights; --small takes a tiny one, to try the harness itself. Against
+nnsight and hooks it is a small module (hosted.py). --only chooses parts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from nnsight_go import LanguageModel
 
 from .gradients import hooked_gradients, traced_gradients
 from .harness import Timing, interleave, ratio
+from .hosted import hosted_cases, hosted_table
 from .memory import of_job
+
+PARTS = ("forward", "generation", "gradients", "opening", "hosted")
 
 
 def save_model(directory: str, small: bool) -> GPT2LMHeadModel:
@@ -150,26 +154,45 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def transformers_cases(parts: list[str], small: bool, rounds: int) -> list[dict]:
+    """What the parts measure on one model directory, in the order of PARTS."""
+    with tempfile.TemporaryDirectory() as directory:
+        reference = save_model(directory, small)
+        rows = []
+        if "forward" in parts:
+            rows += forward_cases(reference, directory, rounds)
+        if "generation" in parts:
+            rows += generation_cases(reference, directory, rounds)
+        if "gradients" in parts:
+            rows += gradient_cases(reference, directory, rounds)
+        if "opening" in parts:
+            rows += opening_cases(directory, min(rounds, 5))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/bench"))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as directory:
-        reference = save_model(directory, args.small)
-        rows = forward_cases(reference, directory, args.rounds)
-        rows += generation_cases(reference, directory, args.rounds)
-        rows += gradient_cases(reference, directory, args.rounds)
-        rows += opening_cases(directory, min(args.rounds, 5))
+    results: dict[str, list[dict]] = {"rows": [], "hosted": []}
+    tables = []
+    if set(args.only) != {"hosted"}:
+        results["rows"] = transformers_cases(args.only, args.small, args.rounds)
+        tables.append(table(results["rows"]))
+    if "hosted" in args.only:  # last: nnsight changes torch and object when it is imported
+        results["hosted"] = hosted_cases(args.rounds)
+        tables.append(hosted_table(results["hosted"]))
     machine = (
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    text = f"{table(rows)}\n\n{machine}\n"
+    text = "\n\n".join([*tables, machine]) + "\n"
     print(text)
     (args.out / "bench.md").write_text(text)
-    (args.out / "bench.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    (args.out / "bench.json").write_text(json.dumps({"machine": machine, **results}, indent=1))
 
 
 if __name__ == "__main__":

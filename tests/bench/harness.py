@@ -1,4 +1,4 @@
-"""Times cases against each other in one process: interleaved A B A B, medians and spread.
+"""Times cases against each other in one process: interleaved, medians and spread.
 
 Absolute times mean little on a shared machine; the ratio of two medians taken in the same minute does.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,33 +24,53 @@ class Timing:
     rounds: int
 
     def __str__(self) -> str:
-        return f"{self.median * 1e3:9.2f} ms  ({self.low * 1e3:.2f} to {self.high * 1e3:.2f})"
+        scale, unit = (1e3, "ms") if self.median >= 1e-3 else (1e6, "us")
+        return f"{self.median * scale:9.2f} {unit}  ({self.low * scale:.2f} to {self.high * scale:.2f})"
 
 
 def interleave(contenders: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 3) -> dict[str, Timing]:
-    """Runs every contender once a round, in turn, and gives the timing of each.
+    """Runs every contender once a round, in turn, and gives the timing of each."""
+    return {name: summarize(taken) for name, taken in samples(contenders, rounds, warmup).items()}
 
-    The order alternates from round to round, so that none always runs after the same neighbour.
+
+def added(
+    bare: Callable[[], object], contenders: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 3
+) -> tuple[Timing, dict[str, Timing]]:
+    """The timing of a bare run, and what each contender takes beyond it.
+
+    The differences are taken within a round, in which the machine is about equally slow for both.
     """
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    taken = samples({"": bare, **contenders}, rounds, warmup)
+    base = taken.pop("")
+    beyond = {name: [a - b for a, b in zip(times, base, strict=True)] for name, times in taken.items()}
+    return summarize(base), {name: summarize(times) for name, times in beyond.items()}
+
+
+def samples(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int) -> dict[str, list[float]]:
+    """Seconds of every contender, one of each round.
+
+    The order is drawn anew for every round, so that none always runs after the same neighbour or, at the
+    end of one round and the beginning of the next, after itself: caches are warm then, which shows in microseconds.
+    """
+    draw = random.Random(0)
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(warmup):
         for run in contenders.values():
             run()
     with quiet():
-        for i in range(rounds):
-            order = list(contenders.items())
-            for name, run in order if i % 2 == 0 else reversed(order):
+        for _ in range(rounds):
+            for name, run in draw.sample(list(contenders.items()), len(contenders)):
                 start = time.perf_counter()
                 run()
-                samples[name].append(time.perf_counter() - start)
-    return {name: summarize(s) for name, s in samples.items()}
+                taken[name].append(time.perf_counter() - start)
+    return taken
 
 
-def summarize(samples: list[float]) -> Timing:
-    if len(samples) < 2:
-        return Timing(samples[0], samples[0], samples[0], 1)
-    low, median, high = statistics.quantiles(samples, n=4)
-    return Timing(median, low, high, len(samples))
+def summarize(taken: list[float]) -> Timing:
+    if len(taken) < 2:
+        return Timing(taken[0], taken[0], taken[0], 1)
+    low, median, high = statistics.quantiles(taken, n=4)
+    return Timing(median, low, high, len(taken))
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -26,16 +25,13 @@ class Mode(TorchFunctionMode):
     """
 
     def __enter__(self) -> Mode:
-        transforms.prepare()
-        self._around = contextlib.ExitStack()
-        self._around.enter_context(transforms.uncompiled())
-        self._around.enter_context(transforms.functions())
+        transforms.begin()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        self._around.close()
+        transforms.end()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -9,6 +9,7 @@ Compiled functions run uncompiled while a block is recorded, so that what they c
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -25,31 +26,14 @@ active: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 _lock = threading.Lock()
 
 
-class _Shared:
-    """Something of the whole process that stands while any block does, on whatever thread."""
+class _Blocks(threading.local):
+    """The blocks that this thread is inside of."""
 
-    def __init__(self) -> None:
-        self._blocks = 0
-        self._stands: contextlib.AbstractContextManager[Any] | None = None
-
-    @contextlib.contextmanager
-    def held(self, make: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
-        """Enters what ``make`` gives with the first block, and leaves it with the last one."""
-        with _lock:
-            self._blocks += 1
-            if self._blocks == 1:
-                self._stands = make()
-                self._stands.__enter__()
-        try:
-            yield
-        finally:
-            with _lock:
-                self._blocks -= 1
-                if self._blocks == 0 and self._stands is not None:
-                    self._stands.__exit__(None, None, None)
+    count = 0
 
 
-_eager, _looked_at = _Shared(), _Shared()  # compiled functions held back; custom autograd functions
+_here = _Blocks()
+_open = 0  # blocks, of all threads
 _prepared = False
 
 
@@ -106,44 +90,74 @@ def outside() -> Iterator[None]:
         yield
 
 
+def begin() -> None:
+    """Readies torch for a block of this thread."""
+    global _open
+    if not _prepared:
+        prepare()
+    if "torch._dynamo.eval_frame" in sys.modules:
+        _hold_back()
+    _here.count += 1
+    with _lock:
+        _open += 1
+        if _open == 1:
+            _Function.apply = _looking
+
+
+def end() -> None:
+    """Undoes ``begin``."""
+    global _open
+    _here.count -= 1
+    with _lock:
+        _open -= 1
+        if _open == 0:
+            if _applied is None:
+                del _Function.apply
+            else:
+                _Function.apply = _applied
+
+
+# ---- compiled functions ----
+
+
+@functools.cache
+def _hold_back() -> None:
+    """Lets compiled functions run as they were written where a block is recorded, from now on."""
+    compiler: Any = sys.modules["torch._dynamo.eval_frame"]
+    chosen = compiler._callback_from_stance
+
+    def callback(given: Any) -> Any:
+        return None if _here.count else chosen(given)  # None: nothing is compiled
+
+    compiler._callback_from_stance = callback
+
+
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
-    """Compiled functions run as they were written while this is entered, by any thread."""
-    compiler = sys.modules.get("torch._dynamo.decorators")
-    if compiler is None:  # nothing can have been compiled
-        yield
-        return
-    with _eager.held(lambda: compiler.set_stance("force_eager")):
-        yield
-
-
-def functions() -> contextlib.AbstractContextManager[None]:
-    """Custom autograd functions take proxies while this is entered.
-
-    They are computed at their line, so that their own backward is part of the graph.
-    """
-    return _looked_at.held(_mounted)
-
-
-@contextlib.contextmanager
-def _mounted() -> Iterator[None]:
-    function: Any = torch.autograd.Function
-    found = next(kind.__dict__["apply"] for kind in function.__mro__ if "apply" in kind.__dict__)
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = found.__get__(None, cls)
-        if current.recorder is None or next(proxies((args, kwargs)), None) is None:
-            return bound(*args, **kwargs)
-        from ..gradients import custom
-
-        return custom(current.recorder, bound, args, kwargs)
-
-    before = function.__dict__.get("apply")
-    function.apply = classmethod(apply)
+    """Compiled functions run as they were written on this thread while this is entered."""
+    if "torch._dynamo.eval_frame" in sys.modules:  # else nothing can have been compiled
+        _hold_back()
+    _here.count += 1
     try:
         yield
     finally:
-        if before is None:
-            del function.apply
-        else:
-            function.apply = before
+        _here.count -= 1
+
+
+# ---- custom autograd functions: computed at their line, so that their own backward is part of the graph ----
+
+_Function: Any = torch.autograd.Function
+_applied = _Function.__dict__.get("apply")
+_found = next(kind.__dict__["apply"] for kind in _Function.__mro__ if "apply" in kind.__dict__)
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    bound = _found.__get__(None, cls)
+    if current.recorder is None or next(proxies((args, kwargs)), None) is None:
+        return bound(*args, **kwargs)
+    from ..gradients import custom
+
+    return custom(current.recorder, bound, args, kwargs)
+
+
+_looking = classmethod(_apply)
