@@ -105,7 +105,7 @@ class Hosted:
             key = (_signature(given), *[m.training for m in self._all])
         known = self._layouts.get(key)
         if known is None:
-            known = self._layouts[key] = _modules_alone(*self._try_out(given))
+            known = self._layouts[key] = self._try_out(given)
             while len(self._layouts) > _KEPT:
                 self._layouts.popitem(last=False)
         self._layouts.move_to_end(key)
@@ -116,11 +116,10 @@ class Hosted:
         known = self._insides.get(layout)
         if known is None:
             self.sourced = True
-            spots, trees = self._try_out(given, inside=True)
             try:
-                known = self._insides[layout] = operations.between(layout, self.modules, spots, trees)
+                known = self._insides[layout] = self._try_out(given, layout)
             except InputError:
-                self.forget()
+                self.forget()  # the next trace tries anew
                 raise
         return known
 
@@ -134,8 +133,9 @@ class Hosted:
         """Forgets what forward passes look like, after one that was different."""
         self._layouts.clear()
 
-    def _try_out(self, given: Given, inside: bool = False) -> tuple[list[Spot], dict[tuple[str, int], Tree]]:
-        """What a forward pass comes to, in order, and the structure of each; ``inside``: of operations too."""
+    def _try_out(self, given: Given, alone: Layout | None = None) -> Layout:
+        """What a forward pass comes to: modules alone or, where their layout is given, operations as well."""
+        inside = alone is not None
         spots: list[Spot] = []
         trees: dict[tuple[str, int], Tree] = {}
 
@@ -159,7 +159,15 @@ class Hosted:
                 for buffer, version, value in before:
                     if buffer._version != version:
                         buffer.copy_(value)
-        return spots, trees
+        if alone is not None:
+            return operations.between(alone, self.modules, spots, trees)
+        points = {
+            (s.name, s.port): Point(s.name, s.port, order, trees[s.name, s.port]) for order, s in enumerate(spots)
+        }
+        calls: dict[tuple[str, int], int] = {}
+        for s in spots:
+            calls[s.path, s.port] = max(calls.get((s.path, s.port), 0), s.call + 1)
+        return Layout(spots, points, calls)
 
     def _everywhere(self) -> dict[str, set[int]]:
         return {path: {wire.INPUT, wire.OUTPUT} for path in self.modules}
@@ -424,14 +432,6 @@ class HostedRun(Run):
         else:
             paused.go(None)
         self._pass += 1
-
-
-def _modules_alone(spots: list[Spot], trees: dict[tuple[str, int], Tree]) -> Layout:
-    points = {(s.name, s.port): Point(s.name, s.port, order, trees[s.name, s.port]) for order, s in enumerate(spots)}
-    calls: dict[tuple[str, int], int] = {}
-    for s in spots:
-        calls[s.path, s.port] = max(calls.get((s.path, s.port), 0), s.call + 1)
-    return Layout(spots, points, calls)
 
 
 @functools.cache
