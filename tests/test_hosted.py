@@ -748,7 +748,6 @@ def test_what_is_not_there_yet() -> None:
         model[1].output.save()
     uses: list[Callable[[], Any]] = [
         lambda: model.edit(),
-        lambda: model[0].source,
         lambda: model[0].skip(args[0]),
         lambda: tracer.graph.run(model),
     ]

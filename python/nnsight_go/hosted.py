@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from . import _ffi, hosting, positions, wire
+from . import _ffi, hosting, operations, positions, wire
 from .errors import InputError, NnsightError, users
 from .hosting import Paused, Spot, Unwind, Visit
 from .native import Run, _close, _pointers, started
@@ -50,6 +50,17 @@ class Layout:
             for s in self.spots
         )
 
+    @functools.cached_property
+    def operations(self) -> dict[tuple[str, int], dict[str, Point]]:
+        """The results of operations by name, of each call of a module: its path, and the number of the call."""
+        out: dict[tuple[str, int], dict[str, Point]] = {}
+        for spot in self.spots:
+            point = self.points[spot.name, spot.port]
+            if point.internal:
+                path, _, name = f".{spot.path}".rpartition(".source.")
+                out.setdefault((path.removeprefix("."), spot.call), {})[name] = point
+        return out
+
 
 class Hosted:
     """A module, what is known of its forward passes, and the engine's models of them."""
@@ -64,6 +75,9 @@ class Hosted:
         self.paths = {path: first[id(m)] for path, m in module.named_modules(remove_duplicate=False)}
         self.wrapped: set[str] = set()  # modules whose bare output is shown as a tuple of one
         self._layouts: OrderedDict[Any, Layout] = OrderedDict()
+        self._insides: weakref.WeakKeyDictionary[Layout, Layout] = weakref.WeakKeyDictionary()
+        self.sourced = False  # a trace has asked for operations
+        self.ops: dict[tuple[str, int], Point] = {}  # those of every pass, which native models know
         self._handles: dict[Any, int] = {}
         self._handle_of: weakref.WeakKeyDictionary[Layout, int] = weakref.WeakKeyDictionary()
         # a parameter goes where its module goes
@@ -107,11 +121,31 @@ class Hosted:
         with torch._C.DisableTorchFunction():  # the block's mode looks at every call, also at a tensor's shape
             return (hosting.frozen(given), *[m.training for m in self._all])
 
+    def inside(self, layout: Layout, given: Given) -> Layout:
+        """A layout with the results of operations as well, for which that input is tried out once more."""
+        known = self._insides.get(layout)
+        if known is None:
+            self.sourced = True
+            try:
+                known = self._insides[layout] = self._try_out(given, layout)
+            except InputError:
+                self.forget()  # the next trace tries anew
+                raise
+        return known
+
+    def looked_into(self) -> Layout | None:
+        """The last kind of input whose operations are known, with them."""
+        return next(
+            (self._insides[layout] for layout in reversed(self._layouts.values()) if layout in self._insides), None
+        )
+
     def forget(self) -> None:
         """Forgets what forward passes look like, after one that was different."""
         self._layouts.clear()
 
-    def _try_out(self, given: Given) -> Layout:
+    def _try_out(self, given: Given, alone: Layout | None = None) -> Layout:
+        """What a forward pass comes to: modules alone or, where their layout is given, operations as well."""
+        inside = alone is not None
         spots: list[Spot] = []
         trees: dict[tuple[str, int], Tree] = {}
 
@@ -122,11 +156,13 @@ class Hosted:
 
         with self.aside():
             try:
-                self._fake(given, visit)
+                self._fake(given, visit, inside)
             except Exception:
                 spots.clear()
                 trees.clear()
-                self._really(given, visit)
+                self._really(given, visit, inside)
+        if alone is not None:
+            return operations.between(alone, self.modules, spots, trees)
         points = {
             (s.name, s.port): Point(s.name, s.port, order, trees[s.name, s.port]) for order, s in enumerate(spots)
         }
@@ -175,27 +211,32 @@ class Hosted:
             return value
 
         args, kwargs = hosting.mapped(given, torch.clone)
-        with hosting.hooks(self.modules, hosting.sides(wanted), visit, self.wrapped):
+        with self._hooks(hosting.sides(wanted), visit, inside=False):
             self.module(*args, **kwargs)
         return found
 
     def _everywhere(self) -> dict[str, set[int]]:
         return {path: {wire.INPUT, wire.OUTPUT} for path in self.modules}
 
-    def _fake(self, given: Given, visit: Visit) -> None:
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+    def _fake(self, given: Given, visit: Visit, inside: bool) -> None:
+        mode = _fake_mode()(allow_non_fake_inputs=True)
         meta = self.device.type == "meta"  # where no input has its data
         args, kwargs = hosting.mapped(given, lambda x: mode.from_tensor(x.to("meta") if meta else x))
-        with mode, hosting.hooks(self.modules, self._everywhere(), visit, self.wrapped):
+        with mode, self._hooks(self._everywhere(), visit, inside):
             self.module(*args, **kwargs)
 
-    def _really(self, given: Given, visit: Visit) -> None:
+    def _really(self, given: Given, visit: Visit, inside: bool) -> None:
         """On real tensors, where fake ones do not do."""
         args, kwargs = hosting.mapped(given, torch.clone)
-        with hosting.hooks(self.modules, self._everywhere(), visit, self.wrapped):
+        with self._hooks(self._everywhere(), visit, inside):
             self.module(*args, **kwargs)
+
+    def _hooks(self, ports: dict[str, set[int]], visit: Visit, inside: bool) -> contextlib.AbstractContextManager[None]:
+        named = {path for path in ports if path not in self.modules}
+        if not named and not inside:
+            return hosting.hooks(self.modules, ports, visit, self.wrapped)
+        sides = {path: sides for path, sides in ports.items() if path not in named}
+        return operations.hooks(self.modules, sides, visit, self.wrapped, None if inside else named)
 
     # ---- runs ----
 
@@ -225,9 +266,16 @@ class Hosted:
         except Exception as error:
             raise users(error)  # noqa: B904 - it is the module's own error
 
-    def forward(self, given: Given, ports: dict[str, set[int]], visit: Visit) -> None:
-        """A forward pass that is visited at sides of modules."""
-        with hosting.hooks(self.modules, ports, visit, self.wrapped):
+    def forward(self, given: Given, ports: dict[str, set[int]], visit: Visit, inside: bool = False) -> None:
+        """A forward pass that is visited at sides of modules, and at operations.
+
+        Args:
+            given: its input.
+            ports: by path: which sides; the output of operations by theirs.
+            visit: what to call.
+            inside: the results of all operations are visited.
+        """
+        with self._hooks(ports, visit, inside):
             self.run(given)
 
     def straight(self, given: Given, layout: Layout, block: Straight, invoke: int, stops: bool) -> None:
@@ -305,6 +353,7 @@ class HostedRun(Run):
         self._at: Spot | None = None  # where it waits
         self.ports: dict[str, set[int]] = {}
         self.last = end
+        self.inside = False  # operations may be named later
         self.stops = False  # nothing runs behind what is wanted last
 
     def more(self, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> None:
@@ -400,7 +449,9 @@ class HostedRun(Run):
             self._pass = number
         if self._paused is None:
             everywhere = self._hosted._everywhere()
-            self._paused = Paused(lambda visit: self._hosted.forward(self._given[number], everywhere, visit))
+            self._paused = Paused(
+                lambda visit: self._hosted.forward(self._given[number], everywhere, visit, self.inside)
+            )
         self.waiting()
         if not self._paused.go(spot):
             raise self._hosted.missed(spot)
@@ -425,3 +476,15 @@ class HostedRun(Run):
         else:
             paused.go(None)
         self._pass += 1
+
+
+@functools.cache
+def _fake_mode() -> Callable[..., Any]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Fake(FakeTensorMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            with torch._C.DisableTorchFunction():  # what it calls itself, the module does not call
+                return super().__torch_dispatch__(func, types, args, kwargs)
+
+    return Fake

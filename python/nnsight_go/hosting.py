@@ -174,6 +174,24 @@ def sides(points: Iterable[tuple[str, int]]) -> dict[str, set[int]]:
 # ---- hooks ----
 
 
+class Mounted:
+    """Entries in tables of hooks, which go when it is undone."""
+
+    def __init__(self) -> None:
+        self._key: Any = f"nnsight_go.{next(_keys)}"
+        self._touched: list[dict[Any, Any]] = []
+
+    def __call__(self, into: dict[Any, Any], what: Any) -> None:
+        """Puts an entry into a table, behind those that it has."""
+        into[self._key] = what
+        self._touched.append(into)
+
+    def undo(self) -> None:
+        """Takes all of them out."""
+        for into in self._touched:
+            into.pop(self._key, None)
+
+
 @contextlib.contextmanager
 def hooks(
     modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit: Visit, wrapped: set[str]
@@ -186,14 +204,7 @@ def hooks(
         visit: what to call.
         wrapped: modules whose bare output is shown as a tuple of one.
     """
-    key: Any = f"nnsight_go.{next(_keys)}"
-    touched: list[dict[Any, Any]] = []
-    owner = threading.get_ident()
-
-    def mount(into: dict[Any, Any], what: Any) -> None:
-        into[key] = what
-        touched.append(into)
-
+    mount, owner = Mounted(), threading.get_ident()
     try:
         for path, sides in ports.items():
             module = modules[path]
@@ -204,8 +215,7 @@ def hooks(
                 mount(module._forward_hooks, _after(path, visit, owner, path in wrapped))
         yield
     finally:
-        for into in touched:
-            into.pop(key, None)
+        mount.undo()
 
 
 def _before(path: str, visit: Visit, owner: int) -> Callable[..., Any]:

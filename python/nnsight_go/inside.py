@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from . import positions, wire
 from .envoy import Envoy
 from .errors import ModulePathError
+from .points import Constant, Leaf, Mapping, Point, Sequence, Tree
 from .positions import here
 
 if TYPE_CHECKING:
     from .native import Native
-    from .points import Point
 
 HEADS = ("q", "k", "v", "scores", "pattern", "z")
+VALUE = {"class": "value", "extra": "", "params": []}  # what an envoy is told of one
 
 
 class Inside(Envoy):
@@ -36,13 +37,23 @@ class Inside(Envoy):
 
 
 def _sizes(point: Point) -> str:
-    leaf = point.tree
-    shape = ", ".join(map(str, leaf.shape))  # type: ignore[union-attr]
-    return f"[{shape}] {str(leaf.dtype).removeprefix('torch.')}"  # type: ignore[union-attr]
+    return _told(point.tree)
+
+
+def _told(tree: Tree) -> str:
+    match tree:
+        case Leaf():
+            return f"[{', '.join(map(str, tree.shape))}] {str(tree.dtype).removeprefix('torch.')}"
+        case Sequence():
+            return f"({', '.join(map(_told, tree.items))})"
+        case Mapping():
+            return f"({', '.join(f'{key} {_told(part)}' for key, part in tree.fields.items())})"
+        case Constant():
+            return repr(tree.value)
 
 
 def _value(native: Native, path: str) -> Inside:
-    return Inside(native, path, {"class": "value", "extra": "", "params": []})
+    return Inside(native, path, VALUE)
 
 
 class Heads:
@@ -81,36 +92,41 @@ class Source:
     def __init__(self, module: Envoy) -> None:
         self._module = module
         prefix = f"{module.path}.source." if module.path else "source."
-        self._names = {path.removeprefix(prefix): path for path, _ in module._native.ops if path.startswith(prefix)}
+        ops = module._native.ops.items()
+        self._points = {path.removeprefix(prefix): point for (path, _), point in ops if path.startswith(prefix)}
+
+    def _operation(self, name: str) -> Inside:
+        return _value(self._module._native, self._points[name].path)
+
+    def _unknown(self, name: str) -> NoReturn:
+        near = difflib.get_close_matches(name, self._points, n=3)
+        some = ", ".join(list(self._points)[:12]) + (", ..." if len(self._points) > 12 else "")
+        said = f"Nearest: {', '.join(near)}." if near else f"It calls {some or 'none itself'}."
+        raise ModulePathError(
+            f"{self._module._name()} calls no operator {name!r}",
+            path=self._module.path,
+            hint=said,
+            **positions.fields(here()),
+        )
 
     def __getattr__(self, name: str) -> Inside:
         if name.startswith("__"):
             raise AttributeError(name)
-        path = self._names.get(name)
-        if path is None:
-            near = difflib.get_close_matches(name, self._names, n=3)
-            some = ", ".join(list(self._names)[:12]) + (", ..." if len(self._names) > 12 else "")
-            said = f"Nearest: {', '.join(near)}." if near else f"It calls {some or 'none itself'}."
-            raise ModulePathError(
-                f"{self._module._name()} calls no operator {name!r}",
-                path=self._module.path,
-                hint=said,
-                **positions.fields(here()),
-            )
-        return _value(self._module._native, path)
+        if name not in self._points:
+            self._unknown(name)
+        return self._operation(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._points)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._points)
 
     def __dir__(self) -> list[str]:
-        return list(self._names)
+        return list(self._points)
 
     def __repr__(self) -> str:
-        ops = self._module._native.ops
-        width = max(map(len, self._names), default=0)
-        lines = [f"  {name:{width}}  {_sizes(ops[path, wire.OUTPUT])}" for name, path in self._names.items()]
+        width = max(map(len, self._points), default=0)
+        lines = [f"  {name:{width}}  {_sizes(point)}" for name, point in self._points.items()]
         head = f"{self._module._name()} ({self._module._class}) calls"
         return "\n".join([head, *lines]) if lines else f"{head} no operator itself"

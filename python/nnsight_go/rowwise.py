@@ -164,7 +164,7 @@ class Together:
         axis, out = self._axis, Cuts()
         for name, port, leaf in wanted:
             size = leaf.shape[axis] if len(leaf.shape) > axis else 0
-            if size and size % rows == 0:
+            if size and size % rows == 0 and ".source." not in f".{name}":  # an operation may turn it around
                 out[name, port, leaf.name] = Cut(axis, size // rows)
         return out
 

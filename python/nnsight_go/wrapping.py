@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, NoReturn
@@ -12,6 +13,7 @@ from . import envoy, positions, renaming, sessions, straight, torchmap, tracebac
 from .envoy import Envoy
 from .errors import InputError, ModulePathError
 from .hosted import Given, Hosted, HostedRun, Layout
+from .hosted_source import HostedSource
 from .native import Run, become
 from .points import Point
 from .positions import here
@@ -35,6 +37,7 @@ class HostedRecorder(Recorder):
         self.hosted = hosted
         self.given: list[Given] = []
         self.stopped = False
+        self.sourced = False  # layouts have operations, which a line has asked for
         self._layouts: list[Layout | None] = []
         self._calls: dict[tuple[int, str], int] = {}
         self._ports: dict[str, set[int]] = {}  # by path: the sides of modules that nodes before _told name
@@ -50,15 +53,36 @@ class HostedRecorder(Recorder):
         """The access points of an invoke's forward pass."""
         known = self._layouts[invoke]
         if known is None:
-            known = self._layouts[invoke] = self.hosted.layout(self.given[invoke])
-            first = next(layout for layout in self._layouts if layout is not None)
-            if known is not first and known.names != first.names:
+            known = self.hosted.layout(self.given[invoke])
+            if self.sourced:
+                known = self.hosted.inside(known, self.given[invoke])
+            self._layouts[invoke] = known
+            _are_alike(known, next(layout for layout in self._layouts if layout is not None))
+        return known
+
+    def look_inside(self) -> None:
+        """Makes the results of operations access points, too."""
+        pairs = zip(self._layouts, self.given, strict=True)
+        layouts = [layout and self.hosted.inside(layout, given) for layout, given in pairs]
+        found = [layout for layout in layouts if layout is not None]
+        for layout in found:
+            _are_alike(layout, found[0])
+        self._layouts, self.sourced = layouts, True
+
+    def operations(self, path: str, name: str) -> dict[str, Point]:
+        """The results of a module's operations by name, at the call that the invoke has got to."""
+        invoke = self._inside(name)
+        if not self.sourced:
+            if self._run is not None:
                 raise InputError(
-                    "the modules that run for this input are others than for the invokes before it",
-                    hint="Give it a trace of its own.",
+                    f"{name} is used for the first time after a value was needed, when the forward pass is under way",
+                    path=path,
+                    hint="Name it before the line that needs a value: such a pass shows its operations from the start.",
                     **positions.fields(here()),
                 )
-        return known
+            self.look_inside()
+        path = self.hosted.paths[path]
+        return self.layout(invoke).operations.get((path, self._calls.get((invoke, path), 0)), {})
 
     def point(self, path: str, port: int, name: Callable[[], str]) -> Point:
         """The access point of a module, at the call that the invoke has got to; ``name()`` is how it is written."""
@@ -98,9 +122,12 @@ class HostedRecorder(Recorder):
         return points[one[4], one[5]].order <= points[other[4], other[5]].order
 
     def _begin(self, data: bytes, constants: list[torch.Tensor], end: bool) -> Run:
+        if not end and self.hosted.sourced and not self.sourced:
+            with contextlib.suppress(InputError):  # a later line may ask for them, or not
+                self.look_inside()
         layout = next((layout for layout in self._layouts if layout is not None), None)
         run = HostedRun(self.hosted, layout or Layout([], {}, {}), self.given, data, constants, end)
-        run.ports, run.stops = self._ports, self.stopped
+        run.ports, run.stops, run.inside = self._ports, self.stopped, self.sourced
         return run
 
     def _go_on(self, ids: list[int], end: bool, adopt: Any) -> list[torch.Tensor]:
@@ -159,6 +186,16 @@ class HostedRecorder(Recorder):
     def must_run(self) -> bool:
         """A forward pass runs to its end, for what it does beside its results."""
         return bool(self.given)
+
+
+def _are_alike(layout: Layout, first: Layout) -> None:
+    """Raises where the pass of an invoke has other access points than the first one's."""
+    if layout is not first and layout.names != first.names:
+        raise InputError(
+            "the modules that run for this input, or their operations, are others than for the invokes before it",
+            hint="Give it a trace of its own.",
+            **positions.fields(here()),
+        )
 
 
 class HostedScanRecorder(ScanRecorder, HostedRecorder):
@@ -260,9 +297,12 @@ class ModuleEnvoy(Envoy):
         self._later("skip()")
 
     @property
-    def source(self) -> NoReturn:
-        """Not in this version."""
-        self._later(".source")
+    def source(self) -> HostedSource:
+        """The torch calls that the module's forward makes itself: ``module.source.add_0.output``.
+
+        ``print(module.source)`` lists them.
+        """
+        return HostedSource(self)
 
     def next(self, calls: int = 1) -> ModuleEnvoy:
         """Makes a later call of the module the one that its lines mean: a module may be called several times."""

@@ -132,6 +132,18 @@ def _hold_back() -> None:
     compiler._callback_from_stance = callback
 
 
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled functions run as they were written on this thread while this is entered."""
+    if "torch._dynamo.eval_frame" in sys.modules:  # else nothing can have been compiled
+        _hold_back()
+    _here.count += 1
+    try:
+        yield
+    finally:
+        _here.count -= 1
+
+
 # ---- custom autograd functions: computed at their line, so that their own backward is part of the graph ----
 
 _Function: Any = torch.autograd.Function
