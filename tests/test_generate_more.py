@@ -12,18 +12,19 @@ from transformers.generation.streamers import BaseStreamer
 
 from nnsight_go import InputError, LanguageModel, _ffi
 from references import gpt2, llama, reference, shared
-from test_generate import CONFIGS, IDS, RAGGED, Made, blocks, padded, theirs_generate
+from test_generate import CONFIGS, IDS, RAGGED, Made, blocks, of_the_engine, padded, theirs_generate
 
 __all__ = ["CONFIGS", "gpt2", "llama"]
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
+@pytest.fixture(scope="module", params=[*CONFIGS, "gpt2 hosted"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    directory = tmp_path_factory.mktemp(request.param)
-    theirs = reference(CONFIGS[request.param])
+    name, _, hosted = request.param.partition(" ")
+    directory = tmp_path_factory.mktemp(name)
+    theirs = reference(CONFIGS[name])
     theirs.generation_config.eos_token_id = None
     theirs.save_pretrained(directory)
-    return LanguageModel(directory, tokenizer=False), theirs
+    return LanguageModel(directory, tokenizer=False, native=False if hosted else None), theirs
 
 
 Real = tuple[LanguageModel, transformers.PreTrainedModel, Any]
@@ -226,6 +227,7 @@ def test_stopping_criteria_are_transformers(made: Made, eos: Any, form: str) -> 
 
 def test_what_the_users_functions_do_wrong(made: Made) -> None:
     model, _ = made
+    of_the_engine(model)
 
     def run(**given: Any) -> None:
         with model.generate(RAGGED, max_new_tokens=3, **given):

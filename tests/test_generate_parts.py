@@ -9,7 +9,7 @@ import torch
 
 from nnsight_go import InputError, LanguageModel, NotSavedError, OutOfOrderError, StepLoopError
 from nnsight_go.generation import Handle
-from test_generate import IDS, RAGGED, Made, blocks, close, made, theirs_generate
+from test_generate import IDS, RAGGED, Made, blocks, close, made, of_the_engine, theirs_generate
 
 __all__ = ["made"]  # the fixture
 
@@ -135,6 +135,7 @@ def test_next_goes_on_to_the_next_step(made: Made) -> None:
 
 def test_next_where_there_is_none(made: Made) -> None:
     model, _ = made
+    of_the_engine(model)
     with (
         pytest.raises(OutOfOrderError, match="no step 2: the generation ended after 2 steps"),
         model.generate(IDS, max_new_tokens=2) as tracer,
@@ -195,6 +196,7 @@ def test_a_cache_begins_at_its_step(made: Made) -> None:
 
 def test_edits_hold_at_every_step(made: Made) -> None:
     model, _ = made
+    of_the_engine(model)  # wrapped models have no edit() yet
     direction = torch.randn(model.lm_head.weight.shape[1], generator=torch.Generator().manual_seed(0))
     with model.edit() as edited:
         blocks(edited)[1].output[0][:] += 3 * direction
@@ -222,6 +224,7 @@ def model_logits(model: LanguageModel) -> torch.Tensor:
 @pytest.mark.parametrize("form", ["for", "with"])
 def test_a_late_step_is_no_longer_than_an_early_one(made: Made, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = made
+    of_the_engine(model)
     sent: list[tuple[int, int]] = []
     step = Handle.step
 

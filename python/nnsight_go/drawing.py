@@ -103,7 +103,7 @@ class Drawing:
                     row.append(token)
             done = drawn.done
             if self._criteria:
-                done = handle.end(self._ends(torch.tensor(rows, device=device)))
+                done = handle.end(self.ends(torch.tensor(rows, device=device)).tolist())
             if self.streamer is not None:
                 self.streamer.put(torch.tensor(drawn.tokens))
         return done
@@ -117,23 +117,38 @@ class Drawing:
     def _chosen(self, handle: Handle, rows: Rows, device: torch.device) -> Drawn:
         scores = handle.scores()
         if self._processors:
-            ids = torch.tensor(rows, device=device)
-            for process in self._processors:
-                scores = process(ids, scores)
-                if not isinstance(scores, torch.Tensor):
-                    raise InputError(
-                        f"a logits processor returned {scores!r}, and scores are a tensor",
-                        hint="End it with `return scores`.",
-                        **positions.fields(here()),
-                    )
+            scores = self.process(torch.tensor(rows, device=device), scores)
         drawn, left = handle.choose(scores)
         if self.scores is not None:
             self.scores.append(left)
         return drawn
 
-    def _ends(self, ids: torch.Tensor) -> list[bool]:
+    @property
+    def processes(self) -> bool:
+        """Whether there are functions that change scores."""
+        return bool(self._processors)
+
+    @property
+    def criteria(self) -> bool:
+        """Whether there are functions that end rows."""
+        return bool(self._criteria)
+
+    def process(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """What the user's functions make of scores ``[batch, vocab]``."""
+        for process in self._processors:
+            scores = process(ids, scores)
+            if not isinstance(scores, torch.Tensor):
+                raise InputError(
+                    f"a logits processor returned {scores!r}, and scores are a tensor",
+                    hint="End it with `return scores`.",
+                    **positions.fields(here()),
+                )
+        return scores
+
+    def ends(self, ids: torch.Tensor, scores: Any = None, **_: Any) -> torch.Tensor:
+        """Which rows the user's functions end: bool ``[batch]``."""
         out = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        scores = None if self.scores is None else tuple(self.scores)
+        scores = scores if self.scores is None else tuple(self.scores)
         for criterion in self._criteria:
             says = criterion(ids, scores)
             told = torch.as_tensor(says, device=ids.device).bool()
@@ -144,8 +159,7 @@ class Drawing:
                     **positions.fields(here()),
                 )
             out |= told
-        found: list[bool] = out.tolist()
-        return found
+        return out
 
 
 class StopStrings:

@@ -129,9 +129,9 @@ class Generating:
 
     def __init__(self, model: LanguageModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.model = model
-        by_name: dict[str, Any] = {k: kwargs.pop(k) for k in ("input_ids", "attention_mask") if k in kwargs}
+        by_name = model._inputs_of(kwargs)
         self._options = kwargs
-        self._own = Continuation(model, args, by_name, kwargs) if args or by_name else None
+        self._own = model._continue(args, by_name, kwargs) if args or by_name else None
         self._at_end: list[Callable[[], None]] = []
         self._invokes = 0
         self._inside = self._used = False
@@ -294,7 +294,7 @@ class Invoker:
             raise InputError(why, hint=hint, **positions.fields(here()))
         assert self._given is not None
         (args, by_name), self._given = self._given, None
-        self._input = Continuation(tracer.model, args, by_name, tracer._options)
+        self._input = tracer.model._continue(args, by_name, tracer._options)
         tracer._invokes += 1
         self._input.enter()
         return self

@@ -79,17 +79,18 @@ class Handle:
 class StepRecorder(Recorder):
     """Records what the program does at one step."""
 
+    _rows: list[list[int]] | None = None  # those of its invoke: the engine knows them
+
     def __init__(self, generation: Generation, step: int) -> None:
         super().__init__(generation.native)
         self.generation, self.step = generation, step
         self.living = Living()
         for edit in generation.edits:
             self._bring(edit)
-        self.invokes.append(Invoke(None))  # the engine knows the rows
+        self.invokes.append(Invoke(self._rows))
         self.invoke = len(self.invokes) - 1
         self.in_loop: Place = None  # inside the body of a `with` loop, which is to be replayed
         self._const_of: dict[int, int] = {}  # values of other steps: their nodes here
-        self._head = self.native.points["lm_head", wire.INPUT].order
         self.tokens_at = -1  # the capture that is the step's tokens
         self._tokens: int | None = None
 
@@ -101,7 +102,7 @@ class StepRecorder(Recorder):
 
     def _leaf_meta(self, invoke: int, order: int, leaf: Leaf, writes: int) -> torch.Tensor:
         rows, tokens = self.batch(invoke)
-        if order >= self._head:  # the head sees the last token alone
+        if order >= self.native.points["lm_head", wire.INPUT].order:  # the head sees the last token alone
             tokens = 1
         return torch.empty(leaf.sizes(rows, tokens), dtype=leaf.dtype, device="meta")
 
@@ -241,17 +242,18 @@ class Generation:
         edits: Sequence[Edit] = (),
         drawing: Drawing | None = None,
     ) -> None:
-        self.native = native
-        self.drawing = drawing or Drawing({})
-        self.edits = edits
-        # Each reads values at the end of a step, and gives what is to be done with them once it has run.
-        self.collectors: list[Callable[[StepRecorder], Callable[[], None]]] = []
+        self._open(native, edits, drawing or Drawing({}))
         each = max(settings["num_return_sequences"], settings["num_beams"])  # rows of each prompt, side by side
         self.sizes = len(rows) * each, max(map(len, rows))
         self.most: int = settings["max_new_tokens"]
         pad = settings["pad_token_id"]
         self.rows = [[pad] * (self.sizes[1] - len(row)) + row for row in rows for _ in range(each)]
         self.handle = Handle(native, rows, masks, settings)
+
+    def _open(self, native: Any, edits: Sequence[Edit], drawing: Drawing) -> None:
+        self.native, self.edits, self.drawing = native, edits, drawing
+        # Each reads values at the end of a step, and gives what is to be done with them once it has run.
+        self.collectors: list[Callable[[StepRecorder], Callable[[], None]]] = []
         self.ran = 0  # steps that have run
         self.ended = False
         self.input: Continuation | None = None
@@ -264,11 +266,14 @@ class Generation:
         """The recording of a step, with the loops before this line replayed into it."""
         rec = self._steps.get(step)
         if rec is None:
-            rec = self._steps[step] = StepRecorder(self, step)
+            rec = self._steps[step] = self._record(step)
             rec._saved = self.saved
         for loop in self.loops:
             loop.replay(rec)
         return rec
+
+    def _record(self, step: int) -> StepRecorder:
+        return StepRecorder(self, step)
 
     @contextmanager
     def at(self, step: int) -> Iterator[StepRecorder]:
@@ -295,15 +300,19 @@ class Generation:
             rec = self.recorder(self.ran)
             with self.at(self.ran):
                 rec.complete()
-            if self.ran == 0:
-                self.drawing.begin(self.rows)
             self.ended = True  # if one of the user's functions fails now, nothing follows
-            self.ended = self.drawing.draw(self.handle, self.rows, self.native.device)
+            self.ended = self._draw()
             del self._steps[self.ran]
             for loop in self.loops:
                 loop.happened(self.ran)
             self.ran += 1
         return self.ran == step and not self.ended
+
+    def _draw(self) -> bool:
+        """Adds the tokens of the step that has run, and tells whether it was the last one."""
+        if self.ran == 0:
+            self.drawing.begin(self.rows)
+        return self.drawing.draw(self.handle, self.rows, self.native.device)
 
     def finish(self, steps: int | None = None) -> torch.Tensor:
         """Runs to the end, or so many steps, and gives all tokens ``[batch, seq]``."""

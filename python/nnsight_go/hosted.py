@@ -78,6 +78,7 @@ class Hosted:
         self._insides: weakref.WeakKeyDictionary[Layout, Layout] = weakref.WeakKeyDictionary()
         self.sourced = False  # a trace has asked for operations
         self.ops: dict[tuple[str, int], Point] = {}  # those of every pass, which native models know
+        self.steps: OrderedDict[Any, list[Layout]] = OrderedDict()  # of generations (hosted_generation)
         self._handles: dict[Any, int] = {}
         self._handle_of: weakref.WeakKeyDictionary[Layout, int] = weakref.WeakKeyDictionary()
         # a parameter goes where its module goes
@@ -214,6 +215,10 @@ class Hosted:
         with self._hooks(hosting.sides(wanted), visit, inside=False):
             self.module(*args, **kwargs)
         return found
+
+    def hooked(self, visit: Visit) -> contextlib.AbstractContextManager[None]:
+        """Calls ``visit`` at both sides of every module while it is entered."""
+        return self._hooks(self._everywhere(), visit, inside=False)
 
     def _everywhere(self) -> dict[str, set[int]]:
         return {path: {wire.INPUT, wire.OUTPUT} for path in self.modules}

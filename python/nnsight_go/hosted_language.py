@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from .model import LanguageModel, _device, _dtype, _local
 from .positions import here
 from .tokenizer import Tokenizer
 from .wrapping import HostedInvoker, HostedRecorder, HostedScanRecorder, HostedTracer, NNsight
+
+if TYPE_CHECKING:
+    from .continuation import Continuation
 
 # What a trace's keywords mean for the tokenizer; all others are the module's own.
 _TOKENIZING = ("add_special_tokens", "max_length", "truncation")
@@ -117,10 +120,12 @@ class HostedLanguageModel(NNsight, LanguageModel):
             named["decoder_input_ids"] = torch.full((len(rows), 1), start, device=self.device)
         return (), named
 
-    def _batch(self, rows: list[list[int]], masks: list[list[int]] | None) -> dict[str, torch.Tensor]:
+    def _batch(
+        self, rows: list[list[int]], masks: list[list[int]] | None, pad: int | None = None
+    ) -> dict[str, torch.Tensor]:
         longest = max(map(len, rows))
         decoder = "position_ids" in self._parameters_of_forward and _decodes(self._module)
-        pad = getattr(self._module.config, "pad_token_id", None) or 0
+        pad = getattr(self._module.config, "pad_token_id", None) or 0 if pad is None else pad
         ids, seen = [], []
         for row, mask in zip(rows, masks or [[1] * len(row) for row in rows], strict=True):
             fill = longest - len(row)
@@ -176,13 +181,36 @@ class HostedLanguageModel(NNsight, LanguageModel):
     def tokenizer(self, value: Any) -> None:
         self._tokenizer_given, self._tokenizer = False if value is None else value, None
 
-    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not in this version: the module's own is ``model._module.generate``."""
-        self._later("generate()")
+    # ---- generation ----
 
-    def stream(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not in this version."""
-        self._later("stream()")
+    def _inputs_of(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Takes the inputs by name out of what ``generate`` was given: tensors, and what is for the tokenizer."""
+        names = ("input_ids", "attention_mask", "add_special_tokens", "truncation")  # max_length is the rows' here
+        return {k: settings.pop(k) for k in list(settings) if k in names or isinstance(settings[k], torch.Tensor)}
+
+    def _continue(self, args: tuple[Any, ...], by_name: dict[str, Any], settings: dict[str, Any]) -> Continuation:
+        able = getattr(self._module, "can_generate", None)
+        if able is None or not able():
+            raise InputError(
+                f"a {type(self._module).__name__} writes no text",
+                hint="Open a model with a head for it, such as a ...ForCausalLM.",
+                **positions.fields(here()),
+            )
+        from .hosted_generation import HostedContinuation
+
+        return HostedContinuation(self, args, by_name, settings)
+
+    def _prompt(self, args: tuple[Any, ...], by_name: dict[str, Any], pad: int) -> dict[str, Any]:
+        """What transformers' ``generate`` is given to continue; ``pad`` fills up short rows."""
+        about = {k: v for k, v in by_name.items() if k in (*_TOKENIZING, "input_ids", "attention_mask")}
+        named = {k: v for k, v in by_name.items() if k not in about}
+        if not args and "input_ids" not in about:
+            return named | about
+        rows, masks = inputs.read(self._tokenizer_for_text, args, about)
+        batch = self._batch(rows, masks, pad)
+        batch.pop("position_ids", None)
+        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+        return batch | named
 
 
 class LanguageTracer(HostedTracer):

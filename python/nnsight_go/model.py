@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 import torch
 
 from . import _ffi, envoy, foreign, hub, positions, renaming, tracebacks
+from .continuation import Continuation
 from .edits import Edit, Editing
 from .envoy import Envoy
 from .errors import InputError, ModelLoadError, NnsightError, RemoteError
@@ -191,6 +192,13 @@ class LanguageModel(Envoy):
             InputError: the input or a setting cannot be used, or there is no room for so many tokens.
         """
         return Generating(self, inputs, settings)
+
+    def _inputs_of(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Takes the inputs by name out of what ``generate`` was given."""
+        return {k: settings.pop(k) for k in ("input_ids", "attention_mask") if k in settings}
+
+    def _continue(self, args: tuple[Any, ...], by_name: dict[str, Any], settings: dict[str, Any]) -> Continuation:
+        return Continuation(self, args, by_name, settings)
 
     def stream(self, *inputs: Any, **settings: Any) -> TextStream:
         """Writes text behind a prompt, in pieces: ``for piece in model.stream("Once", max_new_tokens=50):``.

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import _ffi, positions
-from .continuation import Continuation
 from .errors import InputError
 from .positions import here
 from .recorder import current
@@ -61,8 +60,8 @@ class TextStream(Iterator[str]):
                 **positions.fields(here()),
             )
         skip = bool(options.pop("skip_special_tokens", True))
-        by_name: dict[str, Any] = {k: options.pop(k) for k in ("input_ids", "attention_mask") if k in options}
-        self._generation = Continuation(model, args, by_name, options).generation
+        by_name = model._inputs_of(options)
+        self._generation = model._continue(args, by_name, options).generation
         if len(self._generation.rows) != 1:
             self._generation.close("nothing ran")
             raise InputError(

@@ -12,6 +12,7 @@ import torch
 from . import envoy, positions, renaming, sessions, straight, torchmap, tracebacks
 from .envoy import Envoy
 from .errors import InputError, ModulePathError
+from .generation import StepRecorder
 from .hosted import Given, Hosted, HostedRun, Layout
 from .hosted_source import HostedSource
 from .native import Run, become
@@ -24,7 +25,7 @@ from .stopping import Stop
 from .tracing import Tracer
 from .wire import Kind
 
-_ROW: list[list[int]] = [[0]]  # an invoke of a hosted model is one row to the engine, whatever its input is
+ROW: list[list[int]] = [[0]]  # an invoke of a hosted model is one row to the engine, whatever its input is
 
 
 class HostedRecorder(Recorder):
@@ -45,7 +46,7 @@ class HostedRecorder(Recorder):
 
     def open(self, given: Given) -> None:
         """Begins an invoke."""
-        self.open_invoke(_ROW, None)
+        self.open_invoke(ROW, None)
         self.given.append(given)
         self._layouts.append(None)
 
@@ -89,7 +90,7 @@ class HostedRecorder(Recorder):
         invoke = self.invoke
         if invoke < 0 or self.closed is not None:
             self._inside(name())
-        layout, path = self._layouts[invoke] or self.layout(invoke), self.hosted.paths[path]
+        layout, path = self.layout(invoke), self.hosted.paths[path]
         call = self._calls.get((invoke, path), 0) if self._calls else 0
         point = layout.points.get((f"{path}:{call}" if call else path, port))
         if point is None:
@@ -305,8 +306,13 @@ class ModuleEnvoy(Envoy):
         return HostedSource(self)
 
     def next(self, calls: int = 1) -> ModuleEnvoy:
-        """Makes a later call of the module the one that its lines mean: a module may be called several times."""
+        """Makes a later call of the module the one that its lines mean: a module may be called several times.
+
+        In a generation it goes on to a later step, of all modules.
+        """
         rec = self._recorder("next()")
+        if isinstance(rec, StepRecorder):
+            return super().next(calls)
         assert isinstance(rec, HostedRecorder)
         rec.go_on(self._path, calls)
         return self

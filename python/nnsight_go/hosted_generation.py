@@ -1,0 +1,381 @@
+"""Generation of a hosted language model: transformers' own loop, which waits between its steps.
+
+The loop runs on a thread of its own, one of the two at a time. A step is a pass to the engine: from the end of the
+step before it to the end of the model's forward, so that what an encoder does belongs to step 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from . import hosting, positions, torchmap, wire
+from .continuation import Continuation
+from .drawing import Drawing
+from .errors import InputError, NnsightError, users
+from .generation import Generation, StepRecorder
+from .hosted import Hosted, HostedRun, Layout
+from .hosting import Paused, Spot
+from .native import Run
+from .points import Constant, Leaf, Mapping, Point, Tree
+from .points import Sequence as Items
+from .positions import here
+from .settings import DEFAULT_NEW_TOKENS
+from .straight import Straight
+from .wrapping import ROW, HostedRecorder
+
+if TYPE_CHECKING:
+    from .hosted_language import HostedLanguageModel
+
+_FIRST, _LAST = Spot("", wire.INPUT, 0), Spot("", wire.OUTPUT, 0)  # where a step begins and ends
+_KEPT = 64  # layouts of steps that a model remembers
+_TRIED = 3  # steps of a generation that is tried out: a prompt, and two of which the second is longer
+
+
+class Tokens:
+    """A stopping criterion that stops nothing: it sees the tokens of each step."""
+
+    ids: torch.Tensor | None = None
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """As transformers calls it."""
+        self.ids = ids
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+
+class Stepping(Paused):
+    """The loop on its thread, which stands at an access point, at the end of a step or between two."""
+
+    def __init__(self, hosted: Hosted, loop: Callable[[], Any]) -> None:
+        super().__init__(self._generate)
+        self._hosted, self._loop = hosted, loop
+        self.result: Any = None
+        self._counts: dict[tuple[str, int], int] = {}  # visits of each side of a module so far
+        self._before: dict[tuple[str, int], int] = {}  # and at the beginning of the step
+        self._stands: Spot | None = None
+
+    def _generate(self, visit: hosting.Visit) -> None:
+        with self._hosted.hooked(visit):
+            try:
+                self.result = self._loop()
+            except NnsightError:
+                raise
+            except Exception as error:
+                raise users(error)  # noqa: B904 - it is transformers' own, or that of a function it was given
+
+    def go(self, spot: Spot | None) -> bool:
+        """Goes on to an access point of the step, or to its end, and tells whether it is there."""
+        wanted = spot or _LAST
+        if self._stands != wanted and self._stands != _LAST:
+            super().go(wanted)
+        return self._stands == wanted
+
+    def unwind(self) -> None:
+        """Ends the loop where it stands."""
+        self._stands = None
+        super().unwind()
+
+    def next(self) -> bool:
+        """Lets the tokens of the step that has ended be drawn, and tells whether another one follows."""
+        self._stands, self._before = None, dict(self._counts)
+        return super().go(_FIRST)
+
+    def _visit(self, spot: Spot, value: Any) -> Any:
+        key = (spot.path, spot.port)
+        self._counts[key] = spot.call + 1
+        of_step = Spot(spot.path, spot.port, spot.call - self._before.get(key, 0))
+        if of_step not in (self._target, _LAST):
+            return value
+        self._stands, self._value = of_step, value
+        self._here.release()
+        self._there.acquire()
+        if self._unwinding:
+            raise hosting.Unwind
+        out, self._value = self._value, None
+        return out
+
+
+class StepRun(HostedRun):
+    """One step on its way through the engine and transformers' loop."""
+
+    def __init__(self, stepping: Stepping, hosted: Hosted, layout: Layout, graph: bytes, constants: Any, end: bool):
+        super().__init__(hosted, layout, [((), {})], graph, constants, end)
+        self._paused = stepping
+
+    def free(self) -> None:
+        """Ends the run of the step; the loop goes on."""
+        self._paused = None
+        super().free()
+
+
+class HostedStepRecorder(StepRecorder, HostedRecorder):
+    """Records what the program does at one step."""
+
+    generation: HostedGeneration
+    _rows = ROW
+
+    def __init__(self, generation: HostedGeneration, step: int) -> None:
+        super().__init__(generation, step)
+        self.given.append(((), {}))
+
+    def layout(self, invoke: int) -> Layout:
+        """The access points of the step."""
+        return self.generation.layout(self.step)
+
+    def batch(self, invoke: int) -> tuple[int, int]:
+        """Sizes of access points are known as they are."""
+        return 1, 1
+
+    def _leaf_meta(self, invoke: int, order: int, leaf: Leaf, writes: int) -> torch.Tensor:
+        self.pinned = self.pinned or here()
+        shape = self.generation.sizes_of(self.step, order, leaf.name)
+        return HostedRecorder._leaf_meta(self, invoke, order, dataclasses.replace(leaf, shape=shape), writes)
+
+    def operations(self, path: str, name: str) -> NoReturn:
+        """Refuses: the loop's passes are not looked into."""
+        raise InputError(
+            f"{name} is not known during a generation of a wrapped model",
+            path=path,
+            hint="Use it in `with model.trace(...):`.",
+            **positions.fields(here()),
+        )
+
+    def _do(self, block: Straight, ids: list[int]) -> None:
+        """A step of which nothing is asked."""
+        self.generation.stepping.go(None)
+
+    def _begin(self, data: bytes, constants: list[torch.Tensor], end: bool) -> Run:
+        return StepRun(self.generation.stepping, self.hosted, self.layout(self.invoke), data, constants, end)
+
+
+class HostedGeneration(Generation):
+    """A batch of rows that transformers' loop continues, step by step, with what the program does at each."""
+
+    native: Any
+
+    def __init__(self, model: HostedLanguageModel, given: dict[str, Any], options: dict[str, Any]) -> None:
+        self._hosted: Hosted = model._hosted
+        self._module: Any = model._module
+        self._open(self._hosted, model._edits, Drawing(options))
+        self._inputs, self._options = given, options
+        prompts = self._prompts()
+        self.most = self._new_tokens(prompts.shape[1])
+        each = max(self._setting("num_beams") or 1, self._setting("num_return_sequences") or 1)
+        self.rows = prompts.repeat_interleave(each, 0).tolist()  # side by side
+        self.sizes = len(self.rows), prompts.shape[1]
+        self._layouts: list[Layout] | None = None
+        self._tokens = Tokens()
+        self.stepping = Stepping(self._hosted, self._loop)
+
+    def _setting(self, name: str) -> Any:
+        """What transformers will take a setting for."""
+        if self._options.get(name) is not None:
+            return self._options[name]
+        stored = self._options.get("generation_config") or getattr(self._module, "generation_config", None)
+        return getattr(stored, name, None)
+
+    def _prompts(self) -> torch.Tensor:
+        """The tokens that step 0 sees, ``[batch, seq]``: of an encoder-decoder, what its decoder begins with."""
+        name = "decoder_input_ids" if getattr(self._module.config, "is_encoder_decoder", False) else "input_ids"
+        given = self._inputs.get(name)
+        if given is not None:
+            prompts: torch.Tensor = given
+            return prompts
+        start = self._setting("decoder_start_token_id")
+        start = self._setting("bos_token_id") if start is None else start
+        rows = next((len(x) for x in self._inputs.values() if isinstance(x, torch.Tensor) and x.dim()), 1)
+        return torch.full((rows, 1), start or 0, device=self._hosted.device)
+
+    def _new_tokens(self, prompt: int) -> int:
+        """How many steps there are at most."""
+        new, longest = self._setting("max_new_tokens"), self._setting("max_length")
+        if new is None:
+            new = DEFAULT_NEW_TOKENS if longest is None else longest - prompt
+        if not isinstance(new, int) or new < 1:
+            raise InputError(
+                f"{new} new tokens were asked for (the longest prompt has {prompt})",
+                hint="Give max_new_tokens, the number of tokens to come behind the prompt.",
+                **positions.fields(here()),
+            )
+        return new
+
+    def _loop(self) -> Any:
+        options = dict(self._options)
+        if self.drawing.processes:
+            options["logits_processor"] = [self.drawing.process]
+        criteria = [self.drawing.ends] if self.drawing.criteria else []
+        options["stopping_criteria"] = [*criteria, self._tokens]
+        if self.drawing.scores is not None:
+            options["return_dict_in_generate"] = options["output_scores"] = True
+        return self._module.generate(**self._inputs, streamer=self.drawing.streamer, **options)
+
+    # ---- what steps look like ----
+
+    def layout(self, step: int) -> Layout:
+        """The access points of a step."""
+        if self._layouts is None:
+            self._layouts = self._hosted.steps.get(self._kind(exact=False)) or self._try_out()
+        known = self._layouts
+        return known[min(step, 1, len(known) - 1)]
+
+    def sizes_of(self, step: int, order: int, leaf: str) -> tuple[int, ...]:
+        """The sizes of a tensor at an access point of a step: from one step to the next they grow evenly."""
+        known = self._hosted.steps.get(self._kind(exact=True)) or self._try_out()
+        spot = self.layout(step).spots[order]
+
+        def sizes(layout: Layout) -> list[int]:
+            point = layout.points.get((spot.name, spot.port))
+            for x in hosting.leaves(point.tree) if point else ():
+                if x.name == leaf:
+                    return [int(size) for size in x.shape]
+            raise NotImplementedError("this step goes another way than the others")
+
+        if step < len(known):
+            return tuple(sizes(known[step]))
+        if len(known) < _TRIED:
+            raise NotImplementedError("the sizes of so late a step are not known")
+        pairs = zip(sizes(known[-2]), sizes(known[-1]), strict=True)
+        return tuple(two + (step - len(known) + 1) * (two - one) for one, two in pairs)
+
+    def _kind(self, exact: bool) -> Any:
+        """What decides about the access points of steps, or about all of their sizes."""
+
+        def rough(x: torch.Tensor) -> Any:
+            return (str(x.dtype), x.dim())
+
+        given = self._inputs if exact else hosting.mapped(self._inputs, rough)
+        options = {k: v for k, v in self._options.items() if k != "max_new_tokens"}
+        return exact, min(self.most, _TRIED), hosting.frozen(options), self._hosted.kind(((), given))
+
+    def _try_out(self) -> list[Layout]:
+        """Generates a few tokens from copies, to know what steps come to."""
+        spots: list[list[Spot]] = [[]]
+        trees: list[dict[tuple[str, int], Tree]] = [{}]
+        counts: dict[tuple[str, int], int] = {}
+        begins: dict[tuple[str, int], int] = {}
+
+        def visit(spot: Spot, value: Any) -> Any:
+            nonlocal begins
+            key = (spot.path, spot.port)
+            counts[key] = spot.call + 1
+            of_step = Spot(spot.path, spot.port, spot.call - begins.get(key, 0))
+            spots[-1].append(of_step)
+            trees[-1][of_step.name, of_step.port] = _without_objects(hosting.structure(value))
+            if of_step == _LAST:
+                begins = dict(counts)
+                spots.append([])
+                trees.append({})
+            return value
+
+        options = {k: v for k, v in self._options.items() if k not in ("min_new_tokens", "max_length")}
+        steps = min(self.most, _TRIED)
+        given = hosting.mapped(self._inputs, torch.clone)
+        with self._hosted.aside(), self._hosted.hooked(visit):
+            try:
+                self._module.generate(**given, **options | {"max_new_tokens": steps, "min_new_tokens": steps})
+            except Exception as error:
+                raise users(error)  # noqa: B904
+        layouts = [_layout(s, t) for s, t in zip(spots[:steps], trees[:steps], strict=True) if s]
+        for exact in (True, False):
+            self._hosted.steps[self._kind(exact)] = layouts
+        while len(self._hosted.steps) > _KEPT:
+            self._hosted.steps.popitem(last=False)
+        return layouts
+
+    # ---- steps ----
+
+    def _record(self, step: int) -> StepRecorder:
+        return HostedStepRecorder(self, step)
+
+    def _draw(self) -> bool:
+        more = self.stepping.next()
+        ids = self._tokens.ids
+        if ids is not None:
+            self.rows = ids.tolist()
+        return not more
+
+    def tokens(self, step: int) -> torch.Tensor:
+        """The tokens that the step which is next sees."""
+        rows: Sequence[Any] = self.rows if step == 0 else [row[-1] for row in self.rows]
+        return torch.tensor(rows, device=self._hosted.device)
+
+    def finish(self, steps: int | None = None) -> torch.Tensor:
+        """Runs to the end, or so many steps, and gives all tokens ``[batch, seq]``."""
+        self.run_to(self.most if steps is None else steps)
+        for loop in self.loops:
+            loop.end()
+        result, scores = self.stepping.result, self.drawing.scores
+        if result is None:  # it was stopped
+            return torch.tensor(self.rows, device=self._hosted.device)
+        if scores is not None:
+            scores.extend(result.scores)
+        tokens: torch.Tensor = result if isinstance(result, torch.Tensor) else result.sequences
+        return tokens
+
+    def close(self, why: str) -> None:
+        """Ends the loop where it stands, and gives everything back."""
+        for rec in self._steps.values():
+            rec.close(why)
+        self._steps, self._held, self.loops, self.saved = {}, [], [], {}
+        self.stepping.unwind()
+
+
+class HostedContinuation(Continuation):
+    """An input of a wrapped model, its generation, and the tokens that it gives."""
+
+    def __init__(
+        self, model: HostedLanguageModel, args: tuple[Any, ...], by_name: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        options = dict(options)
+        stored = options.get("generation_config") or getattr(model._module, "generation_config", None)
+        if options.get("pad_token_id") is None:
+            options["pad_token_id"] = _padding(options, stored)
+        given = model._prompt(args, by_name, options["pad_token_id"])
+        self.generation = HostedGeneration(model, given, options)
+        self.generation.input = self
+        self._awaited = []
+        self._tokens = None
+        self._mode = torchmap.Mode()
+
+
+def _padding(options: dict[str, Any], stored: Any) -> int:
+    """What fills rows that are short or have ended, where nobody has said what: as of native models."""
+    pad = getattr(stored, "pad_token_id", None)
+    ends = options.get("eos_token_id")
+    ends = getattr(stored, "eos_token_id", None) if ends is None else ends
+    first = ends[0] if isinstance(ends, list) and ends else ends
+    return int(pad if pad is not None else first if isinstance(first, int) else 0)
+
+
+def _layout(spots: list[Spot], trees: dict[tuple[str, int], Tree]) -> Layout:
+    points = {(s.name, s.port): Point(s.name, s.port, order, trees[s.name, s.port]) for order, s in enumerate(spots)}
+    calls: dict[tuple[str, int], int] = {}
+    for s in spots:
+        calls[s.path, s.port] = max(calls.get((s.path, s.port), 0), s.call + 1)
+    return Layout(spots, points, calls)
+
+
+def _without_objects(tree: Tree) -> Tree:
+    """A structure that keeps no object of the generation that was tried out, such as its keys and values."""
+    match tree:
+        case Constant(value=value):
+            plain = isinstance(value, int | float | str | bool | torch.dtype | torch.device | type(None))
+            return tree if plain else Constant(Unseen(type(value).__name__))
+        case Items():
+            return dataclasses.replace(tree, items=tuple(map(_without_objects, tree.items)))
+        case Mapping():
+            return dataclasses.replace(tree, fields={k: _without_objects(v) for k, v in tree.fields.items()})
+    return tree
+
+
+class Unseen:
+    """Stands for an object that modules hand on, and that a block cannot look into."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __repr__(self) -> str:
+        return f"<a {self._kind}, which a block does not see>"
