@@ -169,8 +169,6 @@ def test_an_encoder_and_a_decoder() -> None:
 
 def test_mistakes(either: Pair, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = hosted(either).model
-    with pytest.raises(InputError, match="generate\\(\\) is not available"):
-        model.generate([1, 2], max_new_tokens=3)
     with pytest.raises(InputError, match="text, and this model was opened without a tokenizer"):
         model.trace("Hello")
     theirs, _ = tiny("bert")
