@@ -9,7 +9,7 @@ import pathlib
 import pickle
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -659,55 +659,54 @@ def test_modules_are_freed() -> None:
     assert _ffi.counters()["handles"] == before
 
 
-def test_threads_on_modules_of_their_own() -> None:
-    failures: list[Any] = []
+def at_once(work: Callable[[Any], None], given: Iterable[Any]) -> None:
+    """Calls a function on a thread for each argument, all at once. Raises the first error of any."""
+    failures: list[BaseException] = []
 
-    def work(seed: int) -> None:
+    def guarded(argument: Any) -> None:
         try:
-            torch.manual_seed(seed)
-            module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-            model, x = NNsight(module), torch.randn(4, 6)
-            for k in range(20):
-                with model.trace(x):
-                    model[1].output = model[1].output * 2
-                    if k % 5 == 0:
-                        float(model[1].output.sum())
-                    out = model.output.save()
-                close(out, module[2](torch.relu(module[0](x)) * 2))
+            work(argument)
         except BaseException as e:
             failures.append(e)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    threads = [threading.Thread(target=guarded, args=(argument,)) for argument in given]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
     assert not failures, failures[0]
+
+
+def test_threads_on_modules_of_their_own() -> None:
+    def work(seed: int) -> None:
+        torch.manual_seed(seed)
+        module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        model, x = NNsight(module), torch.randn(4, 6)
+        for k in range(20):
+            with model.trace(x):
+                model[1].output = model[1].output * 2
+                if k % 5 == 0:
+                    float(model[1].output.sum())
+                out = model.output.save()
+            close(out, module[2](torch.relu(module[0](x)) * 2))
+
+    at_once(work, range(8))
 
 
 def test_threads_on_one_module() -> None:
     module, args, _ = ZOO["mlp"]()
     model = NNsight(module)
-    failures: list[Any] = []
 
     def work(factor: float) -> None:
-        try:
-            for k in range(20):
-                with model.trace(*args):
-                    model[1].output = model[1].output * factor
-                    if k % 5 == 0:
-                        float(model[1].output.sum())
-                    out = model.output.save()
-                close(out, module[2](torch.relu(module[0](*args)) * factor))
-        except BaseException as e:
-            failures.append(e)
+        for k in range(20):
+            with model.trace(*args):
+                model[1].output = model[1].output * factor
+                if k % 5 == 0:
+                    float(model[1].output.sum())
+                out = model.output.save()
+            close(out, module[2](torch.relu(module[0](*args)) * factor))
 
-    threads = [threading.Thread(target=work, args=(float(i),)) for i in range(1, 5)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not failures, failures[0]
+    at_once(work, map(float, range(1, 5)))
 
 
 # ---- what comes with a trace ----

@@ -17,7 +17,7 @@ from torch.overrides import _get_current_function_mode_stack
 import zoo
 from nnsight_go import InputError, ModulePathError, NNsight, OutOfOrderError, _ffi
 from nnsight_go.operations import named
-from test_hosted import close, flat
+from test_hosted import at_once, close, flat
 from zoo import ZOO
 
 
@@ -578,33 +578,21 @@ def test_traces_that_ask_for_none_know_nothing_of_them() -> None:
 def test_memory_and_threads() -> None:
     module, args, _ = ZOO["mlp"]()
     model = NNsight(module)
-    failures: list[BaseException] = []
 
     def work(factor: float) -> None:
-        try:
-            for k in range(20):
-                with model.trace(*args):
-                    relu = model[1].source.relu_0.output
-                    if k % 5 == 0:
-                        float(relu.detach().sum())
-                    model[1].source.relu_0.output = relu * factor
-                    out = model.output.save()
-                close(out, module[2](torch.relu(module[0](*args)) * factor))
-        except BaseException as e:
-            failures.append(e)
+        for k in range(20):
+            with model.trace(*args):
+                relu = model[1].source.relu_0.output
+                if k % 5 == 0:
+                    float(relu.detach().sum())
+                model[1].source.relu_0.output = relu * factor
+                out = model.output.save()
+            close(out, module[2](torch.relu(module[0](*args)) * factor))
 
-    def all_at_once() -> None:
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-        assert not failures, failures[0]
-
-    all_at_once()
+    at_once(work, range(4))
     gc.collect()
     before, running = _ffi.counters(), threading.active_count()
-    all_at_once()
+    at_once(work, range(4))
     gc.collect()
     assert _ffi.counters() == before and threading.active_count() == running
     nothing_is_left(module)

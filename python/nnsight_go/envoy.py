@@ -136,9 +136,7 @@ class Envoy(Placed):
         return "A fused operation of the engine does its work: use the module around it."
 
     def _read(self, port: int) -> Any:
-        rec = current.recorder
-        if rec is None or rec.native is not self._native:
-            rec = self._recorder(_PORTS[port])
+        rec = self._recorder(_PORTS[port])
         point = self._point(port)
         if rec.skipped:
             skipping.check(rec, self._path, port)
@@ -147,7 +145,7 @@ class Envoy(Placed):
         seen = rec.bound.get(key)
         if seen is None:
             tree = point.tree
-            if type(tree) is Leaf:
+            if type(tree) is Leaf:  # most are, and no name of theirs is shown
                 seen = rec.read(point, tree)
             else:
                 seen = structures.build(rec, point, tree, f"model.{point.text}" if self._path else point.text)

@@ -165,10 +165,10 @@ class StepRecorder(Recorder):
                 capture.version = capture.original._version
         return super()._go_on(ids, end, adopt)
 
-    def _inside(self, what: str) -> int:
+    def _inside(self, what: Callable[[], str]) -> int:
         if self.step < self.generation.ran:
             raise OutOfOrderError(
-                f"{what} is of step {self.step}, which has run",
+                f"{what()} is of step {self.step}, which has run",
                 hint="Write lines of later steps into `for step in tracer.iter[...]:`.",
                 **positions.fields(here()),
             )
@@ -327,6 +327,9 @@ class Generation:
         for rec in self._steps.values():
             rec.close(why)
         self._steps, self._held, self.loops, self.saved = {}, [], [], {}
+        self._free()
+
+    def _free(self) -> None:
         self.handle.free()
 
 

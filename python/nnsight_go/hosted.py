@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from . import _ffi, hosting, operations, positions, wire
-from .errors import InputError, NnsightError, users
+from .errors import InputError
 from .hosting import Paused, Spot, Unwind, Visit
 from .native import Run, _close, _pointers, started
 from .points import Point, Tree
@@ -41,6 +41,17 @@ class Layout:
     spots: list[Spot]
     points: dict[tuple[str, int], Point]
     calls: dict[tuple[str, int], int]  # how often a module is called, by path and port
+
+    @classmethod
+    def of(cls, spots: list[Spot], trees: dict[tuple[str, int], Tree]) -> Layout:
+        """The layout of a pass that came to these access points, where things of these structures stood."""
+        points = {
+            (s.name, s.port): Point(s.name, s.port, order, trees[s.name, s.port]) for order, s in enumerate(spots)
+        }
+        calls: dict[tuple[str, int], int] = {}
+        for s in spots:
+            calls[s.path, s.port] = max(calls.get((s.path, s.port), 0), s.call + 1)
+        return cls(spots, points, calls)
 
     @functools.cached_property
     def names(self) -> tuple[tuple[str, int, tuple[str, ...]], ...]:
@@ -164,13 +175,7 @@ class Hosted:
                 self._really(given, visit, inside)
         if alone is not None:
             return operations.between(alone, self.modules, spots, trees)
-        points = {
-            (s.name, s.port): Point(s.name, s.port, order, trees[s.name, s.port]) for order, s in enumerate(spots)
-        }
-        calls: dict[tuple[str, int], int] = {}
-        for s in spots:
-            calls[s.path, s.port] = max(calls.get((s.path, s.port), 0), s.call + 1)
-        return Layout(spots, points, calls)
+        return Layout.of(spots, trees)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[Callable[[], bool]]:
@@ -241,7 +246,16 @@ class Hosted:
         if not named and not inside:
             return hosting.hooks(self.modules, ports, visit, self.wrapped)
         sides = {path: sides for path, sides in ports.items() if path not in named}
-        return operations.hooks(self.modules, sides, visit, self.wrapped, None if inside else named)
+        return self._seeing(sides, visit, None if inside else named)
+
+    @contextlib.contextmanager
+    def _seeing(self, sides: dict[str, set[int]], visit: Visit, wanted: set[str] | None) -> Iterator[None]:
+        """Hooks, and the mode that sees operations: of these names, or all."""
+        with (
+            operations.seen(self.modules, visit, wanted) as at_side,
+            hosting.hooks(self.modules, sides, at_side, self.wrapped),
+        ):
+            yield
 
     # ---- runs ----
 
@@ -264,12 +278,7 @@ class Hosted:
 
     def run(self, given: Given) -> None:
         """A forward pass that nobody looks into."""
-        try:
-            self.module(*given[0], **given[1])
-        except NnsightError:
-            raise
-        except Exception as error:
-            raise users(error)  # noqa: B904 - it is the module's own error
+        hosting.called(self.module, *given[0], **given[1])
 
     def forward(self, given: Given, ports: dict[str, set[int]], visit: Visit, inside: bool = False) -> None:
         """A forward pass that is visited at sides of modules, and at operations.
@@ -301,8 +310,7 @@ class Hosted:
             if ids is None:
                 return value
             tree = layout.points[key].tree
-            names = [leaf.name for leaf in hosting.leaves(tree)]
-            leaves: dict[str, Any] = dict(zip(names, self.tensors(spot, tree, value), strict=True))
+            leaves = self.tensors(spot, tree, value)
             if block.do(ids, leaves):
                 value = hosting.replaced(value, leaves)
             if stops and not missing:
@@ -317,8 +325,8 @@ class Hosted:
         if missing:
             raise self.missed(next(s for s in layout.spots if (s.name, s.port) in missing))
 
-    def tensors(self, spot: Spot, tree: Tree, value: Any) -> list[torch.Tensor | None]:
-        """The tensors of what stands at an access point.
+    def tensors(self, spot: Spot, tree: Tree, value: Any) -> dict[str, Any]:
+        """The tensors of what stands at an access point by their names, in order; None for one that is not there.
 
         Raises:
             InputError: it has not the structure that it is known to have.
@@ -327,7 +335,7 @@ class Hosted:
         if found is None:
             self.forget()
             raise hosting.mismatch(spot, tree, value)
-        return found
+        return dict(zip([leaf.name for leaf in hosting.leaves(tree)], found, strict=True))
 
     def missed(self, spot: Spot) -> InputError:
         """The error of an access point that a pass did not come to."""
@@ -403,7 +411,7 @@ class HostedRun(Run):
     def _feed(self, spot: Spot, value: Any) -> tuple[tuple[int, int] | None, Any]:
         """Hands over what stands at an access point; gives what is wanted next, and what is to stand there."""
         tree = self._layout.points[spot.name, spot.port].tree
-        found = self._hosted.tensors(spot, tree, value)
+        found = list(self._hosted.tensors(spot, tree, value).values())
         with _pointers(found) as pointers:
             _ffi.check(_ffi.lib().nng_run_feed, self._handle, pointers, len(found))
         wanted = self._step()

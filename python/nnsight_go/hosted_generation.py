@@ -7,23 +7,22 @@ step before it to the end of the model's forward, so that what an encoder does b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from . import hosting, positions, torchmap, wire
+from . import hosting, positions, settings, torchmap, wire
 from .continuation import Continuation
 from .drawing import Drawing
-from .errors import InputError, NnsightError, users
+from .errors import InputError
 from .generation import Generation, StepRecorder
 from .hosted import Hosted, HostedRun, Layout
 from .hosting import Paused, Spot
 from .native import Run
-from .points import Constant, Leaf, Mapping, Point, Tree
+from .points import Constant, Leaf, Mapping, Tree
 from .points import Sequence as Items
 from .positions import here
-from .settings import DEFAULT_NEW_TOKENS
 from .straight import Straight
 from .wrapping import ROW, HostedRecorder
 
@@ -46,6 +45,24 @@ class Tokens:
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
+class _OfStep:
+    """Counts calls of modules from the beginning of each step; hooks count them from that of the loop."""
+
+    def __init__(self) -> None:
+        self._calls: dict[tuple[str, int], int] = {}  # of each side of a module so far
+        self._before: dict[tuple[str, int], int] = {}  # and when the step began
+
+    def at(self, spot: Spot) -> Spot:
+        """The access point of the step that the loop has come to."""
+        side = (spot.path, spot.port)
+        self._calls[side] = spot.call + 1
+        return Spot(*side, spot.call - self._before.get(side, 0))
+
+    def begin(self) -> None:
+        """Begins the next step."""
+        self._before = dict(self._calls)
+
+
 class Stepping(Paused):
     """The loop on its thread, which stands at an access point, at the end of a step or between two."""
 
@@ -53,18 +70,12 @@ class Stepping(Paused):
         super().__init__(self._generate)
         self._hosted, self._loop = hosted, loop
         self.result: Any = None
-        self._counts: dict[tuple[str, int], int] = {}  # visits of each side of a module so far
-        self._before: dict[tuple[str, int], int] = {}  # and at the beginning of the step
+        self._counted = _OfStep()
         self._stands: Spot | None = None
 
     def _generate(self, visit: hosting.Visit) -> None:
         with self._hosted.hooked(visit):
-            try:
-                self.result = self._loop()
-            except NnsightError:
-                raise
-            except Exception as error:
-                raise users(error)  # noqa: B904 - it is transformers' own, or that of a function it was given
+            self.result = hosting.called(self._loop)
 
     def go(self, spot: Spot | None) -> bool:
         """Goes on to an access point of the step, or to its end, and tells whether it is there."""
@@ -80,13 +91,12 @@ class Stepping(Paused):
 
     def next(self) -> bool:
         """Lets the tokens of the step that has ended be drawn, and tells whether another one follows."""
-        self._stands, self._before = None, dict(self._counts)
+        self._stands = None
+        self._counted.begin()
         return super().go(_FIRST)
 
     def _visit(self, spot: Spot, value: Any) -> Any:
-        key = (spot.path, spot.port)
-        self._counts[key] = spot.call + 1
-        of_step = Spot(spot.path, spot.port, spot.call - self._before.get(key, 0))
+        of_step = self._counted.at(spot)
         if of_step not in (self._target, _LAST):
             return value
         self._stands, self._value = of_step, value
@@ -125,9 +135,7 @@ class HostedStepRecorder(StepRecorder, HostedRecorder):
         """The access points of the step."""
         return self.generation.layout(self.step)
 
-    def batch(self, invoke: int) -> tuple[int, int]:
-        """Sizes of access points are known as they are."""
-        return 1, 1
+    batch = HostedRecorder.batch
 
     def _leaf_meta(self, invoke: int, order: int, leaf: Leaf, writes: int) -> torch.Tensor:
         self.pinned = self.pinned or here()
@@ -171,11 +179,7 @@ class HostedGeneration(Generation):
         self.stepping = Stepping(self._hosted, self._loop)
 
     def _setting(self, name: str) -> Any:
-        """What transformers will take a setting for."""
-        if self._options.get(name) is not None:
-            return self._options[name]
-        stored = self._options.get("generation_config") or getattr(self._module, "generation_config", None)
-        return getattr(stored, name, None)
+        return _setting(self._module, self._options, name)
 
     def _prompts(self) -> torch.Tensor:
         """The tokens that step 0 sees, ``[batch, seq]``: of an encoder-decoder, what its decoder begins with."""
@@ -193,14 +197,9 @@ class HostedGeneration(Generation):
         """How many steps there are at most."""
         new, longest = self._setting("max_new_tokens"), self._setting("max_length")
         if new is None:
-            new = DEFAULT_NEW_TOKENS if longest is None else longest - prompt
-        if not isinstance(new, int) or new < 1:
-            raise InputError(
-                f"{new} new tokens were asked for (the longest prompt has {prompt})",
-                hint="Give max_new_tokens, the number of tokens to come behind the prompt.",
-                **positions.fields(here()),
-            )
-        return new
+            new = settings.DEFAULT_NEW_TOKENS if longest is None else longest - prompt
+        settings.check_new_tokens(new, prompt)
+        return int(new)
 
     def _loop(self) -> Any:
         options = dict(self._options)
@@ -254,18 +253,14 @@ class HostedGeneration(Generation):
         """Generates a few tokens from copies, to know what steps come to."""
         spots: list[list[Spot]] = [[]]
         trees: list[dict[tuple[str, int], Tree]] = [{}]
-        counts: dict[tuple[str, int], int] = {}
-        begins: dict[tuple[str, int], int] = {}
+        counted = _OfStep()
 
         def visit(spot: Spot, value: Any) -> Any:
-            nonlocal begins
-            key = (spot.path, spot.port)
-            counts[key] = spot.call + 1
-            of_step = Spot(spot.path, spot.port, spot.call - begins.get(key, 0))
+            of_step = counted.at(spot)
             spots[-1].append(of_step)
             trees[-1][of_step.name, of_step.port] = _without_objects(hosting.structure(value))
             if of_step == _LAST:
-                begins = dict(counts)
+                counted.begin()
                 spots.append([])
                 trees.append({})
             return value
@@ -274,11 +269,9 @@ class HostedGeneration(Generation):
         steps = min(self.most, _TRIED)
         given = hosting.mapped(self._inputs, torch.clone)
         with self._hosted.aside(), self._hosted.hooked(visit):
-            try:
-                self._module.generate(**given, **options | {"max_new_tokens": steps, "min_new_tokens": steps})
-            except Exception as error:
-                raise users(error)  # noqa: B904
-        layouts = [_layout(s, t) for s, t in zip(spots[:steps], trees[:steps], strict=True) if s]
+            options |= {"max_new_tokens": steps, "min_new_tokens": steps}
+            hosting.called(self._module.generate, **given, **options)
+        layouts = [Layout.of(s, t) for s, t in zip(spots[:steps], trees[:steps], strict=True) if s]
         for exact in (True, False):
             self._hosted.steps[self._kind(exact)] = layouts
         while len(self._hosted.steps) > _KEPT:
@@ -297,11 +290,6 @@ class HostedGeneration(Generation):
             self.rows = ids.tolist()
         return not more
 
-    def tokens(self, step: int) -> torch.Tensor:
-        """The tokens that the step which is next sees."""
-        rows: Sequence[Any] = self.rows if step == 0 else [row[-1] for row in self.rows]
-        return torch.tensor(rows, device=self._hosted.device)
-
     def finish(self, steps: int | None = None) -> torch.Tensor:
         """Runs to the end, or so many steps, and gives all tokens ``[batch, seq]``."""
         self.run_to(self.most if steps is None else steps)
@@ -315,11 +303,7 @@ class HostedGeneration(Generation):
         tokens: torch.Tensor = result if isinstance(result, torch.Tensor) else result.sequences
         return tokens
 
-    def close(self, why: str) -> None:
-        """Ends the loop where it stands, and gives everything back."""
-        for rec in self._steps.values():
-            rec.close(why)
-        self._steps, self._held, self.loops, self.saved = {}, [], [], {}
+    def _free(self) -> None:
         self.stepping.unwind()
 
 
@@ -330,9 +314,8 @@ class HostedContinuation(Continuation):
         self, model: HostedLanguageModel, args: tuple[Any, ...], by_name: dict[str, Any], options: dict[str, Any]
     ) -> None:
         options = dict(options)
-        stored = options.get("generation_config") or getattr(model._module, "generation_config", None)
-        if options.get("pad_token_id") is None:
-            options["pad_token_id"] = _padding(options, stored)
+        pad, ends = (_setting(model._module, options, name) for name in ("pad_token_id", "eos_token_id"))
+        options["pad_token_id"] = settings.padding(pad, settings.ids_of(ends))
         given = model._prompt(args, by_name, options["pad_token_id"])
         self.generation = HostedGeneration(model, given, options)
         self.generation.input = self
@@ -341,21 +324,12 @@ class HostedContinuation(Continuation):
         self._mode = torchmap.Mode()
 
 
-def _padding(options: dict[str, Any], stored: Any) -> int:
-    """What fills rows that are short or have ended, where nobody has said what: as of native models."""
-    pad = getattr(stored, "pad_token_id", None)
-    ends = options.get("eos_token_id")
-    ends = getattr(stored, "eos_token_id", None) if ends is None else ends
-    first = ends[0] if isinstance(ends, list) and ends else ends
-    return int(pad if pad is not None else first if isinstance(first, int) else 0)
-
-
-def _layout(spots: list[Spot], trees: dict[tuple[str, int], Tree]) -> Layout:
-    points = {(s.name, s.port): Point(s.name, s.port, order, trees[s.name, s.port]) for order, s in enumerate(spots)}
-    calls: dict[tuple[str, int], int] = {}
-    for s in spots:
-        calls[s.path, s.port] = max(calls.get((s.path, s.port), 0), s.call + 1)
-    return Layout(spots, points, calls)
+def _setting(module: Any, options: dict[str, Any], name: str) -> Any:
+    """What transformers will take a setting for."""
+    if options.get(name) is not None:
+        return options[name]
+    stored = options.get("generation_config") or getattr(module, "generation_config", None)
+    return getattr(stored, name, None)
 
 
 def _without_objects(tree: Tree) -> Tree:

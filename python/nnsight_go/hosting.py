@@ -17,13 +17,23 @@ from typing import Any
 import torch
 
 from . import wire
-from .errors import InputError
+from .errors import InputError, NnsightError, users
 from .points import Constant, Leaf, Mapping, Sequence, Tree
 
 # Called where a pass comes to an access point, with its value; gives the value to go on with.
 Visit = Callable[["Spot", Any], Any]
 
 _keys = itertools.count()
+
+
+def called(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """What a user's own function gives; an error of it is shown as theirs."""
+    try:
+        return function(*args, **kwargs)
+    except NnsightError:
+        raise
+    except Exception as error:
+        raise users(error)  # noqa: B904
 
 
 class Unwind(BaseException):

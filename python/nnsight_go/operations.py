@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from . import hosting, positions, wire
+from . import positions, wire
 from .errors import InputError
 from .hosting import Mounted, Spot, Visit
 from .points import Point, Tree
@@ -120,21 +120,10 @@ def _has_tensors(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def hooks(
-    modules: dict[str, torch.nn.Module],
-    ports: dict[str, set[int]],
-    visit: Visit,
-    wrapped: set[str],
-    wanted: Container[str] | None,
-) -> Iterator[None]:
-    """Calls ``visit`` at sides of modules, as ``hosting.hooks`` does, and at the results of operations.
+def seen(modules: dict[str, torch.nn.Module], visit: Visit, wanted: Container[str] | None) -> Iterator[Visit]:
+    """Calls ``visit`` at the results of operations of modules while it is entered, in passes of this thread.
 
-    Args:
-        modules: by path.
-        ports: by path: which sides.
-        visit: what to call.
-        wrapped: modules whose bare output is shown as a tuple of one.
-        wanted: names of operations, or None for all.
+    ``wanted`` are the names of operations, or None for all. Gives what is to be called at sides of modules.
     """
     calls, mount = _Calls(visit, wanted), Mounted()
     try:
@@ -142,8 +131,8 @@ def hooks(
             mount(module._forward_pre_hooks, calls.enters(path))
             mount(module._forward_hooks, calls.leaves(path))
             mount(module._forward_hooks_always_called, True)
-        with hosting.hooks(modules, ports, calls.at_side, wrapped), transforms.uncompiled(), calls:
-            yield
+        with transforms.uncompiled(), calls:
+            yield calls.at_side
     finally:
         mount.undo()
 

@@ -331,12 +331,13 @@ class Recorder:
 
     # ---- access points ----
 
-    def _inside(self, what: str) -> int:
+    def _inside(self, what: Callable[[], str]) -> int:
+        """The invoke that is open. Where none is, the error speaks of ``what()``."""
         if self.closed is not None:
-            raise NotSavedError(f"{what} cannot be used any more: {self.closed}")
+            raise NotSavedError(f"{what()} cannot be used any more: {self.closed}")
         if self.invoke < 0:
             raise InputError(
-                f"{what} is used outside of every invoke",
+                f"{what()} is used outside of every invoke",
                 hint="In a trace without input of its own, use modules inside `with tracer.invoke(...):`.",
                 **positions.fields(here()),
             )
@@ -348,9 +349,7 @@ class Recorder:
         Reads move it as well, where they are recorded (``read``). Raises ``OutOfOrderError`` where the point
         is written to after a later one was named.
         """
-        invoke = self.invoke
-        if invoke < 0 or self.closed is not None:
-            self._inside(point.text)
+        invoke = self._inside(lambda: point.text)
         if not writing:
             return invoke
         named = self._named.setdefault(invoke, {})
@@ -368,12 +367,9 @@ class Recorder:
 
     def read(self, point: Point, leaf: Leaf) -> Proxy:
         """Records reading one tensor of an access point."""
-        invoke, place, node = self.invoke, here(), len(self.nodes)
-        self.made.append((self._leaf_meta, (invoke, point.order, leaf, len(self._writes.get(invoke, ()))), None))
-        if invoke < 0:
-            invoke = self._owner()
-        self.nodes.append((_READ, invoke, place, mode_now(), point.path, point.port, 0, leaf.name))
-        self._named.setdefault(self.invoke, {})[node] = (point, place)
+        made = (self._leaf_meta, (self.invoke, point.order, leaf, len(self._writes.get(self.invoke, ()))), None)
+        node = self._add(_READ, made, point.path, point.port, 0, leaf.name)
+        self._named.setdefault(self.invoke, {})[node] = (point, self.nodes[node][2])
         self._fresh.add(node)
         return Proxy._make(self, node)
 

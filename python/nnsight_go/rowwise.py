@@ -215,8 +215,7 @@ class _Visitor:
             return value
         self.missing.discard(key)
         tree = self._layout.points[key].tree
-        names = [leaf.name for leaf in hosting.leaves(tree)]
-        whole = dict(zip(names, self._hosted.tensors(spot, tree, value), strict=True))
+        whole = self._hosted.tensors(spot, tree, value)
         changed: dict[str, torch.Tensor] = {}
         if key in self._block.edited:
             for name, tensor in whole.items():
@@ -230,7 +229,7 @@ class _Visitor:
             parts = {n: t if t is None else self._cut(key, n).part(t, row, rows) for n, t in whole.items()}
             after = dict(parts)
             if self._block.do(ids, after):
-                for name in names:
+                for name in whole:
                     if after[name] is not parts[name]:
                         new.setdefault(name, {})[invoke] = _fitting(after[name], parts[name])
         for name, by_invoke in new.items():

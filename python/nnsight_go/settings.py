@@ -62,16 +62,9 @@ def collect(given: Mapping[str, Any], directory: Path, prompt: int) -> dict[str,
     else:
         new = chosen["max_length"] - prompt
     least = max(chosen.get("min_new_tokens") or 0, (chosen.get("min_length") or 0) - prompt)
-    if not isinstance(new, int) or new < 1:
-        raise InputError(
-            f"{new} new tokens were asked for (the longest prompt has {prompt})",
-            hint="Give max_new_tokens, the number of tokens to come behind the prompt.",
-            **positions.fields(here()),
-        )
-    eos = chosen.get("eos_token_id")
-    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    check_new_tokens(new, prompt)
+    ends = ids_of(chosen.get("eos_token_id"))
     sample = bool(chosen.get("do_sample", False))
-    pad = chosen.get("pad_token_id")
     returned = int(_number(chosen, "num_return_sequences", 1))
     beams = int(_number(chosen, "num_beams", 1))
     early = chosen.get("early_stopping") or False
@@ -93,7 +86,7 @@ def collect(given: Mapping[str, Any], directory: Path, prompt: int) -> dict[str,
         "max_new_tokens": new,
         "min_new_tokens": least,
         "eos_token_id": ends,
-        "pad_token_id": pad if pad is not None else ends[0] if ends else 0,
+        "pad_token_id": padding(chosen.get("pad_token_id"), ends),
         "do_sample": sample,
         "num_return_sequences": returned,
         "num_beams": beams,
@@ -108,6 +101,26 @@ def collect(given: Mapping[str, Any], directory: Path, prompt: int) -> dict[str,
         "repetition_penalty": _number(chosen, "repetition_penalty", 1.0),
         "no_repeat_ngram_size": int(_number(chosen, "no_repeat_ngram_size", 0)),
     }
+
+
+def check_new_tokens(new: Any, prompt: int) -> None:
+    """Raises where ``new`` is no number of tokens to come behind a prompt of so many."""
+    if not isinstance(new, int) or new < 1:
+        raise InputError(
+            f"{new} new tokens were asked for (the longest prompt has {prompt})",
+            hint="Give max_new_tokens, the number of tokens to come behind the prompt.",
+            **positions.fields(here()),
+        )
+
+
+def ids_of(eos: Any) -> list[int]:
+    """The tokens that end a row, of a setting that is one, several or None."""
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def padding(pad: int | None, ends: list[int]) -> int:
+    """What fills rows that are short or have ended: the first token that ends one, where nobody has said what."""
+    return pad if pad is not None else ends[0] if ends else 0
 
 
 def _number(chosen: Mapping[str, Any], name: str, default: float) -> float:

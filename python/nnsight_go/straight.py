@@ -177,6 +177,7 @@ def plan(rec: HostedRecorder, wanted: list[int]) -> Straight | None:
     if rec.gradients is not None or len(made) != len(nodes) or mode_now() != rec.mode or not _unchanged(rec):
         return None
     uses: list[list[int]] = [[]] * len(nodes)
+    changed: dict[int, Any] = {}  # by node: what it changes in place
     live = bytearray(len(nodes))
     for id in wanted:
         live[id] = 1
@@ -188,21 +189,26 @@ def plan(rec: HostedRecorder, wanted: list[int]) -> Straight | None:
         if kind not in _NO_REFERENCES:
             if kind == _CALL and not node[4].startswith("aten::"):
                 return None
-            if live[id] or kind == _WRITE or _changed(node) is not None:
+            target = _changed(node)
+            if target is not None:
+                changed[id] = target
+            if live[id] or kind == _WRITE or target is not None:
                 live[id] = 1
                 uses[id] = refs = list(wire.references(node))
                 for ref in refs:
                     live[ref] = 1
-    edits = {node[1] for id, node in enumerate(nodes) if live[id] and (node[0] == _WRITE or _changed(node) is not None)}
     out = Straight(rec)
     out.last = dict.fromkeys(wanted, len(nodes))  # never
-    return out if _placed(out, rec, uses, live, edits) else None
+    return out if _placed(out, rec, uses, live, changed) else None
 
 
-def _placed(out: Straight, rec: HostedRecorder, uses: list[list[int]], live: bytearray, edits: set[int]) -> bool:
+def _placed(
+    out: Straight, rec: HostedRecorder, uses: list[list[int]], live: bytearray, changed: dict[int, Any]
+) -> bool:
     """Says where each node is done. False where one cannot be done where the pass stands then."""
     at: list[tuple[float, Key | None]] = [(-1, None)] * len(rec.invokes)
     reads: list[frozenset[tuple[int, float]]] = [frozenset()] * len(rec.nodes)  # of what a value is made
+    edits = {node[1] for id, node in enumerate(rec.nodes) if node[0] == _WRITE or id in changed}
     last = out.last
     for id, node in enumerate(rec.nodes):
         if not live[id]:
@@ -229,14 +235,14 @@ def _placed(out: Straight, rec: HostedRecorder, uses: list[list[int]], live: byt
             last[ref] = max(last.get(ref, -1), id)
             reads[id] |= reads[ref]
             out.mixes = out.mixes or rec.nodes[ref][1] != invoke
-        changed = _changed(node)
-        if changed is not None:
+        target = changed.get(id)
+        if target is not None:
             if node[0] == _CALL and node[4].partition("::")[2] in RESHAPING:
                 return False
-            if changed[0] != 0 or reads[changed[1]] != {(invoke, at[invoke][0])}:
+            if target[0] != 0 or reads[target[1]] != {(invoke, at[invoke][0])}:
                 return False  # a value that the pass has left behind, or that belongs to somebody else
         point = at[invoke][1]
-        if changed is not None or kind == _WRITE:
+        if target is not None or kind == _WRITE:
             out.edited.add(point)
         (out.first[invoke] if point is None else out.steps[invoke].setdefault(point, [])).append(id)
     return True

@@ -72,7 +72,7 @@ class HostedRecorder(Recorder):
 
     def operations(self, path: str, name: str) -> dict[str, Point]:
         """The results of a module's operations by name, at the call that the invoke has got to."""
-        invoke = self._inside(name)
+        invoke = self._inside(lambda: name)
         if not self.sourced:
             if self._run is not None:
                 raise InputError(
@@ -87,9 +87,7 @@ class HostedRecorder(Recorder):
 
     def point(self, path: str, port: int, name: Callable[[], str]) -> Point:
         """The access point of a module, at the call that the invoke has got to; ``name()`` is how it is written."""
-        invoke = self.invoke
-        if invoke < 0 or self.closed is not None:
-            self._inside(name())
+        invoke = self._inside(name)
         layout, path = self.layout(invoke), self.hosted.paths[path]
         call = self._calls.get((invoke, path), 0) if self._calls else 0
         point = layout.points.get((f"{path}:{call}" if call else path, port))
@@ -108,7 +106,7 @@ class HostedRecorder(Recorder):
 
     def go_on(self, path: str, calls: int) -> None:
         """Makes a later call of a module the one that its lines mean."""
-        key = (self._inside(path), self.hosted.paths[path])
+        key = (self._inside(lambda: path), self.hosted.paths[path])
         self._calls[key] = self._calls.get(key, 0) + calls
 
     def batch(self, invoke: int) -> tuple[int, int]:
