@@ -25,9 +25,11 @@ from .points import Sequence as Items
 from .positions import here
 from .settings import DEFAULT_NEW_TOKENS
 from .straight import Straight
+from .wire import Kind
 from .wrapping import ROW, HostedRecorder
 
 if TYPE_CHECKING:
+    from .edits import Edit
     from .hosted_language import HostedLanguageModel
 
 _FIRST, _LAST = Spot("", wire.INPUT, 0), Spot("", wire.OUTPUT, 0)  # where a step begins and ends
@@ -124,6 +126,19 @@ class HostedStepRecorder(StepRecorder, HostedRecorder):
     def layout(self, invoke: int) -> Layout:
         """The access points of the step."""
         return self.generation.layout(self.step)
+
+    def _bring(self, edit: Edit) -> None:
+        """Puts an edit ahead of the step's lines. One of what runs in step 0 alone, an encoder, is done then."""
+        points = self.layout(0).points
+        named = ((node[4], node[5]) for node in edit.recording.nodes if node[0] in (Kind.READ, Kind.WRITE))
+        if self.step == 0 or all(point in points for point in named):
+            super()._bring(edit)
+
+    def complete(self) -> None:
+        """Runs the step to its end, edits included. Every value of it that is in use somewhere becomes its tensor."""
+        last = self._carry_on()  # in use until the step has run
+        super().complete()
+        del last
 
     def batch(self, invoke: int) -> tuple[int, int]:
         """Sizes of access points are known as they are."""
