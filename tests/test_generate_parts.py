@@ -196,7 +196,6 @@ def test_a_cache_begins_at_its_step(made: Made) -> None:
 
 def test_edits_hold_at_every_step(made: Made) -> None:
     model, _ = made
-    of_the_engine(model)  # wrapped models have no edit() yet
     direction = torch.randn(model.lm_head.weight.shape[1], generator=torch.Generator().manual_seed(0))
     with model.edit() as edited:
         blocks(edited)[1].output[0][:] += 3 * direction

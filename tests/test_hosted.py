@@ -491,7 +491,7 @@ def test_mistakes() -> None:
     with pytest.raises(InputError, match="an invoke of a module needs an input"), model.trace() as tracer:
         tracer.invoke().__enter__()
     with pytest.raises(InputError, match="not available for wrapped modules"):
-        model.edit()
+        model.inner.skip(None)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -746,7 +746,6 @@ def test_what_is_not_there_yet() -> None:
     with model.trace(*args) as tracer:
         model[1].output.save()
     uses: list[Callable[[], Any]] = [
-        lambda: model.edit(),
         lambda: model[0].skip(args[0]),
         lambda: tracer.graph.run(model),
     ]

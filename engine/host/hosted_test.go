@@ -74,6 +74,20 @@ func TestAHostedRunStopsWhereItNeedsAnAccessPoint(t *testing.T) {
 	require.Equal(t, map[int][]float32{0: {7, 7}}, given)
 }
 
+func TestATraceChangesInPlaceWhatAnEditHasGiven(t *testing.T) {
+	p := &program{}
+	p.Invokes = append(p.Invokes, graph.Invoke{Edit: true})
+	p.write("layers.1", "", p.call("add", p.read("layers.1", ""), graph.Int(1), graph.Int(1)))
+	p.on([]int64{0})
+	h := p.read("layers.1", "")
+	p.save(p.call("add", h, graph.Int(1), graph.Int(1)))
+	p.fill(h, 7)
+	p.save(p.read("layers.3", ""))
+	saved, given := hosts(t, chain(t, 5), p)
+	require.Equal(t, [][]float32{{5, 5}, {7, 7}}, saved)
+	require.Equal(t, map[int][]float32{0: {7, 7}}, given)
+}
+
 func TestAHostedRunTakesWhatItWantsAlone(t *testing.T) {
 	p := edited()
 	r, err := chain(t, 5).Start(&p.Graph, nil)

@@ -41,6 +41,9 @@ func (r *Run) perform(in *plan.Instr) (value, error) {
 	case plan.OpItem:
 		return r.item(in)
 	case plan.OpRows, plan.OpClone, plan.OpSpread:
+		if r.isNone(&in.Args[0]) {
+			return value{other: &aten.Value{Kind: graph.ArgNone}}, nil
+		}
 		self, err := r.tensor(&in.Args[0])
 		if err != nil {
 			return value{}, err
@@ -174,6 +177,15 @@ func (r *Run) tensor(a *graph.Arg) (aten.Tensor, error) {
 		}
 	}
 	return aten.Tensor{}, fault.New(fault.Op, "a tensor is needed here")
+}
+
+// isNone reports whether an argument is None: a tensor that a hosted module does not give this time.
+func (r *Run) isNone(a *graph.Arg) bool {
+	if a.Kind != graph.ArgRef {
+		return false
+	}
+	v, err := r.machine.Value(a.Ref)
+	return err == nil && v.other != nil && v.other.Kind == graph.ArgNone
 }
 
 // item takes one element out of a container that an operator returned.

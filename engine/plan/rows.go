@@ -126,14 +126,16 @@ func (s *Plan) flush(p *pass) {
 		if s.gone(c.base) { // nothing will look at these rows again
 			continue
 		}
-		if c.shape.Find(graph.DimBatch) < 0 && !p.spread[c.base] {
+		// Invokes of a hosted model share a pass with their edits alone, so that they see all of it.
+		if !s.models.Hosted && c.shape.Find(graph.DimBatch) < 0 && !p.spread[c.base] {
 			s.rebase(p, c.base, s.spreadRows(p, c.base))
 		}
 		for _, base := range s.sameFor(p, c.invoke, c.base) {
 			if s.gone(base) {
 				continue
 			}
-			if p.foreign[base] { // the user may hold it, or it may be an expanded view: edit a copy
+			foreign := p.foreign[base]
+			if foreign { // the user may hold it, or it may be an expanded view: edit a copy
 				own := s.emit(Instr{Op: OpClone, Args: []graph.Arg{graph.Ref(base)}, Out: s.slot(), Mode: s.mode, Fresh: true})
 				p.spread[own] = p.spread[base]
 				s.rebase(p, base, own)
@@ -144,6 +146,9 @@ func (s *Plan) flush(p *pass) {
 				w.BatchAxis = 0
 			}
 			s.emit(Instr{Op: OpPut, Args: []graph.Arg{graph.Ref(base), graph.Ref(c.slot)}, Window: w, Out: NoSlot, Mode: s.mode, Mutate: true})
+			if foreign && s.models.Hosted {
+				s.giveInstead(p, base)
+			}
 			// an overlapping invoke that copied the old rows takes new ones when it looks again
 			for key, other := range p.copies {
 				if other != c && key.slot == base && s.overlap(c.invoke, key.invoke) && key.invoke != c.invoke {

@@ -96,6 +96,16 @@ func (s *Plan) give(p *pass, mark graph.ID, slot Slot) {
 		Place: Place{Forward: p.forward, Point: int(m.Index), Leaf: int(m.Step)}})
 }
 
+// giveInstead hands a copy over that has taken the place of what was given to where the pass of a hosted model stands.
+func (s *Plan) giveInstead(p *pass, slot Slot) {
+	for k := range p.env {
+		m := &p.model.Nodes[k]
+		if p.env[k] == slot && m.Kind == graph.KindMark && p.lastCall < pointReady(&p.model.Points[m.Index]) {
+			s.give(p, graph.ID(k), slot)
+		}
+	}
+}
+
 // inherit says that a node's value may be a view of whatever it may share storage with is a view of.
 func (s *Plan) inherit(n int) {
 	shares(&s.g.Nodes[n], func(id graph.ID) {

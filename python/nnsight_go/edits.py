@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
 
 import torch
 
@@ -22,7 +22,6 @@ from .recorder import Invoke, Recorder, current, proxies
 from .wire import Kind
 
 if TYPE_CHECKING:
-    from .model import LanguageModel
     from .native import Native
 
 _KIND = "edit"
@@ -84,13 +83,18 @@ class InputSizes(Sequence[int]):
         found = self._sizes[index]
         if isinstance(index, slice):
             return InputSizes(found) if None in found else torch.Size(found)
-        return _depends("this size") if found is None else found
+        return depends("this size") if found is None else found
 
     def __iter__(self) -> Iterator[int]:
         return iter([self[i] for i in range(len(self))])
 
     def __len__(self) -> int:
         return len(self._sizes)
+
+    def __add__(self, other: object) -> NoReturn:
+        depends("this size")  # what the sum is for names them all
+
+    __radd__ = __add__
 
     def numel(self) -> int:
         """The product of the sizes."""
@@ -105,7 +109,8 @@ class InputSizes(Sequence[int]):
         return f"[{', '.join('?' if size is None else str(size) for size in self._sizes)}]"
 
 
-def _depends(what: str) -> NoReturn:
+def depends(what: str) -> NoReturn:
+    """Refuses what depends on the input."""
     raise InputError(
         f"{what} depends on the input, and an edit is recorded without one",
         hint="Write the line so that it names no size of batch or sequence: h[:, -1], h.mean(1), "
@@ -144,7 +149,7 @@ class EditRecorder(Recorder):
         """What a node with several results gives, on meta tensors: their number must not depend on the input."""
         one, other = self._on_each(lambda: shapes.infer(self, id))
         if _count(one) != _count(other):
-            _depends("the number of these values")
+            depends("the number of these values")
         return one
 
     def rough(self, proxy: Proxy) -> torch.Tensor:
@@ -159,7 +164,7 @@ class EditRecorder(Recorder):
         self.alive(proxy)
         one, other = self._on_each(lambda: shapes.infer(self, proxy._id))
         if one.shape != other.shape:
-            _depends("the size of this value")
+            depends("the size of this value")
         assert isinstance(one, torch.Tensor)
         return one
 
@@ -183,7 +188,7 @@ class EditRecorder(Recorder):
         one, other = self._on_each(ask)
         if isinstance(one, torch.Size):
             return _merged(one, other)
-        return one if one == other else _depends("what this line asks for")
+        return one if one == other else depends("what this line asks for")
 
     def shown(self, proxy: Proxy) -> str:
         """What is known of a value, for people."""
@@ -239,18 +244,52 @@ def _merged(one: Sequence[int], other: Sequence[int]) -> torch.Size | InputSizes
     if one == other:
         return torch.Size(one)
     if len(one) != len(other):  # of a change in place that only one of them has seen
-        _depends("the number of axes of this value")
+        depends("the number of axes of this value")
     return InputSizes(a if a == b else None for a, b in zip(one, other, strict=True))
 
 
-class Editing:
-    """``with model.edit() as edited:`` — see ``LanguageModel.edit``."""
+class Editable:
+    """A model whose traces may bring edits along."""
 
-    def __init__(self, model: LanguageModel, inplace: bool) -> None:
-        self._model, self._inplace = model, inplace
-        self._edited = model if inplace else model._view()
+    _edits: tuple[Edit, ...] = ()
 
-    def __enter__(self) -> LanguageModel:
+    def _view(self) -> Any:
+        """The same model once more, with the edits it has now."""
+        raise NotImplementedError
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """The edits that traces bring along, in the order in which they are made."""
+        return self._edits
+
+    def with_edits(self, *edits: Edit) -> Self:
+        """A view of the model, with its weights, that has these edits beside its own."""
+        view: Self = self._view()
+        view._edits = (*self._edits, *edits)
+        return view
+
+    def clear_edits(self) -> None:
+        """Forgets all edits of this model."""
+        self._edits = ()
+
+
+Model = TypeVar("Model", bound=Editable)
+
+
+class Editing(Generic[Model]):
+    """``with model.edit() as edited:`` — see ``LanguageModel.edit``.
+
+    Args:
+        model: which.
+        inplace: whether it is edited itself.
+        begin: makes what records the block.
+    """
+
+    def __init__(self, model: Model, inplace: bool, begin: Callable[[], EditRecorder]) -> None:
+        self._begin = begin
+        self._edited: Model = model if inplace else model._view()
+
+    def __enter__(self) -> Model:
         if current.recorder is not None:
             raise InputError(
                 "an edit cannot begin inside a trace",
@@ -258,7 +297,7 @@ class Editing:
                 **positions.fields(here()),
             )
         saving.mount()
-        self._recorder = EditRecorder(self._model._native)
+        self._recorder = self._begin()
         self._mode = torchmap.Mode()
         self._mode.__enter__()
         current.recorder = self._recorder

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,9 +42,10 @@ class Layout:
     spots: list[Spot]
     points: dict[tuple[str, int], Point]
     calls: dict[tuple[str, int], int]  # how often a module is called, by path and port
+    given: Given | None = None  # that input, its tensors without data; None where it is not known so
 
     @classmethod
-    def of(cls, spots: list[Spot], trees: dict[tuple[str, int], Tree]) -> Layout:
+    def of(cls, spots: list[Spot], trees: dict[tuple[str, int], Tree], given: Given | None = None) -> Layout:
         """The layout of a pass that came to these access points, where things of these structures stood."""
         points = {
             (s.name, s.port): Point(s.name, s.port, order, trees[s.name, s.port]) for order, s in enumerate(spots)
@@ -51,7 +53,7 @@ class Layout:
         calls: dict[tuple[str, int], int] = {}
         for s in spots:
             calls[s.path, s.port] = max(calls.get((s.path, s.port), 0), s.call + 1)
-        return cls(spots, points, calls)
+        return cls(spots, points, calls, given)
 
     @functools.cached_property
     def names(self) -> tuple[tuple[str, int, tuple[str, ...]], ...]:
@@ -90,6 +92,7 @@ class Hosted:
         self.sourced = False  # a trace has asked for operations
         self.ops: dict[tuple[str, int], Point] = {}  # those of every pass, which native models know
         self.steps: OrderedDict[Any, list[Layout]] = OrderedDict()  # of generations (hosted_generation)
+        self.latest: Layout | None = None  # of the kind of input that was traced last
         self._handles: dict[Any, int] = {}
         self._handle_of: weakref.WeakKeyDictionary[Layout, int] = weakref.WeakKeyDictionary()
         # a parameter goes where its module goes
@@ -119,10 +122,22 @@ class Hosted:
 
     def layout(self, given: Given) -> Layout:
         """The access points of a forward pass of that input, which is tried out on fake tensors once a kind."""
+        self.latest = self._found_out(given, really=True)
+        return self.latest
+
+    def imagined(self, given: Given) -> Layout:
+        """The same of an input that is made up: nothing runs on real tensors. Raises what the module raises."""
+        return self._found_out(given, really=False)
+
+    def alike(self, layout: Layout) -> list[Layout]:
+        """Other layouts that are known, of inputs for which the same runs."""
+        return [other for other in self._layouts.values() if other is not layout and other.names == layout.names]
+
+    def _found_out(self, given: Given, really: bool) -> Layout:
         key = self.kind(given)
         known = self._layouts.get(key)
         if known is None:
-            known = self._layouts[key] = self._try_out(given)
+            known = self._layouts[key] = self._try_out(given, really)
             while len(self._layouts) > _KEPT:
                 self._layouts.popitem(last=False)
         self._layouts.move_to_end(key)
@@ -133,13 +148,16 @@ class Hosted:
         with torch._C.DisableTorchFunction():  # the block's mode looks at every call, also at a tensor's shape
             return (hosting.frozen(given), *[m.training for m in self._all])
 
-    def inside(self, layout: Layout, given: Given) -> Layout:
-        """A layout with the results of operations as well, for which that input is tried out once more."""
+    def inside(self, layout: Layout, given: Given, really: bool = True) -> Layout:
+        """A layout with the results of operations as well, for which that input is tried out once more.
+
+        With ``really=False`` nothing runs on real tensors; it raises what the module raises.
+        """
         known = self._insides.get(layout)
         if known is None:
             self.sourced = True
             try:
-                known = self._insides[layout] = self._try_out(given, layout)
+                known = self._insides[layout] = self._try_out(given, really, layout)
             except InputError:
                 self.forget()  # the next trace tries anew
                 raise
@@ -155,7 +173,7 @@ class Hosted:
         """Forgets what forward passes look like, after one that was different."""
         self._layouts.clear()
 
-    def _try_out(self, given: Given, alone: Layout | None = None) -> Layout:
+    def _try_out(self, given: Given, really: bool, alone: Layout | None = None) -> Layout:
         """What a forward pass comes to: modules alone or, where their layout is given, operations as well."""
         inside = alone is not None
         spots: list[Spot] = []
@@ -168,14 +186,17 @@ class Hosted:
 
         with self.aside():
             try:
-                self._fake(given, visit, inside)
+                with contextlib.nullcontext() if really else _quietly():
+                    self._fake(given, visit, inside)
             except Exception:
+                if not really:
+                    raise
                 spots.clear()
                 trees.clear()
                 self._really(given, visit, inside)
         if alone is not None:
             return operations.between(alone, self.modules, spots, trees)
-        return Layout.of(spots, trees)
+        return Layout.of(spots, trees, _outline(given))
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[Callable[[], bool]]:
@@ -501,3 +522,29 @@ def _fake_mode() -> Callable[..., Any]:
                 return super().__torch_dispatch__(func, types, args, kwargs)
 
     return Fake
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """What fails on tensors without data is no mistake, and torch does not tell of it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def _outline(given: Given) -> Given | None:
+    """An input without its data, which may be kept; None where it holds what is not known to hold no data."""
+    outline: Given = hosting.mapped(given, lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"))
+    stack: list[Any] = [outline]
+    while stack:
+        x = stack.pop()
+        if type(x) is dict:
+            stack += x.values()
+        elif isinstance(x, tuple | list):
+            stack += x
+        elif not isinstance(x, torch.Tensor | int | float | str | torch.dtype | None):
+            return None
+    return outline

@@ -24,9 +24,11 @@ from .points import Constant, Leaf, Mapping, Tree
 from .points import Sequence as Items
 from .positions import here
 from .straight import Straight
+from .wire import Kind
 from .wrapping import ROW, HostedRecorder
 
 if TYPE_CHECKING:
+    from .edits import Edit
     from .hosted_language import HostedLanguageModel
 
 _FIRST, _LAST = Spot("", wire.INPUT, 0), Spot("", wire.OUTPUT, 0)  # where a step begins and ends
@@ -136,6 +138,19 @@ class HostedStepRecorder(StepRecorder, HostedRecorder):
         return self.generation.layout(self.step)
 
     batch = HostedRecorder.batch
+
+    def _bring(self, edit: Edit) -> None:
+        """Puts an edit ahead of the step's lines. One of what runs in step 0 alone, an encoder, is done then."""
+        points = self.layout(0).points
+        named = ((node[4], node[5]) for node in edit.recording.nodes if node[0] in (Kind.READ, Kind.WRITE))
+        if self.step == 0 or all(point in points for point in named):
+            super()._bring(edit)
+
+    def complete(self) -> None:
+        """Runs the step to its end, edits included. Every value of it that is in use somewhere becomes its tensor."""
+        last = self._carry_on()  # in use until the step has run
+        super().complete()
+        del last
 
     def _leaf_meta(self, invoke: int, order: int, leaf: Leaf, writes: int) -> torch.Tensor:
         self.pinned = self.pinned or here()

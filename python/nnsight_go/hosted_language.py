@@ -14,7 +14,7 @@ import torch
 
 from . import hub, inputs, positions
 from .errors import InputError, ModelLoadError
-from .hosted import Given
+from .hosted import Given, Layout
 from .model import LanguageModel, _device, _dtype, _local
 from .positions import here
 from .tokenizer import Tokenizer
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # What a trace's keywords mean for the tokenizer; all others are the module's own.
 _TOKENIZING = ("add_special_tokens", "max_length", "truncation")
+
+_MADE_UP = [[0] * 7] * 2  # an input for edits, of which nothing but the structure matters
 
 
 def transformers() -> ModuleType:
@@ -96,6 +98,8 @@ class HostedLanguageModel(NNsight, LanguageModel):
         tracer = LanguageTracer(self, inputs, kwargs)
         if trace:
             return tracer
+        if self._edits:
+            return tracer._output()
         args, named = tracer._given or ((), {})
         return self._module(*args, **named)
 
@@ -119,6 +123,15 @@ class HostedLanguageModel(NNsight, LanguageModel):
             start = start if start is not None else getattr(config, "bos_token_id", 0) or 0
             named["decoder_input_ids"] = torch.full((len(rows), 1), start, device=self.device)
         return (), named
+
+    def _example(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout:
+        """The access points that an edit may name: without an example those of rows of token ids, which are made up."""
+        if args or kwargs:
+            return self._hosted.layout(self._given(args, kwargs))
+        try:
+            return self._hosted.imagined(self._given((_MADE_UP,), {}))
+        except Exception:  # it takes no ids, or more than them
+            return super()._example(args, kwargs)
 
     def _batch(
         self, rows: list[list[int]], masks: list[list[int]] | None, pad: int | None = None

@@ -8,13 +8,13 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, overload
 
 import torch
 
 from . import _ffi, envoy, foreign, hub, positions, renaming, tracebacks
 from .continuation import Continuation
-from .edits import Edit, Editing
+from .edits import Editable, Editing, EditRecorder
 from .envoy import Envoy
 from .errors import InputError, ModelLoadError, NnsightError, RemoteError
 from .generating import Generating, Generator
@@ -51,7 +51,7 @@ class Config(dict[str, Any]):
         return dict(self)
 
 
-class LanguageModel(Envoy):
+class LanguageModel(Envoy, Editable):
     """A language model whose insides can be read and changed while it runs.
 
     ::
@@ -135,7 +135,6 @@ class LanguageModel(Envoy):
         self._tokenizer_lock = threading.Lock()
         self._tokenizer: Any = None
         envoy.grow(self, engine.description["modules"])
-        self._edits: tuple[Edit, ...] = ()
         self._rename = dict(rename or {})
         renaming.apply(self, self._rename)
 
@@ -248,7 +247,7 @@ class LanguageModel(Envoy):
             raise TypeError(f"a session does not take {', '.join(sorted(kwargs))}")
         return Session()
 
-    def edit(self, inplace: bool = False) -> Editing:
+    def edit(self, inplace: bool = False) -> Editing[Self]:
         """Records interventions that every later trace brings along: ``with model.edit() as edited:``.
 
         The block is as that of a trace, but has no input: it names no sizes of batch or sequence, needs
@@ -258,22 +257,7 @@ class LanguageModel(Envoy):
         Args:
             inplace: edit this model, rather than give an edited view of it that shares its weights.
         """
-        return Editing(self, inplace)
-
-    @property
-    def edits(self) -> tuple[Edit, ...]:
-        """The edits that traces bring along, in the order in which they are made."""
-        return self._edits
-
-    def with_edits(self, *edits: Edit) -> LanguageModel:
-        """A view of the model, with its weights, that has these edits beside its own."""
-        view = self._view()
-        view._edits = (*self._edits, *edits)
-        return view
-
-    def clear_edits(self) -> None:
-        """Forgets all edits of this model."""
-        self._edits = ()
+        return Editing(self, inplace, lambda: EditRecorder(self._native))
 
     def _view(self) -> LanguageModel:
         view = LanguageModel.__new__(type(self))

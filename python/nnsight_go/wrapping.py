@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 
-from . import envoy, positions, renaming, sessions, straight, torchmap, tracebacks
+from . import envoy, hosting, positions, renaming, sessions, straight, torchmap, tracebacks
+from .edits import Edit, Editable, Editing
 from .envoy import Envoy
 from .errors import InputError, ModulePathError
 from .generation import StepRecorder
 from .hosted import Given, Hosted, HostedRun, Layout
 from .hosted_source import HostedSource
 from .native import Run, become
-from .points import Point
+from .points import Leaf, Point
 from .positions import here
+from .proxy import Proxy
 from .recorder import Recorder, current
 from .rowwise import Together
 from .scanning import ScanRecorder
@@ -32,42 +34,48 @@ class HostedRecorder(Recorder):
     """Records a trace of a module."""
 
     native: Any
+    uncalled = "Use the module around it, whose code does its work."
 
     def __init__(self, hosted: Hosted) -> None:
         super().__init__(hosted)  # type: ignore[arg-type]
         self.hosted = hosted
         self.given: list[Given] = []
         self.stopped = False
-        self.sourced = False  # layouts have operations, which a line has asked for
-        self._layouts: list[Layout | None] = []
+        self.sourced = False  # layouts have operations, which a line or an edit has asked for
+        self._passes: dict[int, int] = {}  # by invoke: the number of its forward pass; edits have none
+        self._layouts: dict[int, Layout] = {}  # by invoke
         self._calls: dict[tuple[int, str], int] = {}
         self._ports: dict[str, set[int]] = {}  # by path: the sides of modules that nodes before _told name
         self._told = 0
 
     def open(self, given: Given) -> None:
         """Begins an invoke."""
-        self.open_invoke(ROW, None)
+        self._passes[self.open_invoke(ROW, None)] = len(self.given)
         self.given.append(given)
-        self._layouts.append(None)
+        self.sourced = self.sourced or any(map(self._is_of_operations, self.edits))
+
+    def _is_of_operations(self, edit: Edit) -> bool:
+        """Whether an edit names results of operations."""
+        named = (node[4].partition(":")[0] for node in edit.recording.nodes if node[0] in (Kind.READ, Kind.WRITE))
+        return any("source." in path and path not in self.hosted.modules for path in named)
 
     def layout(self, invoke: int) -> Layout:
         """The access points of an invoke's forward pass."""
-        known = self._layouts[invoke]
+        known = self._layouts.get(invoke)
         if known is None:
-            known = self.hosted.layout(self.given[invoke])
+            given = self.given[self._passes[invoke]]
+            known = self.hosted.layout(given)
             if self.sourced:
-                known = self.hosted.inside(known, self.given[invoke])
+                known = self.hosted.inside(known, given)
             self._layouts[invoke] = known
-            _are_alike(known, next(layout for layout in self._layouts if layout is not None))
+            _are_alike(known, next(iter(self._layouts.values())))
         return known
 
     def look_inside(self) -> None:
         """Makes the results of operations access points, too."""
-        pairs = zip(self._layouts, self.given, strict=True)
-        layouts = [layout and self.hosted.inside(layout, given) for layout, given in pairs]
-        found = [layout for layout in layouts if layout is not None]
-        for layout in found:
-            _are_alike(layout, found[0])
+        layouts = {i: self.hosted.inside(of, self.given[self._passes[i]]) for i, of in self._layouts.items()}
+        for layout in layouts.values():
+            _are_alike(layout, next(iter(layouts.values())))
         self._layouts, self.sourced = layouts, True
 
     def operations(self, path: str, name: str) -> dict[str, Point]:
@@ -99,7 +107,7 @@ class HostedRecorder(Recorder):
                 if times
                 else f"{name()} is not called in this forward pass",
                 path=path,
-                hint="Calls are counted from 0." if times else "Use the module around it, whose code does its work.",
+                hint="Calls are counted from 0." if times else self.uncalled,
                 **positions.fields(here()),
             )
         return point
@@ -124,13 +132,13 @@ class HostedRecorder(Recorder):
         if not end and self.hosted.sourced and not self.sourced:
             with contextlib.suppress(InputError):  # a later line may ask for them, or not
                 self.look_inside()
-        layout = next((layout for layout in self._layouts if layout is not None), None)
+        layout = next(iter(self._layouts.values()), None)
         run = HostedRun(self.hosted, layout or Layout([], {}, {}), self.given, data, constants, end)
         run.ports, run.stops, run.inside = self._ports, self.stopped, self.sourced
         return run
 
     def _go_on(self, ids: list[int], end: bool, adopt: Any) -> list[torch.Tensor]:
-        if end and self._run is None:
+        if end and self._run is None and not any(v.edit for v in self.invokes):
             block = straight.plan(self, ids)
             if block is not None:
                 self._do(block, ids)
@@ -139,11 +147,67 @@ class HostedRecorder(Recorder):
                 return []
         for node in self.nodes[self._told :]:
             if node[0] in (Kind.READ, Kind.WRITE):
+                if self.invokes[node[1]].edit:
+                    self._edited(node)
                 self._ports.setdefault(node[4].partition(":")[0], set()).add(node[5])
         self._told = len(self.nodes)
         if isinstance(self._run, HostedRun):
             self._run.stops = self.stopped
         return super()._go_on(ids, end, adopt)
+
+    def _edited(self, node: tuple[Any, ...]) -> tuple[int, Point, Leaf]:
+        """What a node of an edit names: invoke, access point and tensor.
+
+        Raises:
+            ModulePathError: the pass does not come there. The edit was recorded for another one.
+        """
+        _, invoke, place, _, name, port, _, leaf = node[:8]
+        while self.invokes[invoke].edit:
+            invoke += 1
+        point = self.layout(invoke).points.get((name, port))
+        for tensor in hosting.leaves(point.tree) if point is not None else ():
+            if tensor.name == leaf and point is not None:
+                return invoke, point, tensor
+        self.hosted.forget()
+        path, _, call = name.partition(":")
+        side = f"the {('input', 'output')[port]} of {path or 'the model'}"
+        if path not in self.hosted.modules:
+            what = f"{path}, which this {'forward pass' if 'source.' in path else 'model'} does not have"
+        elif point is not None:
+            what = f"{side}, which has no {leaf or 'single tensor'} in this forward pass"
+        else:
+            what = f"{side}, which is not called {f'{int(call) + 1} times ' if call else ''}in this forward pass"
+        raise ModulePathError(
+            f"an edit names {what}",
+            path=path,
+            hint="Trace the model without this edit, or with an input of the kind that it was recorded for.",
+            **positions.fields(place),
+        )
+
+    def close_invoke(self) -> None:
+        """Ends the open invoke."""
+        if self.edits and self.invoke >= 0 and not self.stopped:
+            last = self._carry_on()
+            if last is not None:
+                self.save(last)
+        super().close_invoke()
+
+    def _carry_on(self) -> Proxy | None:
+        """A value that has the pass come to all its edits, where no line goes so far: what it does may show them."""
+        last: tuple[Point, Leaf] | None = None
+        at = -1.0  # where the pass waits
+        for id, node in enumerate(self.nodes):
+            if node[0] not in (Kind.READ, Kind.WRITE):
+                continue
+            if self.invokes[node[1]].edit:
+                invoke, point, leaf = self._edited(node)
+                if invoke == self.invoke and (last is None or last[0].order < point.order):
+                    last = (point, leaf)
+            elif node[1] == self.invoke and self.taken_back(id):
+                at = max(at, self.layout(node[1]).points[node[4], node[5]].order)
+        if last is not None and at < last[0].order:
+            return self.read(*last)
+        return None
 
     def _do(self, block: straight.Straight, ids: list[int]) -> None:
         """Does a block that goes straight ahead, without the engine."""
@@ -200,6 +264,9 @@ def _are_alike(layout: Layout, first: Layout) -> None:
 class HostedScanRecorder(ScanRecorder, HostedRecorder):
     """Records a trace of a module that is never run."""
 
+    def _carry_on(self) -> None:
+        """Nothing: there is no pass."""
+
 
 class HostedTracer(Tracer):
     """One trace of a module."""
@@ -218,6 +285,7 @@ class HostedTracer(Tracer):
         self._given: Given | None = (args, kwargs) if args or kwargs else None
         self._input = None
         self._recorder = kind(model._hosted)
+        self._recorder.edits = model._edits
         self._mode: torchmap.Mode | None = None
         self._used = False
 
@@ -232,6 +300,12 @@ class HostedTracer(Tracer):
     ) -> bool:
         self._recorder.stopped = isinstance(error, Stop) and error.recorder is self._recorder
         return super().__exit__(kind, error, traceback)
+
+    def _output(self) -> Any:
+        """Runs the trace without lines of its own, and gives what the model gives."""
+        with self:
+            out = self.model.output.save()
+        return out
 
     def invoke(self, *args: Any, **kwargs: Any) -> HostedInvoker:  # type: ignore[override]
         """Begins one input of the trace: ``with tracer.invoke(x):``. Each has a forward pass of its own."""
@@ -264,8 +338,13 @@ class HostedInvoker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        self._tracer._recorder.close_invoke()
-        return isinstance(error, Stop) and error.recorder is self._tracer._recorder
+        rec = self._tracer._recorder
+        stopped = isinstance(error, Stop) and error.recorder is rec
+        if kind is None or stopped:
+            rec.close_invoke()
+        else:
+            rec.invoke = -1
+        return stopped
 
 
 class ModuleEnvoy(Envoy):
@@ -366,7 +445,7 @@ class ModuleEnvoy(Envoy):
         return self
 
 
-class NNsight(ModuleEnvoy):
+class NNsight(ModuleEnvoy, Editable):
     """Any PyTorch module, whose insides can be read and changed while it runs.
 
     ::
@@ -409,15 +488,27 @@ class NNsight(ModuleEnvoy):
                 hint="Models of the hub are opened by LanguageModel(name).",
                 **positions.fields(here()),
             )
-        hosted = Hosted(module, batch_dim)
+        self._grow(Hosted(module, batch_dim), rename or {})
+
+    def _grow(self, hosted: Hosted, rename: Mapping[str, str | list[str]]) -> None:
+        """Hangs the parts of a module below the model."""
+        module = hosted.module
         ModuleEnvoy.__init__(self, hosted, "", module)
+        self._rename = dict(rename)
         by_path: dict[str, ModuleEnvoy] = {"": self}
         for path, child in module.named_modules(remove_duplicate=False):
             if path:
                 parent, _, name = path.rpartition(".")
                 by_path[path] = ModuleEnvoy(hosted, path, child)
                 envoy.hang(by_path[parent], name, by_path[path])
-        renaming.apply(self, rename or {})
+        renaming.apply(self, self._rename)
+
+    def _view(self) -> Any:
+        view = type(self).__new__(type(self))
+        view.__dict__.update((k, v) for k, v in self.__dict__.items() if not isinstance(v, Envoy))
+        view.__dict__.pop("_aliases", None)
+        view._grow(self._hosted, self._rename)
+        return view
 
     def trace(self, *args: Any, trace: bool = True, **kwargs: Any) -> Any:
         """Begins a trace: ``with model.trace(x):``, or ``with model.trace() as tracer:`` for invokes.
@@ -427,9 +518,10 @@ class NNsight(ModuleEnvoy):
             trace: False runs the module at once, and returns what it gives.
             kwargs: the same by name.
         """
-        if not trace:
-            return self._module(*args, **kwargs)
-        return HostedTracer(self, args, kwargs)
+        tracer = HostedTracer(self, args, kwargs)
+        if trace:
+            return tracer
+        return tracer._output() if self._edits else self._module(*args, **kwargs)
 
     def session(self, remote: bool | str = False, **kwargs: Any) -> sessions.Session:
         """Several traces in which values flow from one to the next without being saved."""
@@ -446,6 +538,32 @@ class NNsight(ModuleEnvoy):
         """
         return HostedTracer(self, args, kwargs, HostedScanRecorder)
 
-    def edit(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not in this version."""
-        self._later("edit()")
+    def edit(self, *args: Any, inplace: bool = False, **kwargs: Any) -> Editing[Self]:
+        """Records interventions that every later trace brings along: ``with model.edit(x) as edited:``.
+
+        Args:
+            args: an example of an input, as ``trace`` takes it, of which nothing but the structure and sizes
+                matters. Without one it is the kind of input that was traced last.
+            inplace: edit this model, rather than give an edited view of it that shares its weights.
+            kwargs: the example by name.
+
+        Raises:
+            InputError: where the block begins, there is no example and nothing has been traced.
+        """
+        from .hosted_edits import HostedEditRecorder
+
+        if len(args) == 1 and isinstance(args[0], bool):  # as other models take it
+            inplace, args = args[0], ()
+        return Editing(self, inplace, lambda: HostedEditRecorder(self._hosted, self._example(args, kwargs)))
+
+    def _example(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout:
+        """The access points that an edit may name."""
+        if args or kwargs:
+            return self._hosted.layout((args, kwargs))
+        if self._hosted.latest is None:
+            raise InputError(
+                "which modules run, and what they give, is known for inputs that were traced, and there was none",
+                hint="Give an example of an input, `with model.edit(x):`, or trace one before.",
+                **positions.fields(here()),
+            )
+        return self._hosted.latest
