@@ -3,11 +3,13 @@ package exec_test
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/nnsight-go/nnsight-go/engine/exec"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/pack"
 	"github.com/nnsight-go/nnsight-go/engine/plan"
 	"github.com/nnsight-go/nnsight-go/engine/plan/plantest"
 	"github.com/stretchr/testify/require"
@@ -126,6 +128,29 @@ func walk(t *testing.T, m *exec.Machine[matrix], s *plan.Schedule) []matrix {
 				copy(into[i], from[i%len(from)])
 			}
 		case plan.OpExpect, plan.OpGuard:
+		case plan.OpPack:
+			of := value(in.Args[0])
+			for _, token := range in.Tokens {
+				toks := int64(len(of[0]))
+				out = append(out, []float64{of[token/toks][token%toks]})
+			}
+		case plan.OpTake:
+			var all matrix
+			for i := range in.Args {
+				all = append(all, value(in.Args[i])...)
+			}
+			for _, row := range in.Tokens {
+				out = append(out, slices.Clone(all[row]))
+			}
+		case plan.OpUnpack:
+			of := value(in.Args[0])
+			for r := range in.Window.Rows {
+				row := []float64{}
+				for _, token := range of[r*in.Window.Toks : (r+1)*in.Window.Toks] {
+					row = append(row, token[0])
+				}
+				out = append(out, row)
+			}
 		default:
 			t.Fatalf("no rule for %s", in)
 		}
@@ -335,6 +360,42 @@ func TestRandomTraces(t *testing.T) {
 	}
 	require.Positive(t, passes, "no trace needed a second pass: the generator is too tame")
 	t.Logf("%d traces, %d of them in several passes", ran, passes)
+}
+
+// TestPackedTraces holds random traces whose tokens are packed against each invoke run alone. Their prompts are alike, so
+// that there are tokens to share.
+func TestPackedTraces(t *testing.T) {
+	const layers = 3
+	m := plantest.Model(layers)
+	packed := 0
+	for seed := range uint64(20000) {
+		r := rand.New(rand.NewPCG(seed, 3))
+		text := randomTrace(r, layers)
+		parse := func() *graph.Graph {
+			g := plantest.Parse(t, text)
+			ids := rand.New(rand.NewPCG(seed, 4))
+			for i := range g.Invokes {
+				for _, row := range g.Invokes[i].Rows {
+					for j := range row {
+						row[j] = 1 + ids.Int64N(2)
+					}
+				}
+			}
+			return g
+		}
+		s, err := plan.Splice(parse(), plan.Models{Causal: m, Masked: m})
+		require.NoError(t, err, "seed %d:\n%s", seed, text)
+		before := s.String()
+		p, _ := pack.Tokens(s)
+		if p != s {
+			packed++
+			require.Equal(t, before, s.String(), "the schedule that was given is another one now")
+		}
+		want := oracle(t, parse(), layers)
+		require.Equal(t, want, drive(t, p), "seed %d:\n%s\n%s", seed, text, before)
+	}
+	require.Greater(t, packed, 5000, "hardly any trace has tokens to share: the generator is too tame")
+	t.Logf("%d traces were packed", packed)
 }
 
 // TestPausedTraces asks for values of random traces before they have been written to their end. It

@@ -59,6 +59,14 @@ func (r *Run) perform(in *plan.Instr) (value, error) {
 		return r.fetch()
 	case plan.OpGive:
 		return value{}, r.give(in)
+	case plan.OpPack:
+		return r.pack(in)
+	case plan.OpTake:
+		return r.take(in)
+	case plan.OpUnpack:
+		return r.unpack(in)
+	case plan.OpMask:
+		return r.mask(in)
 	case plan.OpTrack:
 		return value{}, r.track(in)
 	case plan.OpBackward:
@@ -286,13 +294,26 @@ func (r *Run) put(in *plan.Instr) error {
 		return err
 	}
 	defer view.Free()
-	if in.Want != nil && (!slices.Equal(v.Shape(), in.Want) || v.DType() != view.DType()) {
-		e := fault.New(fault.Op, "a value of %s %v cannot take the place of one of %s %v", v.DType(), v.Shape(), view.DType(), in.Want).
-			WithHint("In a trace with an invoke that sees the whole batch, a replacement keeps the sizes and the dtype of what it replaces.")
-		return &misfit{e, int(r.graph.Nodes[in.Node].Invoke)}
+	if in.Want != nil {
+		if err := r.misfit(in, v, view.DType()); err != nil {
+			return err
+		}
 	}
 	return aten.CopyInto(view, v)
 }
+
+// misfit is the error of a replacement that has not the sizes that the instruction wants, or that dtype.
+func (r *Run) misfit(in *plan.Instr, v aten.Tensor, dtype string) error {
+	if slices.Equal(v.Shape(), in.Want) && v.DType() == dtype {
+		return nil
+	}
+	e := fault.New(fault.Op, "a value of %s %v cannot take the place of one of %s %v", v.DType(), v.Shape(), dtype, in.Want).
+		WithHint("In a trace with an invoke that sees the whole batch, a replacement keeps the sizes and the dtype of what it replaces.")
+	return &misfit{e, int(r.graph.Nodes[in.Node].Invoke)}
+}
+
+// errOdd is the error of a replacement of other sizes, where the schedule relies on them.
+var errOdd = fault.New(fault.Internal, "a replacement has other sizes than it is planned for")
 
 // expect notes a replacement whose sizes are not those the model computed.
 func (r *Run) expect(in *plan.Instr) error {
@@ -304,6 +325,9 @@ func (r *Run) expect(in *plan.Instr) error {
 	same := len(got) == len(in.Want)
 	for i := 0; same && i < len(got); i++ {
 		same = got[i] == in.Want[i]
+	}
+	if !same && in.Strict {
+		return errOdd
 	}
 	if !same {
 		r.odd = append(r.odd, oddWrite{node: in.Node, path: in.Path, want: in.Want, got: got})

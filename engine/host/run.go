@@ -10,6 +10,7 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/exec"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/pack"
 	"github.com/nnsight-go/nnsight-go/engine/plan"
 )
 
@@ -30,6 +31,8 @@ type Run struct {
 	apart    map[int]bool // invokes that have a forward pass of their own
 	from     int          // nodes before it were there at the last Extend
 	end      bool         // its program is complete
+	unpacked bool         // tokens are not packed
+	packed   []pack.Report
 	freed    bool
 	taken    bool // its results have been handed over
 
@@ -214,6 +217,9 @@ func (r *Run) ready(schedule *plan.Schedule) error {
 	if err := checkSizes(schedule); err != nil {
 		return err
 	}
+	if !r.unpacked {
+		schedule, r.packed = pack.Tokens(schedule)
+	}
 	if err := r.model.Load(); err != nil {
 		return err
 	}
@@ -306,6 +312,12 @@ func (r *Run) Step(budget time.Duration) (done bool, err error) {
 		if odd, ok := err.(*misfit); ok {
 			var again bool
 			if again, err = r.split(odd); again {
+				continue
+			}
+		}
+		if err == errOdd {
+			r.unpacked = true
+			if err = r.replan(r.fresh()); err == nil {
 				continue
 			}
 		}

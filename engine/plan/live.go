@@ -52,13 +52,13 @@ func dropDead(s *Schedule, keep []bool, alias aliases, visible []Slot) {
 		live := in.Out != NoSlot && used[in.Out] || in.Op == OpCall && (isRandom(in.Name) || isLasting(in.Name)) && in.Node != graph.NoID
 		live = live || in.Op == OpGuard || in.Op == OpTrack || in.Op == OpSetGrad || in.Op == OpBackward || in.Op == OpGive
 		if in.Mutate {
-			in.target(func(r Slot) { live = live || seen[alias.find(r)] })
+			in.Target(func(r Slot) { live = live || seen[alias.find(r)] })
 		}
 		if in.Op == OpExpect {
-			in.refs(func(r Slot) { live = live || used[r] })
+			in.Refs(func(r Slot) { live = live || used[r] })
 		}
 		if live {
-			in.refs(use)
+			in.Refs(use)
 			kept--
 			s.Instrs[kept] = *in
 		}
@@ -66,8 +66,8 @@ func dropDead(s *Schedule, keep []bool, alias aliases, visible []Slot) {
 	s.Instrs = append(s.Instrs[:0], s.Instrs[kept:]...)
 }
 
-// target calls f for each slot the instruction changes in place.
-func (in *Instr) target(f func(Slot)) {
+// Target calls f for each slot the instruction changes in place.
+func (in *Instr) Target(f func(Slot)) {
 	for i := range in.Kwargs {
 		if in.Kwargs[i].Name == "out" {
 			in.Kwargs[i].Arg.Refs(f)
@@ -82,13 +82,14 @@ func (in *Instr) shares(f func(Slot)) {
 	switch {
 	case in.Out == NoSlot:
 	case in.Mutate && baseName(in.Name) != "set_":
-		in.target(f)
+		in.Target(f)
 	case !in.Fresh:
-		in.refs(f)
+		in.Refs(f)
 	}
 }
 
-func (in *Instr) refs(f func(Slot)) {
+// Refs calls f for each slot the instruction uses.
+func (in *Instr) Refs(f func(Slot)) {
 	for i := range in.Args {
 		in.Args[i].Refs(f)
 	}
@@ -109,7 +110,7 @@ func markLastUses(s *Schedule, keep, alive []bool) {
 		if in.Out != NoSlot {
 			last[in.Out] = i
 		}
-		in.refs(func(r Slot) { last[r] = i })
+		in.Refs(func(r Slot) { last[r] = i })
 	}
 	s.used = make([]bool, s.Slots)
 	for slot, i := range last {
@@ -134,4 +135,17 @@ func bindings(sources []Source, s *Schedule, keep, alive []bool) []Source {
 		}
 	}
 	return now
+}
+
+// Finish says anew where values die, after instructions of a schedule for a whole program were replaced.
+func (s *Schedule) Finish() {
+	keep, alive := make([]bool, s.Slots), make([]bool, s.Slots)
+	for i := range s.Saved {
+		s.Saved[i].Value.Refs(func(slot Slot) { keep[slot] = true })
+	}
+	for i := range s.Instrs {
+		s.Instrs[i].Frees = nil
+	}
+	markLastUses(s, keep, alive)
+	s.Sources = bindings(s.Sources, s, keep, alive)
 }

@@ -383,6 +383,12 @@ func (s *Plan) settle() {
 		}
 	}
 	dropDead(out, keep, s.alias, s.visible)
+	if s.end && len(s.alive) == 0 {
+		out.Groups = make([]Slot, out.Slots)
+		for slot := range out.Groups {
+			out.Groups[slot] = s.alias.find(Slot(slot))
+		}
+	}
 	s.alive = append(s.alive, make([]bool, out.Slots-len(s.alive))...)
 	markLastUses(out, keep, s.alive)
 	out.Sources = bindings(s.sources, out, keep, s.alive)

@@ -43,9 +43,13 @@ const (
 	OpFetch              // the tensors of an access point of a hosted model
 	OpGive               // Args[0] is what is to stand at the access point of a hosted model that Args[1] was fetched from
 	OpSetGrad            // the gradient of Args[0] is Args[1] in what a backward pass goes on to
+	OpPack               // tokens Tokens of Args[0], whose axes Window names: one a row of the result (package pack)
+	OpTake               // rows Tokens of the values Args, one after the other
+	OpUnpack             // Args[0], a row a token, with Window.Rows and Window.Toks for its first axis
+	OpMask               // bool [Window.Rows, 1, n, Window.Toks]: query i of a row looks at the first Tokens[i] keys
 )
 
-var opNames = [...]string{"call", "index", "setindex", "item", "rows", "put", "spread", "clone", "expect", "guard", "track", "backward", "fetch", "give", "setgrad"}
+var opNames = [...]string{"call", "index", "setindex", "item", "rows", "put", "spread", "clone", "expect", "guard", "track", "backward", "fetch", "give", "setgrad", "pack", "take", "unpack", "mask"}
 
 func (o Op) String() string { return opNames[o] }
 
@@ -68,14 +72,18 @@ type Instr struct {
 	Frees  []Slot     // slots that are dead after this instruction
 	Mode   graph.Mode // autograd state it runs under
 	Window Window
-	Node   graph.ID   // the user's node this comes from, or NoID
-	Want   []int64    // Expect: the sizes the model computed there; Put: those a replacement must have
-	Others []graph.ID // for messages, user's nodes: Guard: which made the model move on; Backward: which ask
-	Path   string     // innermost module it belongs to
-	Mutate bool       // changes its first argument in place
-	Fresh  bool       // its result shares no storage with its arguments
-	Pass   Pass       // Backward, SetGrad: which pass
-	Place  Place      // Fetch, Give: where
+	Node   graph.ID    // the user's node this comes from, or NoID
+	Want   []int64     // Expect: the sizes the model computed there; Put: those a replacement must have
+	Others []graph.ID  // for messages, user's nodes: Guard: which made the model move on; Backward: which ask
+	Path   string      // innermost module it belongs to
+	Mutate bool        // changes its first argument in place
+	Fresh  bool        // its result shares no storage with its arguments
+	Pass   Pass        // Backward, SetGrad: which pass
+	Place  Place       // Fetch, Give: where
+	Shape  graph.Shape // sizes that the model gives its result, where that is known; Expect: those of what is replaced
+	Of     int         // which forward pass it belongs to, where Shape is known
+	Tokens []int64     // Pack, Take, Unpack, Mask
+	Strict bool        // Expect: the rest of the schedule relies on it
 }
 
 // Place is an access point of a hosted model.
@@ -100,10 +108,11 @@ const CachePrefix = "cache."
 // Source says where the value of a slot comes from before a run starts.
 type Source struct {
 	Slot    Slot
-	Kind    graph.Kind // KindParam, KindInput or KindConst
-	Name    string     // parameter or input
-	Index   int32      // number of the constant
-	Forward int        // Input: which forward pass
+	Kind    graph.Kind  // KindParam, KindInput or KindConst
+	Name    string      // parameter or input
+	Index   int32       // number of the constant
+	Forward int         // Input: which forward pass
+	Shape   graph.Shape // Param, Input
 }
 
 // Saved is a value the user keeps: a tree whose references are slots.
@@ -121,6 +130,7 @@ type Schedule struct {
 	Saved    []Saved
 	Forwards []Forward
 	Borrowed []bool // by slot: parameters and constants, which a run never frees
+	Groups   []Slot // by slot: those that may share storage have the same; nil but where this is the whole program
 
 	used []bool // by slot: an instruction names it
 }

@@ -219,14 +219,14 @@ func (s *Plan) resolve(p *pass, id graph.ID) (Slot, error) {
 	case graph.KindParam:
 		slot, ok := s.params[n.Op]
 		if !ok {
-			slot = s.source(Source{Kind: graph.KindParam, Name: n.Op})
+			slot = s.source(Source{Kind: graph.KindParam, Name: n.Op, Shape: n.Shape})
 			s.params[n.Op] = slot
 		}
 		p.env[id] = slot
 	case graph.KindInput:
 		slot, ok := p.inputs[n.Op]
 		if !ok {
-			slot = s.source(Source{Kind: graph.KindInput, Name: n.Op, Forward: p.forward})
+			slot = s.source(Source{Kind: graph.KindInput, Name: n.Op, Forward: p.forward, Shape: n.Shape})
 			p.inputs[n.Op] = slot
 		}
 		p.env[id] = slot
@@ -258,7 +258,7 @@ func (s *Plan) compute(p *pass, id graph.ID, env []Slot) error {
 		}
 		return graph.Ref(slot)
 	}
-	in := Instr{Out: s.slot(), Mode: s.mode, Node: graph.NoID, Path: n.Path}
+	in := Instr{Out: s.slot(), Mode: s.mode, Node: graph.NoID, Path: n.Path, Of: p.forward}
 	in.Args, in.Kwargs = substitute(n.Args, look), substituteKw(n.Kwargs, look)
 	switch n.Kind {
 	case graph.KindCall:
@@ -273,11 +273,14 @@ func (s *Plan) compute(p *pass, id graph.ID, env []Slot) error {
 		return fault.New(fault.Internal, "model node %d has kind %d, which computes nothing", id, n.Kind)
 	}
 	env[id] = in.Out
-	in.refs(func(r Slot) {
+	in.Refs(func(r Slot) {
 		if p.spread[r] {
 			p.spread[in.Out] = true
 		}
 	})
+	if &env[0] == &p.env[0] && !p.spread[in.Out] {
+		in.Shape = n.Shape
+	}
 	s.emit(in)
 	return failed
 }

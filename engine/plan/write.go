@@ -52,7 +52,8 @@ func (s *Plan) write(p *pass, n int) error {
 			s.give(p, mark, value.Ref)
 		} else if p.env[mark] != value.Ref {
 			want := p.model.Nodes[mark].Shape.Concrete(f.Batch(), f.Seq)
-			s.emit(Instr{Op: OpExpect, Args: []graph.Arg{value}, Want: want, Out: NoSlot, Mode: s.mode, Path: node.Path})
+			s.emit(Instr{Op: OpExpect, Args: []graph.Arg{value}, Want: want, Out: NoSlot, Mode: s.mode, Path: node.Path,
+				Shape: p.model.Nodes[mark].Shape, Of: p.forward})
 		}
 		p.env[mark] = value.Ref
 		p.foreign[value.Ref] = true

@@ -1,0 +1,179 @@
+"""Each distinct token computed once, and only those that are looked at: equal to running each invoke alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from references import Pair, close, edits, main
+
+pytestmark = pytest.mark.usefixtures("nothing_stays")
+
+Edit = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One line: the tokens of a slice of the positions become a part or a multiple of themselves, or are replaced."""
+
+    path: str
+    where: slice | int
+    how: str  # "scale", "zero", "whole", "clone"
+    factor: float
+
+    def on(self, x: torch.Tensor) -> torch.Tensor:
+        """What becomes of a tensor [rows, tokens, ...]."""
+        out = x.clone()
+        if self.how == "whole":
+            return out * self.factor
+        out[:, self.where] = out[:, self.where] * (0 if self.how == "zero" else self.factor)
+        return out
+
+
+def tensor_of(pair: Pair, path: str) -> torch.Tensor:
+    output = pair.model.get(path).output
+    return output[0] if isinstance(output, tuple) else output
+
+
+def write(pair: Pair, change: Change) -> None:
+    """The line, as a user writes it."""
+    envoy, x = pair.model.get(change.path), tensor_of(pair, change.path)
+    if change.how == "scale":
+        x[:, change.where] *= change.factor
+    elif change.how == "zero":
+        x[:, change.where] = 0
+    else:
+        new = x * change.factor
+        if change.how == "clone":
+            new = x.clone()
+            new[:, change.where] = new[:, change.where] * change.factor
+        envoy.output = (new, *envoy.output[1:]) if isinstance(envoy.output, tuple) else new
+
+
+def sites(pair: Pair) -> list[str]:
+    """Paths of modules in the order in which they run, once a layer."""
+    inner = ["mlp", ""] if pair.blocks == "transformer.h" else ["self_attn.v_proj", "mlp", ""]
+    return [f"{pair.blocks}.{i}.{name}".rstrip(".") for i in range(len(pair.layers)) for name in inner]
+
+
+def random_changes(pair: Pair, tokens: int, draw: random.Random) -> list[Change]:
+    found = []
+    for path in sites(pair):
+        if draw.random() < 0.25:
+            at = draw.randrange(tokens)
+            where = draw.choice([at, at - tokens, slice(at, None), slice(None, at + 1)])
+            found.append(
+                Change(path, where, draw.choice(["scale", "zero", "whole", "clone"]), draw.choice([-1.5, 0.5, 3]))
+            )
+    return found
+
+
+LOOKS: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    lambda x: x,
+    lambda x: x[:, -1],
+    lambda x: x[0, -1],
+    lambda x: x[..., -1, :],
+    lambda x: x[:, -1:, :3],
+    lambda x: x[:, 0],
+    lambda x: x[0],
+    lambda x: x.softmax(-1)[:, -1],
+    lambda x: x[:, -1].argmax(-1).float(),
+]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_invokes_that_are_alike(either: Pair, seed: int) -> None:
+    draw = random.Random(seed)
+    prompts: list[list[int]] = []
+    for _ in range(draw.choice([1, 2, 3, 6])):
+        known = (
+            draw.choice(prompts) if prompts and draw.random() < 0.8 else either.ids(draw.choice([1, 5, 9]), seed=seed)
+        )
+        kept = draw.choice([len(known), draw.randrange(1, len(known) + 1)])
+        more = either.ids(draw.choice([1, 3]), seed=draw.randrange(100)) if draw.random() < 0.4 else []
+        prompts.append(known[:kept] + more)
+    if draw.random() < 0.5:  # equally long, so that rows are not padded
+        n = min(map(len, prompts))
+        prompts = [p[:n] for p in prompts]
+    changes = [random_changes(either, len(p), draw) if draw.random() < 0.8 else [] for p in prompts]
+    path = draw.choice(sites(either))
+    looks = [draw.choice(LOOKS) for _ in prompts]
+    logits, states = [], []
+    with either.model.trace() as tracer:
+        for ids, lines, look in zip(prompts, changes, looks, strict=True):
+            with tracer.invoke(ids):
+                for change in lines:
+                    if sites(either).index(change.path) > sites(either).index(path) and len(states) <= len(logits):
+                        states.append(look(tensor_of(either, path)).save())
+                    write(either, change)
+                if len(states) <= len(logits):
+                    states.append(look(tensor_of(either, path)).save())
+                logits.append(look(either.model.lm_head.output).save())
+    for ids, lines, look, got, state in zip(prompts, changes, looks, logits, states, strict=True):
+        by_path: dict[str, Edit] = {f"{c.path}.output": c.on for c in lines}
+        seen = either.run(ids, edits(by_path))
+        close(got, look(main(seen, "lm_head")))
+        close(state, look(main(seen, path)))
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_some_tokens_of_a_prompt(either: Pair, look: Callable[[torch.Tensor], torch.Tensor], rows: int) -> None:
+    ids = [either.ids(8) for _ in range(rows)]
+    ids[-1] = ids[-1][:4] + [1] * 4
+    middle = f"{either.blocks}.1"
+    with either.model.trace(ids):
+        state = look(tensor_of(either, middle)).save()
+        logits = look(either.model.lm_head.output).save()
+        lens = look(either.model.lm_head(tensor_of(either, middle))).save()
+    seen = either.run(ids)
+    close(state, look(main(seen, middle)))
+    close(logits, look(main(seen, "lm_head")))
+    close(lens, look(either.hf.lm_head(main(seen, middle))))
+
+
+@pytest.mark.parametrize("mask", [[[1, 1, 1, 1], [0, 0, 1, 1]], [[1, 1, 1, 1], [1, 0, 1, 1]]])
+def test_padded_rows_of_one_invoke(either: Pair, mask: list[list[int]]) -> None:
+    ids = torch.tensor([either.ids(4)] * 2)
+    with either.model.trace(ids, attention_mask=torch.tensor(mask)):
+        last = either.model.lm_head.output[:, -1].save()
+    with torch.no_grad():
+        position = (torch.tensor(mask).cumsum(-1) - 1).clamp_min(0)
+        want = either.hf(input_ids=ids, attention_mask=torch.tensor(mask), position_ids=position).logits
+    close(last, want[:, -1])
+
+
+def test_a_replacement_of_other_sizes(either: Pair) -> None:
+    ids = either.ids(6)
+    short = either.ids(3)
+    with either.model.trace(short):
+        embedded = tensor_of(either, f"{either.blocks}.0").save()
+    with either.model.trace() as tracer:
+        with tracer.invoke(ids):
+            either.model.get(f"{either.blocks}.1").input = embedded
+            one = either.model.lm_head.output[:, -1].save()
+        with tracer.invoke(ids):
+            other = either.model.lm_head.output[:, -1].save()
+    with either.model.trace(ids):
+        either.model.get(f"{either.blocks}.1").input = embedded
+        alone = either.model.lm_head.output.save()
+    assert alone.shape[1] == 3
+    close(one, alone[:, -1])
+    close(other, main(either.run(ids), "lm_head")[:, -1])
+
+
+def test_results_of_equal_tokens_do_not_share_memory(either: Pair) -> None:
+    ids = either.ids(5)
+    with either.model.trace() as tracer:
+        saved = []
+        for _ in range(3):
+            with tracer.invoke(ids):
+                saved.append(either.model.lm_head.output[:, -1].save())
+    want = saved[1].clone()
+    saved[0].zero_()
+    close(saved[1], want)
+    close(saved[2], want)
