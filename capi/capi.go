@@ -114,6 +114,41 @@ func nngo_model_train(model C.nng_model, on C.int32_t, err *C.nng_buf) C.int {
 	})
 }
 
+//export nngo_model_apart
+func nngo_model_apart(model C.nng_model, on C.int32_t, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		m, e := models.get(uint64(model))
+		if e != nil {
+			return e
+		}
+		m.Apart(on != 0)
+		return nil
+	})
+}
+
+//export nngo_model_explain
+func nngo_model_explain(model C.nng_model, wire *C.uint8_t, size, nconsts C.int64_t, out, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		if out == nil || size < 0 || wire == nil && size > 0 || nconsts < 0 {
+			return missing("graph or out")
+		}
+		m, e := models.get(uint64(model))
+		if e != nil {
+			return e
+		}
+		g, e := graph.Decode(unsafe.Slice((*byte)(wire), int(size)))
+		if e != nil {
+			return e
+		}
+		text, e := m.Explain(g, int(nconsts))
+		if e != nil {
+			return e
+		}
+		setBuf(out, []byte(text))
+		return nil
+	})
+}
+
 //export nngo_model_close
 func nngo_model_close(model C.nng_model, err *C.nng_buf) C.int {
 	return guard(err, func() error {

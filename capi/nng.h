@@ -93,6 +93,14 @@ int nng_run_given(nng_run run, nng_buf* out, void*** tensors, int64_t* n, nng_bu
 /* Switches dropout on (not 0) or off, for runs that begin from now on. Off in a model that was opened. */
 int nng_model_train(nng_model model, int32_t on, nng_buf* err);
 
+/* Has every token of every row computed (not 0), or each distinct one that somebody looks at (0, as in a model that was
+ * opened), in runs that begin from now on. The results are the same. */
+int nng_model_apart(nng_model model, int32_t on, nng_buf* err);
+
+/* Says what a run of a whole graph with that many constants would compute, as text: its forward passes, the modules
+ * that never run, and those that are done for some of the tokens alone. Nothing runs. */
+int nng_model_explain(nng_model model, const uint8_t* graph, int64_t size, int64_t nconsts, nng_buf* out, nng_buf* err);
+
 /* Closes the model: no run starts any more. Runs under way go on, and the last of them gives the
  * weights back. Tensors handed out stay valid. */
 int nng_model_close(nng_model model, nng_buf* err);

@@ -63,6 +63,15 @@ int nng_model_train(nng_model model, int32_t on, nng_buf* err) {
   return forked ? refuse(err) : nngo_model_train(model, on, err);
 }
 
+int nng_model_apart(nng_model model, int32_t on, nng_buf* err) {
+  return forked ? refuse(err) : nngo_model_apart(model, on, err);
+}
+
+int nng_model_explain(nng_model model, const uint8_t* graph, int64_t size, int64_t nconsts, nng_buf* out,
+                      nng_buf* err) {
+  return forked ? refuse(err) : nngo_model_explain(model, (uint8_t*)graph, size, nconsts, out, err);
+}
+
 int nng_model_close(nng_model model, nng_buf* err) { return forked ? refuse(err) : nngo_model_close(model, err); }
 
 int nng_model_describe(nng_model model, nng_buf* out, nng_buf* err) {

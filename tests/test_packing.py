@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from nnsight_go import InputError, NNsight
 from references import Pair, close, edits, main
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
@@ -178,3 +179,49 @@ def test_results_of_equal_tokens_do_not_share_memory(either: Pair) -> None:
     saved[0].zero_()
     close(saved[1], want)
     close(saved[2], want)
+
+
+def sweep(pair: Pair, ids: list[int]) -> tuple[list[torch.Tensor], str]:
+    """One token of one block's hidden states doubled in each invoke; the last logits, and what was computed."""
+    saved = []
+    with pair.model.trace() as tracer:
+        for layer in range(len(pair.layers)):
+            for position in range(len(ids)):
+                with tracer.invoke(ids):
+                    pair.layers[layer].output[0][:, position] *= 2
+                    saved.append(pair.model.lm_head.output[:, -1].save())
+    return saved, tracer.explain()
+
+
+def test_a_sweep_shares_what_comes_before_each_change(either: Pair) -> None:
+    ids = either.ids(6)
+    shared, told = sweep(either, ids)
+    assert f"{either.blocks}.0: 6\n" in told, told
+    either.model.share_tokens = False
+    try:
+        assert not either.model.share_tokens
+        apart, told = sweep(either, ids)
+    finally:
+        either.model.share_tokens = True
+    assert "alone" not in told
+    for got, want in zip(shared, apart, strict=True):
+        close(got, want)
+
+
+def test_a_trace_tells_what_it_computes(gpt2_pair: Pair) -> None:
+    model = gpt2_pair.model
+    with model.trace(gpt2_pair.ids(5)) as tracer:
+        model.transformer.h[0].output[0].save()
+    assert tracer.explain().splitlines()[0] == "forward pass 0: 1 row of 5 tokens"
+    assert "transformer.h.1" in tracer.explain() and "lm_head" in tracer.explain()
+    with model.trace(gpt2_pair.ids(5)) as tracer:
+        model.lm_head.output[:, -1].save()
+    assert "lm_head: 1\n" in tracer.explain()
+
+
+def test_a_wrapped_module_has_no_plan_to_tell() -> None:
+    net = NNsight(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    with net.trace(torch.ones(1, 2)) as tracer:
+        net.output.save()
+    with pytest.raises(InputError, match="forward pass is Python's"):
+        tracer.explain()

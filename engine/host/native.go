@@ -43,7 +43,8 @@ type Native struct {
 	device     string
 
 	training atomic.Bool
-	hosted   bool // somebody else does its forward pass
+	apart    atomic.Bool // every token is computed
+	hosted   bool        // somebody else does its forward pass
 
 	mu     sync.Mutex
 	params map[string]aten.Tensor // by name; tied names share a handle's tensor

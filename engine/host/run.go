@@ -32,7 +32,6 @@ type Run struct {
 	from     int          // nodes before it were there at the last Extend
 	end      bool         // its program is complete
 	unpacked bool         // tokens are not packed
-	packed   []pack.Report
 	freed    bool
 	taken    bool // its results have been handed over
 
@@ -217,8 +216,8 @@ func (r *Run) ready(schedule *plan.Schedule) error {
 	if err := checkSizes(schedule); err != nil {
 		return err
 	}
-	if !r.unpacked {
-		schedule, r.packed = pack.Tokens(schedule)
+	if !r.unpacked && !r.model.apart.Load() {
+		schedule, _ = pack.Tokens(schedule)
 	}
 	if err := r.model.Load(); err != nil {
 		return err

@@ -118,6 +118,14 @@ class Hosted:
             **positions.fields(here()),
         )
 
+    def explain(self, *_: Any) -> NoReturn:
+        """Refuses: the engine plans no forward pass of Python's."""
+        raise InputError(
+            "tracer.explain() says what the engine computes, and a wrapped module's forward pass is Python's",
+            hint="print(tracer.graph) shows what was recorded.",
+            **positions.fields(here()),
+        )
+
     # ---- what a forward pass looks like ----
 
     def layout(self, given: Given) -> Layout:

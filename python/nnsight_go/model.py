@@ -170,6 +170,19 @@ class LanguageModel(Envoy, Editable):
             out = self.output.save()
         return out
 
+    @property
+    def share_tokens(self) -> bool:
+        """Whether tokens that are equal in several rows are computed once, and those that nobody looks at never.
+
+        On from the start, and off only for comparison: what a trace gives is the same. ``tracer.explain()`` shows
+        what comes of it.
+        """
+        return self._native.shares
+
+    @share_tokens.setter
+    def share_tokens(self, on: bool) -> None:
+        self._native.share(on)
+
     def generate(self, *inputs: Any, **settings: Any) -> Generating:
         """Generates text, with every step open: ``with model.generate("Hello", max_new_tokens=5) as tracer:``.
 

@@ -52,6 +52,7 @@ class Native:
         """Gives the weights back; runs under way end first. Calling it again does nothing."""
         self.device = device
         self.training = False
+        self.shares = True  # tokens that are equal, or that nobody looks at, are not computed each
         self._parameters: dict[str, torch.nn.Parameter | torch.Tensor] = {}
         self._lock = threading.Lock()
 
@@ -89,6 +90,15 @@ class Native:
         """Switches dropout on or off, for runs that begin from now on."""
         _ffi.check(_ffi.lib().nng_model_train, self._handle, on)
         self.training = on
+
+    def share(self, on: bool) -> None:
+        """Switches the sharing of tokens on or off, for runs that begin from now on."""
+        _ffi.check(_ffi.lib().nng_model_apart, self._handle, not on)
+        self.shares = on
+
+    def explain(self, graph: bytes, constants: int) -> str:
+        """What a run of a whole graph in wire form with that many constants would compute."""
+        return _ffi.call(_ffi.lib().nng_model_explain, self._handle, graph, len(graph), constants).decode()
 
     def parameter(self, name: str) -> torch.Tensor:
         """The live tensor of a parameter or buffer: changing it in place changes the model."""

@@ -125,6 +125,15 @@ class Tracer:
         pinned, forced = (place and positions.row(place) for place in (rec.pinned, rec.forced))
         return Graph(recording, Facts(list(rec.kept), pinned, forced))
 
+    def explain(self) -> str:
+        """What the engine computes for the trace, as text: forward passes, modules that never run, shared tokens.
+
+        Of what has been recorded so far; after the block, of the whole trace. Nothing runs. A wrapped module's
+        forward pass is Python's: there is nothing to say of it.
+        """
+        recording = self.graph.recording
+        return self._recorder.native.explain(recording.wire(), len(recording.constants))
+
     def barrier(self, n: int) -> Barrier:
         """A meeting point of ``n`` invokes: each calls it. Values flow to later invokes without it.
 
