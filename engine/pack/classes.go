@@ -121,17 +121,31 @@ func (c *classes) split(tokens []token) *classes {
 	for _, t := range tokens {
 		alone[t] = true
 	}
-	return number(len(c.of), func(t token) int32 {
-		if alone[t] {
-			return -1 - t
-		}
-		return c.of[t]
-	})
+	return c.renumbered(len(c.of), func(t token) (int32, bool) { return c.of[t], !alone[t] })
 }
 
 // part are the classes of some of the tokens, counted anew.
 func (c *classes) part(tokens []token) *classes {
-	return number(len(tokens), func(t token) int32 { return c.of[tokens[t]] })
+	return c.renumbered(len(tokens), func(t token) (int32, bool) { return c.of[tokens[t]], true })
+}
+
+// renumbered are classes of n tokens, each of an old class or alone.
+func (c *classes) renumbered(n int, old func(token) (int32, bool)) *classes {
+	out := &classes{of: make([]int32, n), first: make([]token, 0, min(n, len(c.first)+8))}
+	known := make([]int32, len(c.first)) // by old class: its new number, counted from 1
+	for t := range token(n) {
+		class, shared := old(t)
+		if shared && known[class] > 0 {
+			out.of[t] = known[class] - 1
+			continue
+		}
+		out.of[t] = int32(len(out.first))
+		out.first = append(out.first, t)
+		if shared {
+			known[class] = out.of[t] + 1
+		}
+	}
+	return out
 }
 
 // attend are the classes of what attention gives: it depends on the query, and on the keys and values of the token

@@ -273,7 +273,7 @@ func (t *trace) call(s *step) {
 	}
 	sp := s.args[0].space
 	for _, x := range s.args {
-		if x.foreign || x.space != sp && !(x.single && x.space.of == sp.of) {
+		if x.foreign || x.space != sp && !(x.single && x.space.of == sp.of && sp == t.spaces[sp.of]) {
 			return
 		}
 	}
