@@ -76,13 +76,15 @@ func nngo_model_open(dir, options *C.char, out *C.nng_model, err *C.nng_buf) C.i
 			DType  string `json:"dtype"`
 			Device string `json:"device"`
 			Load   bool   `json:"load"`
+
+			Prepack int64 `json:"prepack"`
 		}
 		if options != nil {
 			if e := json.Unmarshal([]byte(C.GoString(options)), &o); e != nil {
 				return fault.New(fault.Input, "the options are not JSON: %v", e)
 			}
 		}
-		m, e := engine.Open(C.GoString(dir), engine.Options{DType: o.DType, Device: o.Device, Load: o.Load})
+		m, e := engine.Open(C.GoString(dir), engine.Options{DType: o.DType, Device: o.Device, Load: o.Load, Prepack: o.Prepack})
 		if e != nil {
 			return e
 		}

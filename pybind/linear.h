@@ -1,9 +1,12 @@
-// linear.h: nng::linear, which is aten::linear with a kernel of its own for a single row on the CPU.
+// linear.h: nng::linear, which is aten::linear with ways of its own on the CPU, and nng::prepack.
 // Part of aten.cc.
 //
-// A token that is generated multiplies each weight of the model once, so a step takes as long as reading
-// the weights does. torch hands a single row to a BLAS whose matrix-vector product works on one thread
-// and reads at half the speed that one thread could; here all threads read, in the order of memory.
+// One row: a token that is generated multiplies each weight of the model once, so a step takes as long as
+// reading the weights does. torch hands a single row to a BLAS whose matrix-vector product works on one
+// thread and reads at half the speed that one thread could; here all threads read, in the order of memory.
+//
+// Several rows: oneDNN multiplies them faster with a copy of the weight in a layout of its own choice,
+// which prepack makes and linear is given beside the weight.
 #ifndef NNG_LINEAR_H
 #define NNG_LINEAR_H
 
@@ -12,11 +15,15 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/Version.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
 #include <cstring>
 #include <optional>
+#include <string_view>
 #include <type_traits>
+#include <vector>
 
 namespace nng {
 
@@ -135,18 +142,19 @@ void in_parallel(const Part<W>& product, const at::Tensor& y) {
       std::max<int64_t>(kLeast / std::max<int64_t>(product.in, 1), 64));
 }
 
-// Whether the kernel above may do the work.
-inline bool single_row(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {
-  auto plain = [](const at::Tensor& t) {
-    return t.device().type() == at::kCPU && t.layout() == at::kStrided && !at::isTensorSubclassLike(t) &&
-           !(t.requires_grad() && at::GradMode::is_enabled()) && !t.is_neg() && !t.is_conj();
-  };
+inline bool is_plain(const at::Tensor& t) {
+  return t.device().type() == at::kCPU && t.layout() == at::kStrided && !at::isTensorSubclassLike(t) &&
+         !(t.requires_grad() && at::GradMode::is_enabled()) && !t.is_neg() && !t.is_conj();
+}
+
+// Whether the ways of our own may do the work: aten::linear knows autograd, autocast and all the rest.
+inline bool is_plain(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {
   auto type = x.scalar_type();
   if (type != at::kFloat && type != at::kBFloat16) return false;
-  if (x.dim() < 1 || w.dim() != 2 || x.size(-1) != w.size(1) || x.numel() != w.size(1) || w.numel() == 0) return false;
-  if (!plain(x) || !plain(w) || w.scalar_type() != type || !(w.is_contiguous() || w.t().is_contiguous())) return false;
+  if (x.dim() < 1 || w.dim() != 2 || x.size(-1) != w.size(1) || x.numel() == 0 || w.numel() == 0) return false;
+  if (!is_plain(x) || !is_plain(w) || w.scalar_type() != type) return false;
   if (bias.has_value() && bias->defined()) {
-    if (!plain(*bias) || bias->scalar_type() != type || bias->dim() != 1 || bias->size(0) != w.size(0)) return false;
+    if (!is_plain(*bias) || bias->scalar_type() != type || bias->dim() != 1 || bias->size(0) != w.size(0)) return false;
   }
   return !at::autocast::is_autocast_enabled(at::kCPU);
 }
@@ -161,9 +169,7 @@ at::Tensor row_times(const at::Tensor& x, const at::Tensor& w) {
   return y;
 }
 
-// linear is x wᵀ + bias for x [..., in], w [out, in] and bias [out].
-inline at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {
-  if (!single_row(x, w, bias)) return at::linear(x, w, bias);
+inline at::Tensor one_row(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {
   at::Tensor y = x.scalar_type() == at::kFloat ? row_times<float>(x, w) : row_times<at::BFloat16>(x, w);
   if (bias.has_value() && bias->defined()) y.add_(*bias);
   auto sizes = x.sizes().vec();
@@ -171,7 +177,77 @@ inline at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const std::op
   return y.to(x.scalar_type()).view(sizes);
 }
 
-TORCH_LIBRARY_FRAGMENT(nng, m) { m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor", linear); }
+// An operator of oneDNN's; none where torch was built without it.
+template <typename F>
+std::optional<c10::TypedOperatorHandle<F>> find_op(const char* name) {
+  auto op = c10::Dispatcher::singleton().findSchema({name, ""});
+  if (!op.has_value()) return std::nullopt;
+  return op->typed<F>();
+}
+
+// Outputs [from, to) of a weight in oneDNN's layout; none where oneDNN does not do such products here.
+// transposed says that the weight is [in, out].
+inline std::optional<at::Tensor> prepack(const at::Tensor& weight, bool transposed, int64_t from, int64_t to) {
+  static const auto reorder =
+      find_op<at::Tensor(const at::Tensor&, std::optional<c10::SymInt>)>("mkldnn::_reorder_linear_weight");
+  if (!reorder.has_value() || !at::globalContext().userEnabledMkldnn() || !is_plain(weight)) return std::nullopt;
+  c10::InferenceMode lasting(false);  // it outlives the trace that it is made in
+  at::AutoDispatchBelowADInplaceOrView no_history;
+  constexpr int64_t kRows = 64;  // any number gives the same layout; none at all takes twice as long
+  try {
+    return reorder->call((transposed ? weight.t() : weight).narrow(0, from, to - from), c10::SymInt(kRows));
+  } catch (const c10::Error&) {  // this processor lacks what the dtype needs
+    return std::nullopt;
+  }
+}
+
+// The product with a weight that was packed in one piece or several, which follow each other along the outputs.
+inline at::Tensor packed_times(const at::Tensor& x, at::TensorList pieces, const std::optional<at::Tensor>& bias) {
+  using Scalars = c10::List<std::optional<at::Scalar>>;
+  static const auto multiply =
+      find_op<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
+                         Scalars, std::optional<std::string_view>)>("mkldnn::_linear_pointwise");
+  at::AutoDispatchBelowADInplaceOrView no_history;
+  auto times = [&](const at::Tensor& piece, const std::optional<at::Tensor>& b) {
+    return multiply->call(x, piece, b, "none", Scalars(), "");
+  };
+  if (pieces.size() == 1) return times(pieces[0], bias);
+  std::vector<at::Tensor> parts;
+  int64_t from = 0;
+  for (const at::Tensor& piece : pieces) {
+    std::optional<at::Tensor> b;
+    if (bias.has_value() && bias->defined()) b = bias->narrow(0, from, piece.size(0));
+    parts.push_back(times(piece, b));
+    from += piece.size(0);
+  }
+  return at::cat(parts, -1);
+}
+
+// x wᵀ + bias for x [..., in] and bias [out]; w is [out, in], or [in, out] if transposed. pieces, if there are
+// any, are the same weight packed.
+inline at::Tensor linear_packed(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                                bool transposed, at::TensorList pieces) {
+  at::Tensor w = transposed ? weight.t() : weight;
+  if (!is_plain(x, w, bias)) return at::linear(x, w, bias);
+  if (x.numel() == w.size(1)) {
+    if (w.is_contiguous() || w.t().is_contiguous()) return one_row(x, w, bias);
+  } else if (!pieces.empty() && at::globalContext().userEnabledMkldnn()) {
+    return packed_times(x, pieces, bias);
+  }
+  return at::linear(x, w, bias);
+}
+
+inline at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                         bool transposed) {
+  return linear_packed(x, weight, bias, transposed, {});
+}
+
+TORCH_LIBRARY_FRAGMENT(nng, m) {
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias=None, bool transposed=False) -> Tensor", linear);
+  m.def("linear_packed(Tensor input, Tensor weight, Tensor? bias, bool transposed, Tensor[] packed) -> Tensor",
+        linear_packed);
+  m.def("prepack(Tensor weight, bool transposed, int start, int end) -> Tensor?", prepack);
+}
 
 }  // namespace nng
 #endif

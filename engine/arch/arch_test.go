@@ -208,7 +208,7 @@ func wellFormed(t *testing.T, m *graph.Model, g *arch.Graphs) {
 			marks[graph.ID(i)] = true
 			require.NotNil(t, n.Shape)
 		case graph.KindCall:
-			require.True(t, strings.HasPrefix(n.Op, "aten::") || n.Op == "nng::linear", n.Op)
+			require.True(t, strings.HasPrefix(n.Op, "aten::") || n.Op == nn.LinearOp, n.Op)
 			for _, word := range []string{"view", "reshape"} { // they would pin sizes of the batch
 				require.NotContains(t, n.Op, word)
 			}

@@ -78,6 +78,17 @@ func CopyInto(t, from Tensor) error {
 	return err
 }
 
+// Prepack copies outputs [from, to) of a weight into the layout in which oneDNN multiplies it; no tensor
+// where oneDNN does no such products. The weight is [out, in], or [in, out] if transposed.
+func Prepack(weight Tensor, transposed bool, from, to int64) (Tensor, error) {
+	op, err := Find("nng::prepack")
+	if err != nil {
+		return Tensor{}, err
+	}
+	v, err := op.Call([]Value{TensorValue(weight), BoolValue(transposed), IntValue(from), IntValue(to)})
+	return v.T, err
+}
+
 // To converts to a device and a dtype; it shares the tensor where nothing changes.
 func To(t Tensor, device, dtype string) (Tensor, error) {
 	return run("aten::to.device", TensorValue(t), Value{Kind: graph.ArgDevice, S: device}, Value{Kind: graph.ArgDType, S: dtype})

@@ -151,6 +151,9 @@ func (t Tensor) RequiresGrad() bool { f := t.facts(); return f[5] != 0 }
 // Numel is the number of elements.
 func (t Tensor) Numel() int64 { f := t.facts(); return int64(f[6]) }
 
+// Bytes is what the elements take.
+func (t Tensor) Bytes() int64 { f := t.facts(); return int64(f[3] * f[6]) }
+
 // Version counts the changes in place that autograd knows of.
 func (t Tensor) Version() int64 { f := t.facts(); return int64(f[7]) }
 

@@ -51,6 +51,7 @@ func Directory(t testing.TB, config string, seed uint64) string {
 	}
 	text, err := json.Marshal(header)
 	require.NoError(t, err)
+	text = append(text, bytes.Repeat([]byte(" "), -len(text)&7)...) // as writers do, so that numbers are aligned
 	file := binary.LittleEndian.AppendUint64(nil, uint64(len(text)))
 	file = append(append(file, text...), data.Bytes()...)
 	write := func(name string, content []byte) {

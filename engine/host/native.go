@@ -29,6 +29,10 @@ type Options struct {
 	DType  string // torch's name; "" keeps what the checkpoint holds
 	Device string // "cpu", "cuda:0"; "" is the CPU
 	Load   bool   // map the weights at once, rather than before the first run
+
+	// Prepack is how many bytes of packed weights are kept to multiply with: 0 for DefaultPrepack,
+	// negative for none.
+	Prepack int64
 }
 
 // Native is a model whose forward pass the engine computes itself. It is safe for concurrent use.
@@ -41,6 +45,7 @@ type Native struct {
 	names      map[string]string // parameter -> its name in the checkpoint
 	dtype      string
 	device     string
+	prepack    int64 // bytes
 
 	training atomic.Bool
 	apart    atomic.Bool // every token is computed
@@ -48,6 +53,7 @@ type Native struct {
 
 	mu     sync.Mutex
 	params map[string]aten.Tensor // by name; tied names share a handle's tensor
+	shelf  *shelf                 // copies of some of them
 	loaded bool
 	closed bool
 	runs   int
@@ -67,7 +73,10 @@ func Open(dir string, o Options) (*Native, error) {
 	if err != nil {
 		return nil, inDir(err, dir)
 	}
-	m := &Native{dir: dir, config: config, arch: a, graphs: graphs, dtype: o.DType, device: o.Device}
+	m := &Native{dir: dir, config: config, arch: a, graphs: graphs, dtype: o.DType, device: o.Device, prepack: o.Prepack}
+	if m.prepack == 0 {
+		m.prepack = DefaultPrepack
+	}
 	if m.device == "" {
 		m.device = "cpu"
 	}
@@ -150,7 +159,7 @@ func (m *Native) load() error {
 		}
 		params[p.Name] = t
 	}
-	m.params, m.loaded = params, true
+	m.params, m.shelf, m.loaded = params, newShelf(m.prepack, m.graphs.Params, params), true
 	return nil
 }
 
@@ -230,6 +239,9 @@ func (m *Native) unused() map[string]aten.Tensor {
 	}
 	params := m.params
 	m.params = nil
+	if m.shelf != nil {
+		m.shelf.free()
+	}
 	if m.checkpoint != nil {
 		m.checkpoint.Close()
 		m.checkpoint = nil
@@ -288,6 +300,7 @@ func (m *Native) Parameter(name string) (aten.Tensor, error) {
 		return aten.Tensor{}, fault.New(fault.ModulePath, "the model has no parameter %q", name).
 			WithHint("Nearest: %v.", graph.Nearest(name, names, 3))
 	}
+	m.shelf.hand(name)
 	return t.Share()
 }
 

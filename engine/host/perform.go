@@ -4,6 +4,7 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/nn"
 	"github.com/nnsight-go/nnsight-go/engine/plan"
 	"slices"
 )
@@ -79,7 +80,19 @@ func (r *Run) perform(in *plan.Instr) (value, error) {
 
 // call runs an ATen operator.
 func (r *Run) call(in *plan.Instr) (value, error) {
-	op, err := r.model.op(in.Name)
+	name := in.Name
+	var pieces []aten.Tensor
+	if name == nn.LinearOp {
+		var err error
+		if pieces, err = r.packed(in); err != nil {
+			return value{}, err
+		}
+		if pieces != nil {
+			defer freeAll(pieces)
+			name = nn.PackedLinearOp
+		}
+	}
+	op, err := r.model.op(name)
 	if err != nil {
 		return value{}, err
 	}
@@ -90,6 +103,14 @@ func (r *Run) call(in *plan.Instr) (value, error) {
 			return value{}, err
 		}
 	}
+	nargs := len(in.Args)
+	if pieces != nil {
+		nargs++
+		f.List(len(pieces))
+		for _, t := range pieces {
+			f.Tensor(t)
+		}
+	}
 	var names []string
 	for i := range in.Kwargs {
 		names = append(names, in.Kwargs[i].Name)
@@ -97,7 +118,7 @@ func (r *Run) call(in *plan.Instr) (value, error) {
 			return value{}, err
 		}
 	}
-	out, err := op.CallFrame(f, len(in.Args), names)
+	out, err := op.CallFrame(f, nargs, names)
 	if err != nil {
 		return value{}, err
 	}

@@ -35,6 +35,7 @@ type Run struct {
 	freed    bool
 	taken    bool // its results have been handed over
 
+	weights   map[plan.Slot]*packed // those that may be packed
 	gradients gradients
 	visit     visit       // of a hosted model
 	random    aten.Tensor // the state of the generator that dropout draws from, before the run
@@ -226,7 +227,7 @@ func (r *Run) ready(schedule *plan.Schedule) error {
 		return err
 	}
 	if r.machine == nil {
-		r.machine = exec.New[value](schedule)
+		r.machine, r.weights = exec.New[value](schedule), map[plan.Slot]*packed{}
 	} else {
 		release(r.machine.Extend(schedule, nil))
 	}
@@ -255,6 +256,9 @@ func (r *Run) bind(s *plan.Schedule) error {
 		switch {
 		case src.Kind == graph.KindParam:
 			v.tensor, err = r.model.param(src.Name)
+			if w := r.model.shelf.weights[src.Name]; w != nil {
+				r.weights[src.Slot] = w
+			}
 		case src.Kind == graph.KindConst:
 			v.tensor = r.consts[src.Index]
 		case r.cache != nil:

@@ -111,7 +111,6 @@ func TestMistakesStopTheBuild(t *testing.T) {
 		{"slice", "slice 2:9 of an axis of size 6", func(b *Builder) { vector(b, 6).Slice(-1, 2, 9) }},
 		{"axis", "axis 2 of a tensor of sizes [1, 6]", func(b *Builder) { vector(b, 6).Transpose(0, 2) }},
 		{"cat", "cannot be joined", func(b *Builder) { Cat(-1, vector(b, 6), ids(b)) }},
-		{"t", "T of a tensor of sizes [B, S, 1]", func(b *Builder) { ids(b).Unsqueeze(-1).T() }},
 		{"two modules", `there are two modules named "a"`, func(b *Builder) {
 			m := b.Model("M")
 			m.Child("a", "A", "")

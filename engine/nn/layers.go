@@ -78,19 +78,30 @@ func (l *Linear) Forward(x Value) Value {
 	if l.bias {
 		b = l.Bias.Value()
 	}
-	out := linear(x, w, b)
+	out := linear(x, w, b, false)
 	l.Leave(&out)
 	return out
 }
 
-// linear is aten::linear with a weight of sizes [out, in], faster for a single row (pybind/linear.h).
-func linear(x, w, b Value) Value {
-	if x.shape[x.axis(-1)] != w.shape[1] {
-		x.b.fail("a layer of %d features is given %s", w.shape[1], shapeText(x.shape))
+// LinearOp is aten::linear with ways of its own on the CPU (pybind/linear.h). Its arguments are the input,
+// the weight, the bias or None, and whether the weight is [in, out] rather than [out, in]. PackedLinearOp
+// takes the pieces of a packed weight as well.
+const (
+	LinearOp       = "nng::linear"
+	PackedLinearOp = "nng::linear_packed"
+)
+
+func linear(x, w, b Value, transposed bool) Value {
+	out, in := w.shape[0], w.shape[1]
+	if transposed {
+		out, in = in, out
+	}
+	if x.shape[x.axis(-1)] != in {
+		x.b.fail("a layer of %d features is given %s", in, shapeText(x.shape))
 	}
 	shape := slices.Clone(x.shape)
-	shape[len(shape)-1] = w.shape[0]
-	return x.b.call("nng::linear", shape, x.dtype, []graph.Arg{x.arg(), w.arg(), b.arg()})
+	shape[len(shape)-1] = out
+	return x.b.call(LinearOp, shape, x.dtype, []graph.Arg{x.arg(), w.arg(), b.arg(), graph.Bool(transposed)})
 }
 
 // Conv1D is transformers' layer of that name, which GPT-2 uses: x W + b.
@@ -106,10 +117,10 @@ func NewConv1D(m *Module, name string, in, out int64) *Conv1D {
 }
 
 // Forward maps [..., in] to [..., out]. transformers flattens to two axes and calls addmm; linear
-// over the transposed view does the same product and takes tensors of any rank.
+// does the same product and takes tensors of any rank.
 func (c *Conv1D) Forward(x Value) Value {
 	c.Enter(Arg(&x))
-	out := linear(x, c.Weight.Value().T(), c.Bias.Value())
+	out := linear(x, c.Weight.Value(), c.Bias.Value(), true)
 	c.Leave(&out)
 	return out
 }

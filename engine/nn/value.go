@@ -140,14 +140,6 @@ func (v Value) TypeAs(o Value) Value {
 	return v.b.call("type_as", v.shape, o.dtype, []graph.Arg{v.arg(), o.arg()})
 }
 
-// T is a matrix transposed, as a view.
-func (v Value) T() Value {
-	if len(v.shape) != 2 {
-		v.b.fail("T of a tensor of sizes %s", shapeText(v.shape))
-	}
-	return v.b.call("t", graph.Shape{v.shape[1], v.shape[0]}, v.dtype, []graph.Arg{v.arg()})
-}
-
 // Transpose exchanges two axes, as a view.
 func (v Value) Transpose(a, b int) Value {
 	shape := slices.Clone(v.shape)

@@ -193,11 +193,18 @@ func linear(c *call) graph.Shape {
 		return nil
 	}
 	w, _ := c.sizes(&c.in.Args[1])
-	if len(w) != 2 || w[1] != shape[len(shape)-1] {
+	if len(w) != 2 {
+		return nil
+	}
+	features, outputs := w[1], w[0]
+	if len(c.in.Args) > 3 && c.in.Args[3].I != 0 {
+		features, outputs = outputs, features
+	}
+	if features != shape[len(shape)-1] {
 		return nil
 	}
 	out := slices.Clone(shape)
-	out[len(out)-1] = w[0]
+	out[len(out)-1] = outputs
 	return out
 }
 

@@ -261,11 +261,7 @@ func (t *trace) call(s *step) {
 	case in.Mutate:
 		return
 	case len(s.args) == 0:
-		if t.sure[in.Out] = sure; sure && baseOf(in.Name) == "aten::t" {
-			if w := t.sizes[in.Args[0].Ref]; len(w) == 2 {
-				t.sizes[in.Out] = graph.Shape{w[1], w[0]}
-			}
-		}
+		t.sure[in.Out] = sure
 		if sp, known := t.spaceOf(in); sure && known && in.Shape != nil {
 			t.set(s, t.activation(in.Out, sp, in.Shape, nil))
 		}

@@ -173,6 +173,46 @@ func TestWritesStayInTheProcess(t *testing.T) {
 	require.Equal(t, content, now)
 }
 
+// Memory that is given back holds the same when it is read again, and its neighbours keep what was written
+// to them.
+func TestMemoryIsGivenBack(t *testing.T) {
+	const n = 3 << 19 // elements: 6 MiB
+	dir := single(t, image(t, 0, source{"a", []int64{n + 7}, 1}, source{"b", []int64{n}, 10}, source{"c", []int64{n}, 20}))
+	resident := func() (kilobytes int64) {
+		text, err := os.ReadFile("/proc/self/smaps")
+		require.NoError(t, err)
+		_, after, found := strings.Cut(string(text), filepath.Join(dir, singleFile)+"\n")
+		require.True(t, found)
+		_, after, _ = strings.Cut(after, "Rss:")
+		_, err = fmt.Sscan(after, &kilobytes)
+		require.NoError(t, err)
+		return kilobytes
+	}
+	c := open(t, dir)
+	var want [][]float32
+	tensors := []aten.Tensor{tensor(t, c, "a"), tensor(t, c, "b"), tensor(t, c, "c")}
+	number, err := aten.FromFloat32s([]float32{7}, 1)
+	require.NoError(t, err)
+	defer number.Free()
+	require.NoError(t, aten.CopyInto(tensors[0], number))
+	require.NoError(t, aten.CopyInto(tensors[2], number))
+	for _, x := range tensors {
+		defer x.Free()
+		want = append(want, floats(t, x))
+	}
+	before := resident()
+	c.GiveBack(tensors[1])
+	require.Less(t, resident(), before-4<<10)
+	for i, x := range tensors {
+		require.Equal(t, want[i], floats(t, x))
+	}
+	other, err := aten.Clone(tensors[1])
+	require.NoError(t, err)
+	defer other.Free()
+	c.GiveBack(other)
+	require.Equal(t, want[1], floats(t, other), "no mapped file holds it")
+}
+
 func TestMisalignedDataIsCopied(t *testing.T) {
 	for shift := 1; shift < 4; shift++ {
 		dir := single(t, image(t, shift, source{"w", []int64{3, 2}, 1}, source{"s", []int64{}, 7}))

@@ -4,6 +4,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"unsafe"
 
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 )
@@ -53,6 +54,26 @@ func (s *shard) mmap() error {
 		return fault.New(fault.ModelLoad, "%s cannot be mapped", s.path).WithCause(err)
 	}
 	return nil
+}
+
+// giveBack lets the kernel have the pages that lie whole in memory of the mapping; they come back from the
+// file when they are next read. Nothing may have been written to them. Other memory is left alone.
+func (s *shard) giveBack(memory unsafe.Pointer, n int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.data == nil {
+		return
+	}
+	start := int64(uintptr(memory)) - int64(uintptr(unsafe.Pointer(&s.data[0])))
+	end := start + n
+	if start < 0 || end > int64(len(s.data)) {
+		return
+	}
+	page := int64(os.Getpagesize())
+	start, end = (start+page-1)/page*page, end/page*page
+	if start < end {
+		_ = syscall.Madvise(s.data[start:end], syscall.MADV_DONTNEED) // they stay where it fails
+	}
 }
 
 // release gives up one use; the last one unmaps the file. Any thread may call it.

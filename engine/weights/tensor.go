@@ -45,6 +45,14 @@ func (c *Checkpoint) tensor(info Info) (aten.Tensor, error) {
 	return t, err
 }
 
+// GiveBack lets the kernel have the memory of a tensor that lies in the mapped files and that nobody has
+// written to; it is read from the file again where it is used. Other tensors keep theirs.
+func (c *Checkpoint) GiveBack(t aten.Tensor) {
+	for _, s := range c.all {
+		s.giveBack(t.DataPointer(), t.Bytes())
+	}
+}
+
 // realigned copies data as bytes, into memory of torch's, and views it as what it is.
 func realigned(at unsafe.Pointer, info Info) (aten.Tensor, error) {
 	lent, err := aten.FromBlob(at, []int64{info.Bytes}, "uint8", nil)

@@ -67,6 +67,7 @@ class HostedLanguageModel(NNsight, LanguageModel):
         rename: Mapping[str, str | list[str]] | None = None,
         torch_dtype: torch.dtype | str | None = None,
         native: bool | None = None,
+        prepack: bool | int = True,
         **options: Any,
     ) -> None:
         if isinstance(name, torch.nn.Module) and not hasattr(name, "config"):

@@ -82,6 +82,8 @@ class LanguageModel(Envoy, Editable):
             ``{"attn": "attention"}`` gives every module named so a second name.
         native: False has transformers compute the model, though the engine could; True refuses a model that the
             engine cannot. By default the engine does what it can, and transformers the rest.
+        prepack: weights that are used again and again on the CPU get a copy in a layout that multiplies faster:
+            True for up to 2 GiB of copies, a number for so many bytes, False for none.
         options: what programs written for nnsight give: taken where it changes nothing here
             (``trust_remote_code``, ``task="text-generation"``, ...).
 
@@ -115,6 +117,7 @@ class LanguageModel(Envoy, Editable):
         rename: Mapping[str, str | list[str]] | None = None,
         torch_dtype: torch.dtype | str | None = None,
         native: bool | None = None,
+        prepack: bool | int = True,
         **options: Any,
     ) -> None:
         foreign.options("LanguageModel(...)", options, foreign.OPENING)
@@ -127,7 +130,8 @@ class LanguageModel(Envoy, Editable):
                 **positions.fields(here()),
             )
         directory = hub.resolve(name, revision, token, cache_dir, local_files_only)
-        engine = Native(directory, _dtype(dtype if dtype is not None else torch_dtype), _device(device_map), dispatch)
+        of = _dtype(dtype if dtype is not None else torch_dtype)
+        engine = Native(directory, of, _device(device_map), dispatch, prepack)
         super().__init__(engine, "", engine.description["modules"][0])
         self._directory = directory
         self._name_or_path = os.fspath(name)

@@ -32,6 +32,7 @@ class Native:
         dtype: of the parameters; None keeps what the checkpoint holds.
         device: where the model computes.
         load: map the weights now, rather than before the first run.
+        prepack: packed copies of weights: whether to make them, or how many bytes of them.
 
     Raises:
         ModelLoadError: a file is missing or spoilt, a tensor has another shape than the architecture
@@ -39,9 +40,15 @@ class Native:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], dtype: torch.dtype | None, device: torch.device, load: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        dtype: torch.dtype | None,
+        device: torch.device,
+        load: bool = False,
+        prepack: bool | int = True,
     ) -> None:
-        options: dict[str, Any] = {"device": str(device), "load": load}
+        room = 0 if prepack is True else prepack or -1  # to the engine 0 is its default
+        options: dict[str, Any] = {"device": str(device), "load": load, "prepack": room}
         if dtype is not None:
             options["dtype"] = str(dtype).removeprefix("torch.")
         handle = ctypes.c_uint64()
