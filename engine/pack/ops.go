@@ -26,7 +26,7 @@ type rule struct {
 // call is an operator's use.
 type call struct {
 	in     *plan.Instr
-	tokens []*activation // its activations, in the order of its arguments
+	tokens []*activation // its activations, in the order in which its arguments name them first
 	sizes  func(a *graph.Arg) (graph.Shape, bool)
 	out    []graph.Arg // rewritten arguments
 }
@@ -119,7 +119,7 @@ var rules = map[string]rule{
 	"aten::neg": unary, "aten::pow": {shape: scalarPower}, "aten::rsqrt": unary, "aten::sqrt": unary, "aten::cos": unary, "aten::sin": unary,
 	"aten::exp": unary, "aten::sigmoid": unary, "aten::silu": unary, "aten::gelu": unary, "aten::relu": unary, "aten::relu6": unary,
 	"aten::tanh": unary, "aten::mish": unary, "aten::hardswish": unary, "aten::leaky_relu": unary, "aten::clone": {shape: plainClone},
-	"aten::to": {shape: toDType}, "aten::type_as": {shape: broadcast},
+	"aten::to": {shape: toDType}, "aten::type_as": {shape: typeAs},
 	"aten::layer_norm": {shape: layerNorm}, "nng::linear": {shape: linear}, "aten::mean": {shape: meanLast},
 	"aten::softmax": {shape: lastAxis}, "aten::log_softmax": {shape: lastAxis},
 	"aten::embedding": {shape: embedding},
@@ -176,6 +176,14 @@ func toDType(c *call) graph.Shape {
 		return nil
 	}
 	return alike(c)
+}
+
+// typeAs wants nothing of its second argument but its dtype.
+func typeAs(c *call) graph.Shape {
+	if len(c.in.Args) != 2 || c.in.Args[0].Kind != graph.ArgRef || c.in.Args[0].Ref != c.tokens[0].slot {
+		return nil
+	}
+	return c.first()
 }
 
 func layerNorm(c *call) graph.Shape {
@@ -343,7 +351,7 @@ func sliced(c *call) graph.Shape {
 }
 
 func joined(c *call) graph.Shape {
-	if len(c.in.Args) != 2 || c.in.Args[0].Kind != graph.ArgList || len(c.tokens) != len(c.in.Args[0].L) {
+	if len(c.in.Args) != 2 || c.in.Args[0].Kind != graph.ArgList {
 		return nil
 	}
 	a, ok := c.own(1)
@@ -351,10 +359,13 @@ func joined(c *call) graph.Shape {
 		return nil
 	}
 	out := slices.Clone(c.first())
-	for _, x := range c.tokens[1:] {
-		if len(x.shape) != len(out) {
+	out[a] = 0
+	for i := range c.in.Args[0].L { // one may be there twice
+		at := slices.IndexFunc(c.tokens, func(x *activation) bool { return x.slot == c.in.Args[0].L[i].Ref })
+		if at < 0 || len(c.tokens[at].shape) != len(out) {
 			return nil
 		}
+		x := c.tokens[at]
 		for i, d := range x.shape {
 			if i != a && d != out[i] {
 				return nil

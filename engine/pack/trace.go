@@ -352,8 +352,8 @@ func (t *trace) meaning(s *step) (shape graph.Shape, of *classes, single bool) {
 		of = join(of, x.classes)
 	}
 	s.kind, s.rule = mapped, r
-	if single {
-		s.kind = asIs
+	if single = shape[0] != graph.DimBatch; single {
+		s.kind, of = asIs, nil
 	}
 	return shape, of, single
 }
