@@ -11,7 +11,7 @@ import torch
 from nnsight_go import LanguageModel, _ffi
 from references import Pair, close, gpt2, llama, pair
 
-WARM = 40  # traces after which all weights of the small models are packed
+WARM = 60  # traces after which all weights of the small models are packed
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 CONFIGS = {  # whose weights are large enough
     "gpt2": gpt2(n_embd=264, n_head=4, vocab_size=500),

@@ -18,7 +18,7 @@ const DefaultPrepack = 2 << 30
 
 const (
 	packAfter = 3       // passes through a weight before its copy is begun
-	packShare = 16      // one element is packed for so many that are multiplied
+	packShare = 32      // one element is packed for so many that are multiplied
 	packPiece = 1 << 22 // elements packed at once, some 10 ms
 	packLeast = 1 << 16 // elements below which calling oneDNN costs what its product saves
 )
