@@ -97,7 +97,7 @@ type trace struct {
 	sizes   []graph.Shape // by slot: sizes of parameters and what is made of them alone
 	sure    []bool        // by slot: it is as the model says
 	spaces  []*space
-	changes map[plan.Slot]*change
+	changes []change // by group
 	touched map[plan.Slot]*views
 }
 
@@ -118,7 +118,7 @@ type views struct {
 // follow goes through a schedule.
 func follow(s *plan.Schedule) *trace {
 	t := &trace{s: s, steps: make([]step, len(s.Instrs)), now: make([]*activation, s.Slots), sizes: make([]graph.Shape, s.Slots),
-		sure: make([]bool, s.Slots), changes: map[plan.Slot]*change{}, touched: map[plan.Slot]*views{}}
+		sure: make([]bool, s.Slots), changes: make([]change, s.Slots), touched: map[plan.Slot]*views{}}
 	for i := range s.Forwards {
 		f := &s.Forwards[i]
 		sp := &space{rows: int(f.Batch()), toks: int(f.Seq), of: i}
@@ -141,15 +141,7 @@ func follow(s *plan.Schedule) *trace {
 	return t
 }
 
-func (t *trace) change(slot plan.Slot) *change {
-	g := t.s.Groups[slot]
-	c := t.changes[g]
-	if c == nil {
-		c = &change{put: map[plan.Slot]bool{}}
-		t.changes[g] = c
-	}
-	return c
-}
+func (t *trace) change(slot plan.Slot) *change { return &t.changes[t.s.Groups[slot]] }
 
 func (t *trace) findChanges() {
 	for _, src := range t.s.Sources {
@@ -162,7 +154,11 @@ func (t *trace) findChanges() {
 		}
 		switch {
 		case in.Op == plan.OpPut:
-			t.change(in.Args[0].Ref).put[in.Args[0].Ref] = true
+			c := t.change(in.Args[0].Ref)
+			if c.put == nil {
+				c.put = map[plan.Slot]bool{}
+			}
+			c.put[in.Args[0].Ref] = true
 		case in.Mutate:
 			in.Target(func(slot plan.Slot) { t.change(slot).direct = true })
 		}
