@@ -17,6 +17,7 @@ import time
 from dataclasses import replace
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from . import (
     caching,
@@ -60,6 +61,7 @@ def main(given: list[str] | None = None) -> None:
     args = parser.parse_args(given)
     if args.no_install:
         install.forbid()
+    disable_progress_bar()
     parts: dict[str, list[Row]] = {}
     curves: list[Curve] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -74,9 +76,11 @@ def main(given: list[str] | None = None) -> None:
             else:
                 # What is held to a target is the full size.
                 parts[part] = [replace(row, target=None) for row in results] if args.small else results
+            # After every part: a run that is interrupted leaves what it has.
+            text = report.write(args.out, machine(args.device), parts, curves)
             print(f"bench: {part} took {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         setting.forget()
-    print(report.write(args.out, machine(args.device), parts, curves))
+    print(text)
 
 
 def machine(device: str) -> str:

@@ -96,8 +96,8 @@ def at(
     """Rows at one length, against transformers and, where asked for, against libraries and hooks."""
     ids, bare, ours = subject.ids(tokens), subject.bare, subject.ours
     layer = min(LAYER, len(blocks(bare)) - 1)
-    last = {"bare": lambda: bare_last(bare, ids), "last": lambda: traced_last(ours, ids)}
-    logits = {"whole": lambda: bare_logits(bare, ids), "all": lambda: traced_logits(ours, ids)}
+    last = {"kept": lambda: bare_last(bare, ids), "last": lambda: traced_last(ours, ids)}
+    logits = {"bare": lambda: bare_logits(bare, ids), "all": lambda: traced_logits(ours, ids)}
     state = {"hooks": lambda: hooked_state(bare, ids, layer), "state": lambda: traced_state(ours, ids, layer)}
     if libraries and subject.nnsight is not None:
         state["nnsight"] = lambda: nnsight_state(subject.nnsight, ids, layer)
@@ -113,10 +113,10 @@ def at(
     saved = f"{where}: save layer {layer} of {len(blocks(bare))}"
     note = f"max relative difference {max(errors):.0e}"
     rows = [
-        Row(f"{where}: save the last logits", timed["last"], "transformers", timed["whole"], target(LAST), note),
-        Row(f"{where}: save the last logits", timed["last"], "transformers, logits_to_keep=1", timed["bare"]),
-        Row(f"{where}: save all logits", timed["all"], "transformers", timed["whole"], target(ALL)),
-        Row(saved, timed["state"], "transformers", timed["whole"], target(STATE), "no stop()"),
+        Row(f"{where}: save the last logits", timed["last"], "transformers", timed["bare"], target(LAST), note),
+        Row(f"{where}: save the last logits", timed["last"], "transformers, logits_to_keep=1", timed["kept"]),
+        Row(f"{where}: save all logits", timed["all"], "transformers", timed["bare"], target(ALL)),
+        Row(saved, timed["state"], "transformers", timed["bare"], target(STATE), "no stop()"),
     ]
     if libraries:
         rows.append(Row(saved, timed["state"], "hooks", timed["hooks"]))

@@ -18,7 +18,7 @@ import torch
 
 WARMUP = 6  # runs before the first that counts: the engine may pack weights after some
 LEAST = 3  # rounds of the slowest case
-SECONDS = 12.0  # that the rounds of one case may take, if these are more than LEAST
+SECONDS = 12.0  # that the rounds of one case may take, and those before them, if they are more than LEAST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +63,11 @@ def samples(contenders: dict[str, Callable[[], object]], rounds: int, warmup: in
     """
     draw = random.Random(0)
     taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(warmup):
+    last, until = 0.0, time.perf_counter() + SECONDS
+    for i in range(warmup):
         last = sum(seconds(run) for run in contenders.values())
+        if i + 1 >= LEAST and time.perf_counter() > until:
+            break
     with quiet():
         for _ in range(min(rounds, max(LEAST, int(SECONDS / last)))):
             for name, run in draw.sample(list(contenders.items()), len(contenders)):

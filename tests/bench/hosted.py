@@ -185,7 +185,8 @@ def measure(setting: Setting) -> list[Row]:
         if case.hooked is not None:
             ways["hooks"] = partial(case.hooked, nets["hooks"])
         agree(ways)
-        bare, more = added(partial(case.bare, nets["bare"]), ways, setting.rounds * case.rounds, warmup=20)
+        rounds = setting.rounds * case.rounds
+        bare, more = added(partial(case.bare, nets["bare"]), ways, rounds, warmup=min(rounds, 20))
         note = f"bare: {bare}" + (f"; {case.note}" if case.note else "")
         rows.append(against(case.what, more["ours"], NNSIGHT, more.get("nnsight"), case.target, note))
         if case.hooked is not None:

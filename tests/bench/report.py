@@ -8,7 +8,7 @@ import pathlib
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 from .rows import Curve, Row
 
@@ -146,7 +146,9 @@ def draw_curves(path: pathlib.Path, curves: list[Curve]) -> None:
             axes.fill_between(list(points), low, high, alpha=0.15, color=color)
         axes.set(xscale="log", yscale="log", xlabel=curve.size, ylabel="ms")
         axes.set_xticks(list(next(iter(curve.points.values()))))
-        axes.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axes.minorticks_off()
         axes.set_title(curve.title, fontsize=8)
         axes.legend(fontsize=7)
