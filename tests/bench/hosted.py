@@ -17,7 +17,7 @@ from torch import nn
 
 from nnsight_go import NNsight
 
-from .harness import added
+from .harness import added, interleave
 from .install import NNSIGHT, NotInstalled
 from .models import Setting
 from .rows import Row, Tensors, against, agree
@@ -33,7 +33,7 @@ class Case:
     what: str
     traced: Callable[[Any], Tensors]
     hooked: Callable[[nn.Module], Tensors] | None  # None where there is nothing to hook
-    bare: Callable[[nn.Module], object]
+    bare: Callable[[nn.Module], object] | None  # None where whole times are compared: invokes share a pass
     target: float | None = None  # against nnsight
     traced_there: Callable[[Any], Tensors] | None = None  # in nnsight, where that is not written in the same way
     note: str = ""
@@ -159,10 +159,10 @@ def all_cases() -> list[Case]:
         of_row(f"{MANY} saves of {LAYERS} layers", traced_many, lambda net: hooked_saves(net, x, many()), None),
         of_row("one edit", traced_edit, lambda net: hooked_edit(net, x, slice(None)), None),
         Case(
-            f"{INVOKES} invokes with an edit each",
+            f"{INVOKES} invokes with an edit each, forwards included",
             lambda model: swept_invokes(model, rows),
             lambda net: hooked_sweep(net, rows),
-            lambda net: [net(row) for row in rows],
+            None,
             traced_there=lambda model: swept_traces(model, rows),
             note=f"there {INVOKES} traces",
             rounds=4,
@@ -186,8 +186,11 @@ def measure(setting: Setting) -> list[Row]:
             ways["hooks"] = partial(case.hooked, nets["hooks"])
         agree(ways)
         rounds = setting.rounds * case.rounds
-        bare, more = added(partial(case.bare, nets["bare"]), ways, rounds, warmup=min(rounds, 20))
-        note = f"bare: {bare}" + (f"; {case.note}" if case.note else "")
+        if case.bare is None:
+            more, note = interleave(ways, rounds), case.note
+        else:
+            bare, more = added(partial(case.bare, nets["bare"]), ways, rounds, warmup=min(rounds, 20))
+            note = f"bare: {bare}"
         rows.append(against(case.what, more["ours"], NNSIGHT, more.get("nnsight"), case.target, note))
         if case.hooked is not None:
             rows.append(Row(case.what, more["ours"], "hooks", more["hooks"]))

@@ -44,8 +44,10 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """None where there is nothing to divide by: what a way adds may drown in the noise."""
-        return None if self.theirs is None or self.theirs.median <= 0 else self.ours.median / self.theirs.median
+        """None where there is nothing to compare: what a way adds may drown in the noise, and seem negative."""
+        if self.theirs is None or self.theirs.median <= 0 or self.ours.median <= 0:
+            return None
+        return self.ours.median / self.theirs.median
 
     @property
     def met(self) -> bool | None:
