@@ -9,7 +9,7 @@ import torch
 
 from .forward import bare_logits, hooked_state, nnsight_state, traced_last, traced_state
 from .generation import TOKENS, bare_generate, traced_generate
-from .harness import LEAST, interleave
+from .harness import LEAST, Timing, interleave
 from .models import Setting, Subject
 from .rows import Curve, Tensors, agree
 
@@ -26,23 +26,23 @@ SIZES = {
 @torch.no_grad()
 def measure(setting: Setting) -> list[Curve]:
     rounds = max(setting.rounds // 3, LEAST)
+
+    def curve(title: str, size: str, ways: Callable[[int], Ways]) -> Curve:
+        points: dict[str, dict[int, Timing]] = {}
+        for n in SIZES[size][: 3 if setting.small else None]:
+            for way, timing in interleave(ways(n), rounds, LEAST).items():
+                points.setdefault(way, {})[n] = timing
+        return Curve(title, size, points)
+
     whole, flat = setting.gpt2(), setting.narrow(16)
     narrow = "a GPT-2 of width 64"
     return [
-        curve(f"one save in the last of n layers, {narrow}", "layers", lambda n: layers(setting.narrow(n)), rounds),
-        curve("the last logits", "tokens", lambda n: tokens(whole, n), rounds),
-        curve("an edit and the last logits each, 10 tokens", "invokes", lambda n: invokes(whole, n), rounds),
-        curve(f"saves in 16 layers, {narrow}", "saves", lambda n: saves(flat, n), rounds),
-        curve("greedy generation", "steps", lambda n: steps(whole, n), rounds),
+        curve(f"one save in the last of n layers, {narrow}", "layers", lambda n: layers(setting.narrow(n))),
+        curve("the last logits", "tokens", lambda n: tokens(whole, n)),
+        curve("an edit and the last logits each, 10 tokens", "invokes", lambda n: invokes(whole, n)),
+        curve(f"saves in 16 layers, {narrow}", "saves", lambda n: saves(flat, n)),
+        curve("greedy generation", "steps", lambda n: steps(whole, n)),
     ]
-
-
-def curve(title: str, size: str, ways: Callable[[int], Ways], rounds: int) -> Curve:
-    points: dict[str, dict] = {}
-    for n in SIZES[size]:
-        for way, timing in interleave(ways(n), rounds, 3).items():
-            points.setdefault(way, {})[n] = timing
-    return Curve(title, size, points)
 
 
 def layers(subject: Subject) -> Ways:
