@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import pathlib
 import shutil
 from functools import cache, cached_property
@@ -130,4 +131,5 @@ def subject(directory: pathlib.Path, config: Any, size: Any, dtype: torch.dtype,
     if not directory.is_dir():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config(size)).save_pretrained(directory)
+        os.sync()  # pages that are yet to be written count as private memory of who maps them
     return Subject(directory, dtype, device)
