@@ -40,7 +40,7 @@ test-py: build ## run the Python tests (PYTEST_ARGS="-k wheel" chooses)
 demo: build ## set up everything and run the main job: examples/quickstart.py
 	@$(PY) examples/quickstart.py --out build/demo
 
-bench: build ## measure against transformers, nnsight and hooks, in one process (BENCH_ARGS)
+bench: build ## measure against transformers, hooks and other libraries; writes build/bench (BENCH_ARGS)
 	@$(PY) -m tests.bench $(BENCH_ARGS)
 
 wheel: build ## build a wheel for this Python into dist/

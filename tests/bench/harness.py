@@ -1,6 +1,7 @@
 """Times cases against each other in one process: interleaved, medians and spread.
 
 Absolute times mean little on a shared machine; the ratio of two medians taken in the same minute does.
+A slow case gets fewer rounds, so that a whole run ends.
 """
 
 from __future__ import annotations
@@ -12,6 +13,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import torch
+
+WARMUP = 6  # runs before the first that counts: the engine may pack weights after some
+LEAST = 3  # rounds of the slowest case
+SECONDS = 12.0  # that the rounds of one case may take, and those before them, if they are more than LEAST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +32,18 @@ class Timing:
 
     def __str__(self) -> str:
         scale, unit = (1e3, "ms") if self.median >= 1e-3 else (1e6, "us")
-        return f"{self.median * scale:9.2f} {unit}  ({self.low * scale:.2f} to {self.high * scale:.2f})"
+        return f"{self.median * scale:.2f} {unit} ({self.low * scale:.2f} to {self.high * scale:.2f})"
 
 
-def interleave(contenders: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 3) -> dict[str, Timing]:
+def interleave(
+    contenders: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = WARMUP
+) -> dict[str, Timing]:
     """Runs every contender once a round, in turn, and gives the timing of each."""
     return {name: summarize(taken) for name, taken in samples(contenders, rounds, warmup).items()}
 
 
 def added(
-    bare: Callable[[], object], contenders: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 3
+    bare: Callable[[], object], contenders: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = WARMUP
 ) -> tuple[Timing, dict[str, Timing]]:
     """The timing of a bare run, and what each contender takes beyond it.
 
@@ -54,22 +63,31 @@ def samples(contenders: dict[str, Callable[[], object]], rounds: int, warmup: in
     """
     draw = random.Random(0)
     taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(warmup):
-        for run in contenders.values():
-            run()
+    last, until = 0.0, time.perf_counter() + SECONDS
+    for i in range(warmup):
+        last = sum(seconds(run) for run in contenders.values())
+        if i + 1 >= LEAST and time.perf_counter() > until:
+            break
     with quiet():
-        for _ in range(rounds):
+        for _ in range(min(rounds, max(LEAST, int(SECONDS / last)))):
             for name, run in draw.sample(list(contenders.items()), len(contenders)):
-                start = time.perf_counter()
-                run()
-                taken[name].append(time.perf_counter() - start)
+                taken[name].append(seconds(run))
     return taken
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """What one run takes, to the end of what it has put on a GPU."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def summarize(taken: list[float]) -> Timing:
     if len(taken) < 2:
         return Timing(taken[0], taken[0], taken[0], 1)
-    low, median, high = statistics.quantiles(taken, n=4)
+    low, median, high = statistics.quantiles(taken, n=4, method="inclusive")
     return Timing(median, low, high, len(taken))
 
 
@@ -82,7 +100,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def ratio(ours: Timing, theirs: Timing) -> str:
-    return f"{ours.median / theirs.median:.2f}x"

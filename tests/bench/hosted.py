@@ -6,6 +6,7 @@ it: nnsight replaces the `forward` of every module that it wraps, which the othe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -16,14 +17,13 @@ from torch import nn
 
 from nnsight_go import NNsight
 
-from . import install
-from .harness import Timing, added, ratio
+from .harness import added, interleave
+from .install import NNSIGHT, NotInstalled
+from .models import Setting
+from .rows import Row, Tensors, against, agree
 
-LAYERS, WIDTH, INVOKES = 12, 16, 64
+LAYERS, WIDTH, INVOKES, MANY = 12, 16, 64, 64
 MIDDLE = 5
-HOOKS_TARGET = "1.3x"
-
-Tensors = list[torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +33,16 @@ class Case:
     what: str
     traced: Callable[[Any], Tensors]
     hooked: Callable[[nn.Module], Tensors] | None  # None where there is nothing to hook
-    bare: Callable[[nn.Module], object]
-    target: str = ""
+    bare: Callable[[nn.Module], object] | None  # None where whole times are compared: invokes share a pass
+    target: float | None = None  # against nnsight
     traced_there: Callable[[Any], Tensors] | None = None  # in nnsight, where that is not written in the same way
     note: str = ""
     rounds: int = 20  # of the measurement, times --rounds: what takes microseconds needs many
+
+
+def many() -> list[int]:
+    """Which layers are saved where there are more saves than layers, in order."""
+    return [i * LAYERS // MANY for i in range(MANY)]
 
 
 # ---- in a trace, ours or nnsight's ----
@@ -59,6 +64,14 @@ def traced_saves(model: Any, x: torch.Tensor) -> Tensors:
     kept: Tensors = []
     with model.trace(x):
         for i in range(LAYERS):
+            kept.append(model[i].output.save())
+    return kept
+
+
+def traced_many(model: Any, x: torch.Tensor) -> Tensors:
+    kept: Tensors = []
+    with model.trace(x):
+        for i in many():
             kept.append(model[i].output.save())
     return kept
 
@@ -134,19 +147,22 @@ def network() -> nn.Sequential:
 def all_cases() -> list[Case]:
     x, *rows = torch.randn(INVOKES + 1, 1, WIDTH, generator=torch.Generator().manual_seed(0))
 
-    def of_row(what: str, traced: Callable[..., Tensors], hooked: Callable[[Any], Tensors] | None, target: str) -> Case:
+    def of_row(
+        what: str, traced: Callable[..., Tensors], hooked: Callable[[Any], Tensors] | None, target: float | None
+    ) -> Case:
         return Case(what, lambda model: traced(model, x), hooked, lambda net: net(x), target)
 
     return [
-        of_row("an empty trace", traced_nothing, None, "0.35x"),
-        of_row(f"one save: layer {MIDDLE}", traced_save, lambda net: hooked_saves(net, x, [MIDDLE]), "0.35x"),
-        of_row(f"{LAYERS} saves", traced_saves, lambda net: hooked_saves(net, x, range(LAYERS)), "0.45x"),
-        of_row("one edit", traced_edit, lambda net: hooked_edit(net, x, slice(None)), "0.35x"),
+        of_row("an empty trace", traced_nothing, None, 0.25),
+        of_row(f"one save: layer {MIDDLE}", traced_save, lambda net: hooked_saves(net, x, [MIDDLE]), 0.3),
+        of_row(f"{LAYERS} saves", traced_saves, lambda net: hooked_saves(net, x, range(LAYERS)), 0.4),
+        of_row(f"{MANY} saves of {LAYERS} layers", traced_many, lambda net: hooked_saves(net, x, many()), None),
+        of_row("one edit", traced_edit, lambda net: hooked_edit(net, x, slice(None)), None),
         Case(
-            f"{INVOKES} invokes with an edit each",
+            f"{INVOKES} invokes with an edit each, forwards included",
             lambda model: swept_invokes(model, rows),
             lambda net: hooked_sweep(net, rows),
-            lambda net: [net(row) for row in rows],
+            None,
             traced_there=lambda model: swept_traces(model, rows),
             note=f"there {INVOKES} traces",
             rounds=4,
@@ -155,54 +171,30 @@ def all_cases() -> list[Case]:
 
 
 @torch.no_grad()
-def hosted_cases(rounds: int) -> list[dict]:
-    """A row for each case and each way that it is compared with."""
+def measure(setting: Setting) -> list[Row]:
+    """A row for each case and each way that it is compared with. The module stays on the CPU."""
     nets = {way: network() for way in ("bare", "ours", "nnsight", "hooks")}
-    ours, theirs, missing = NNsight(nets["ours"]), None, ""
-    try:
-        theirs = install.nnsight().NNsight(nets["nnsight"])
-    except install.NotInstalled as e:
-        missing = str(e)
-    table = []
+    ours, theirs = NNsight(nets["ours"]), None
+    with contextlib.suppress(NotInstalled):
+        theirs = NNSIGHT.load().NNsight(nets["nnsight"])
+    rows = []
     for case in all_cases():
         ways = {"ours": partial(case.traced, ours)}
         if theirs is not None:
             ways["nnsight"] = partial(case.traced_there or case.traced, theirs)
         if case.hooked is not None:
             ways["hooks"] = partial(case.hooked, nets["hooks"])
-        check(ways)
-        bare, more = added(partial(case.bare, nets["bare"]), ways, rounds * case.rounds, warmup=20)
-        notes = [f"bare: {str(bare).strip()}", missing or case.note]
-        table.append(row(case.what, more["ours"], "nnsight", more.get("nnsight"), case.target, *notes))
+        agree(ways)
+        rounds = setting.rounds * case.rounds
+        if case.bare is None:
+            more, note = interleave(ways, rounds), case.note
+        else:
+            bare, more = added(partial(case.bare, nets["bare"]), ways, rounds, warmup=min(rounds, 20))
+            note = f"bare: {bare}"
+        rows.append(against(case.what, more["ours"], NNSIGHT, more.get("nnsight"), case.target, note))
         if case.hooked is not None:
-            table.append(row(case.what, more["ours"], "hooks", more["hooks"], HOOKS_TARGET))
+            rows.append(Row(case.what, more["ours"], "hooks", more["hooks"]))
     expected = network()(torch.ones(1, WIDTH))
     for net in nets.values():  # no way leaves anything behind
         torch.testing.assert_close(net(torch.ones(1, WIDTH)), expected)
-    return table
-
-
-def check(ways: dict[str, Callable[[], Tensors]]) -> None:
-    """Raises AssertionError unless all ways compute the same."""
-    results = {name: run() for name, run in ways.items()}
-    for name, values in results.items():
-        torch.testing.assert_close(values, results["ours"], msg=lambda text, name=name: f"{name}: {text}")
-
-
-def row(case: str, ours: Timing, against: str, theirs: Timing | None, target: str, *notes: str) -> dict:
-    return {
-        "case": case,
-        "ours": str(ours),
-        "against": f"nnsight {install.VERSION}" if against == "nnsight" else against,
-        "theirs": str(theirs) if theirs else f"{against} is not installed",
-        "ratio": ratio(ours, theirs) if theirs else "-",
-        "target": target,
-        "note": "; ".join(filter(None, notes)),
-    }
-
-
-def hosted_table(rows: list[dict]) -> str:
-    lines = ["| added to the bare forward of an MLP | nnsight_go | against | adds | ratio | target | |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    lines += ["| {case} | {ours} | {against} | {theirs} | **{ratio}** | {target} | {note} |".format(**r) for r in rows]
-    return "\n".join(lines)
+    return rows

@@ -6,10 +6,7 @@ while the job runs. Mapped weights that the page cache shares are told apart fro
 
 from __future__ import annotations
 
-import json
 import pathlib
-import subprocess
-import sys
 import threading
 import time
 
@@ -54,9 +51,3 @@ class Peak:
         self._sample()
         self._stop.set()
         self._thread.join()
-
-
-def of_job(module: str, *args: str) -> dict[str, int]:
-    """Runs `python -m module *args`, which prints its own figures as JSON on its last line."""
-    done = subprocess.run([sys.executable, "-m", module, *args], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
