@@ -20,7 +20,7 @@ from . import _ffi, hosting, operations, positions, wire
 from .errors import InputError
 from .hosting import Paused, Spot, Unwind, Visit
 from .native import Run, _close, _pointers, started
-from .points import Point, Tree
+from .points import Leaf, Point, Tree
 from .positions import here
 from .recorder import current
 
@@ -88,6 +88,7 @@ class Hosted:
         self.paths = {path: first[id(m)] for path, m in module.named_modules(remove_duplicate=False)}
         self.wrapped: set[str] = set()  # modules whose bare output is shown as a tuple of one
         self._layouts: OrderedDict[Any, Layout] = OrderedDict()
+        self.schedules: dict[Any, Any] = {}  # of blocks (straight)
         self._insides: weakref.WeakKeyDictionary[Layout, Layout] = weakref.WeakKeyDictionary()
         self.sourced = False  # a trace has asked for operations
         self.ops: dict[tuple[str, int], Point] = {}  # those of every pass, which native models know
@@ -323,10 +324,10 @@ class Hosted:
             invoke: for which invoke.
             stops: nothing runs behind the last of it.
         """
-        missing = dict(block.steps[invoke])
+        missing = dict(block.schedule.steps[invoke])
 
         def visit(spot: Spot, value: Any) -> Any:
-            key = (spot.name, spot.port)
+            key = spot.key
             ids = missing.pop(key, None)
             if ids is None:
                 return value
@@ -338,11 +339,11 @@ class Hosted:
                 raise Unwind
             return value
 
-        block.do(block.first[invoke], {})
+        block.do(block.schedule.first[invoke], {})
         if stops and not missing:
             return
         with contextlib.suppress(Unwind):
-            self.forward(given, hosting.sides(missing), visit)
+            self.forward(given, block.schedule.sides[invoke], visit)
         if missing:
             raise self.missed(next(s for s in layout.spots if (s.name, s.port) in missing))
 
@@ -352,6 +353,8 @@ class Hosted:
         Raises:
             InputError: it has not the structure that it is known to have.
         """
+        if type(tree) is Leaf and isinstance(value, torch.Tensor):  # most are
+            return {tree.name: value}
         found = hosting.tensors(tree, value)
         if found is None:
             self.forget()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import positions, wire
+from . import hosting, positions, wire
 from .errors import OpError
 from .recorder import mode_now, version
 from .torchmap.computing import substituted
@@ -44,24 +44,36 @@ _CALLABLE = (
 )
 
 
-class Straight:
-    """What is to be done at the access points of the passes of a block.
+_MOST = 256  # schedules that a model remembers
+
+
+class Schedule:
+    """Where each node of a block is done. It holds for every recording that says the same.
 
     Attributes:
         steps: by invoke: the nodes to be done at each access point, in order.
+        sides: by invoke: the same access points, as sides of modules.
         first: by invoke: the nodes to be done before its pass.
         mixes: a value of an invoke is used by a later one.
         edited: the access points at which something is replaced or changed in place.
+        last: by node: the last one that uses it.
     """
 
-    def __init__(self, rec: HostedRecorder) -> None:
-        self._rec = rec
-        self.steps: list[dict[Key, list[int]]] = [{} for _ in rec.invokes]
-        self.first: list[list[int]] = [[] for _ in rec.invokes]
+    def __init__(self, invokes: int) -> None:
+        self.steps: list[dict[Key, list[int]]] = [{} for _ in range(invokes)]
+        self.sides: list[dict[str, set[int]]] = []
+        self.first: list[list[int]] = [[] for _ in range(invokes)]
         self.mixes = False
         self.edited: set[Key | None] = set()
+        self.last: dict[int, int] = {}
+
+
+class Straight:
+    """A block on its way through the passes of a module, and the values that it has got so far."""
+
+    def __init__(self, rec: HostedRecorder, schedule: Schedule) -> None:
+        self._rec, self.schedule = rec, schedule
         self.values: dict[int, Any] = {}
-        self.last: dict[int, int] = {}  # by node: the last one that uses it
 
     def forget(self) -> None:
         """Begins anew: what was done so far has no effect."""
@@ -79,7 +91,7 @@ class Straight:
         return self._do(ids, leaves)
 
     def _do(self, ids: Iterable[int], leaves: dict[str, Any]) -> bool:
-        nodes, values, last = self._rec.nodes, self.values, self.last
+        nodes, values, last = self._rec.nodes, self.values, self.schedule.last
         wrote = False
         for id in ids:
             node = nodes[id]
@@ -173,9 +185,31 @@ def plan(rec: HostedRecorder, wanted: list[int]) -> Straight | None:
         rec: the recording, at the end of its block.
         wanted: the nodes whose values are to be kept.
     """
-    nodes, made = rec.nodes, rec.made
-    if rec.gradients is not None or len(made) != len(nodes) or mode_now() != rec.mode or not _unchanged(rec):
+    if rec.gradients is not None or len(rec.made) != len(rec.nodes) or mode_now() != rec.mode or not _unchanged(rec):
         return None
+    schedule = _schedule(rec, wanted)
+    return None if schedule is None else Straight(rec, schedule)
+
+
+def _schedule(rec: HostedRecorder, wanted: list[int]) -> Schedule | None:
+    """The schedule of a recording, remembered by what decides it: a trace in a loop says the same each time."""
+    nodes, known = rec.nodes, rec.hosted.schedules
+    says = (nodes, wanted, rec.layouts, len(rec.invokes), rec.mode)
+    key = (nodes[0][2] if nodes else None, len(nodes))
+    found = known.get(key)
+    if found is not None and found[0] == says:
+        schedule: Schedule | None = found[1]
+        return schedule
+    if len(known) >= _MOST:
+        known.clear()
+    schedule = _scheduled(rec, wanted)
+    known[key] = (list(nodes), wanted, dict(rec.layouts), *says[3:]), schedule  # the recording goes on
+    return schedule
+
+
+def _scheduled(rec: HostedRecorder, wanted: list[int]) -> Schedule | None:
+    """The same, worked out."""
+    nodes = rec.nodes
     uses: list[list[int]] = [[]] * len(nodes)
     changed: dict[int, Any] = {}  # by node: what it changes in place
     live = bytearray(len(nodes))
@@ -197,13 +231,16 @@ def plan(rec: HostedRecorder, wanted: list[int]) -> Straight | None:
                 uses[id] = refs = list(wire.references(node))
                 for ref in refs:
                     live[ref] = 1
-    out = Straight(rec)
+    out = Schedule(len(rec.invokes))
     out.last = dict.fromkeys(wanted, len(nodes))  # never
-    return out if _placed(out, rec, uses, live, changed) else None
+    if not _placed(out, rec, uses, live, changed):
+        return None
+    out.sides = [hosting.sides(steps) for steps in out.steps]
+    return out
 
 
 def _placed(
-    out: Straight, rec: HostedRecorder, uses: list[list[int]], live: bytearray, changed: dict[int, Any]
+    out: Schedule, rec: HostedRecorder, uses: list[list[int]], live: bytearray, changed: dict[int, Any]
 ) -> bool:
     """Says where each node is done. False where one cannot be done where the pass stands then."""
     at: list[tuple[float, Key | None]] = [(-1, None)] * len(rec.invokes)

@@ -43,7 +43,7 @@ class HostedRecorder(Recorder):
         self.stopped = False
         self.sourced = False  # layouts have operations, which a line or an edit has asked for
         self._passes: dict[int, int] = {}  # by invoke: the number of its forward pass; edits have none
-        self._layouts: dict[int, Layout] = {}  # by invoke
+        self.layouts: dict[int, Layout] = {}  # by invoke, of those that lines have named something of
         self._calls: dict[tuple[int, str], int] = {}
         self._ports: dict[str, set[int]] = {}  # by path: the sides of modules that nodes before _told name
         self._told = 0
@@ -61,22 +61,22 @@ class HostedRecorder(Recorder):
 
     def layout(self, invoke: int) -> Layout:
         """The access points of an invoke's forward pass."""
-        known = self._layouts.get(invoke)
+        known = self.layouts.get(invoke)
         if known is None:
             given = self.given[self._passes[invoke]]
             known = self.hosted.layout(given)
             if self.sourced:
                 known = self.hosted.inside(known, given)
-            self._layouts[invoke] = known
-            _are_alike(known, next(iter(self._layouts.values())))
+            self.layouts[invoke] = known
+            _are_alike(known, next(iter(self.layouts.values())))
         return known
 
     def look_inside(self) -> None:
         """Makes the results of operations access points, too."""
-        layouts = {i: self.hosted.inside(of, self.given[self._passes[i]]) for i, of in self._layouts.items()}
+        layouts = {i: self.hosted.inside(of, self.given[self._passes[i]]) for i, of in self.layouts.items()}
         for layout in layouts.values():
             _are_alike(layout, next(iter(layouts.values())))
-        self._layouts, self.sourced = layouts, True
+        self.layouts, self.sourced = layouts, True
 
     def operations(self, path: str, name: str) -> dict[str, Point]:
         """The results of a module's operations by name, at the call that the invoke has got to."""
@@ -132,13 +132,13 @@ class HostedRecorder(Recorder):
         if not end and self.hosted.sourced and not self.sourced:
             with contextlib.suppress(InputError):  # a later line may ask for them, or not
                 self.look_inside()
-        layout = next(iter(self._layouts.values()), None)
+        layout = next(iter(self.layouts.values()), None)
         run = HostedRun(self.hosted, layout or Layout([], {}, {}), self.given, data, constants, end)
         run.ports, run.stops, run.inside = self._ports, self.stopped, self.sourced
         return run
 
     def _go_on(self, ids: list[int], end: bool, adopt: Any) -> list[torch.Tensor]:
-        if end and self._run is None and not any(v.edit for v in self.invokes):
+        if end and self._run is None and not (self.edits and any(v.edit for v in self.invokes)):
             block = straight.plan(self, ids)
             if block is not None:
                 self._do(block, ids)
@@ -216,6 +216,9 @@ class HostedRecorder(Recorder):
             for invoke in range(last + 1):
                 self._do_one(block, invoke, stops=invoke == last)
             return
+        if len(self.given) == 1:
+            self._do_one(block, 0)
+            return
         together = Together(self.hosted)
         for group in together.passes(self.given, self.layout, block):
             first = group.invokes[0]
@@ -225,7 +228,7 @@ class HostedRecorder(Recorder):
 
     def _do_one(self, block: straight.Straight, invoke: int, stops: bool = False) -> None:
         given = self.given[invoke]
-        if block.steps[invoke] or block.first[invoke]:
+        if block.schedule.steps[invoke] or block.schedule.first[invoke]:
             self.hosted.straight(given, self.layout(invoke), block, invoke, stops)
         else:
             self.hosted.run(given)
