@@ -285,6 +285,8 @@ class Envoy(Placed):
 
     def __getitem__(self, index: Any) -> Any:
         children = list(self._children.values())
+        if type(index) is int and self._class in ("ModuleList", "Sequential") and -len(children) <= index < len(children):
+            return children[index]
         if isinstance(index, str) and index in self._children:
             return self._children[index]
         if self._class not in ("ModuleList", "Sequential") or not isinstance(index, int | slice):

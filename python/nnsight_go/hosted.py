@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import logging
+import operator
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 _KEPT = 32  # layouts of a model that are remembered
+_training = operator.attrgetter("training")
 _WANTS = 2  # what a step says of a run that needs an access point
 
 
@@ -147,7 +149,7 @@ class Hosted:
     def kind(self, given: Given) -> Any:
         """What decides about the structure of a forward pass, as far as it can be seen before."""
         with torch._C.DisableTorchFunction():  # the block's mode looks at every call, also at a tensor's shape
-            return (hosting.frozen(given), *[m.training for m in self._all])
+            return hosting.frozen(given[0]), hosting.frozen(given[1]), tuple(map(_training, self._all))
 
     def inside(self, layout: Layout, given: Given, really: bool = True) -> Layout:
         """A layout with the results of operations as well, for which that input is tried out once more.
@@ -264,9 +266,9 @@ class Hosted:
             self.module(*args, **kwargs)
 
     def _hooks(self, ports: dict[str, set[int]], visit: Visit, inside: bool) -> contextlib.AbstractContextManager[None]:
-        named = {path for path in ports if path not in self.modules}
-        if not named and not inside:
+        if not inside and ports.keys() <= self.modules.keys():
             return hosting.hooks(self.modules, ports, visit, self.wrapped)
+        named = {path for path in ports if path not in self.modules}
         sides = {path: sides for path, sides in ports.items() if path not in named}
         return self._seeing(sides, visit, None if inside else named)
 
@@ -324,26 +326,33 @@ class Hosted:
             invoke: for which invoke.
             stops: nothing runs behind the last of it.
         """
-        missing = dict(block.schedule.steps[invoke])
+        schedule, values = block.schedule, block.values
+        missing, looks = schedule.steps[invoke].copy(), schedule.looks[invoke]
 
         def visit(spot: Spot, value: Any) -> Any:
-            key = spot.key
-            ids = missing.pop(key, None)
+            ids = missing.pop(spot.key, None)
             if ids is None:
                 return value
-            tree = layout.points[key].tree
-            leaves = self.tensors(spot, tree, value)
-            if block.do(ids, leaves):
-                value = hosting.replaced(value, leaves)
+            if spot.key in looks and isinstance(value, torch.Tensor):
+                for id in ids:
+                    values[id] = value
+            else:
+                tree = layout.points[spot.key].tree
+                leaves = self.tensors(spot, tree, value)
+                if block.do(ids, leaves):
+                    value = hosting.replaced(value, leaves)
             if stops and not missing:
                 raise Unwind
             return value
 
-        block.do(block.schedule.first[invoke], {})
+        if schedule.first[invoke]:
+            block.do(schedule.first[invoke], {})
         if stops and not missing:
             return
-        with contextlib.suppress(Unwind):
-            self.forward(given, block.schedule.sides[invoke], visit)
+        try:
+            self.forward(given, schedule.sides[invoke], visit)
+        except Unwind:
+            pass
         if missing:
             raise self.missed(next(s for s in layout.spots if (s.name, s.port) in missing))
 

@@ -24,8 +24,6 @@ from .points import Constant, Leaf, Mapping, Sequence, Tree
 # Called where a pass comes to an access point, with its value; gives the value to go on with.
 Visit = Callable[["Spot", Any], Any]
 
-_keys = itertools.count()
-
 
 def called(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """What a user's own function gives; an error of it is shown as theirs."""
@@ -171,14 +169,17 @@ def mapped(x: Any, f: Callable[[torch.Tensor], Any]) -> Any:
     return x
 
 
+_SEQUENCES = (tuple, list)
+
+
 def frozen(x: Any) -> Any:
     """What an input is like, to be compared and hashed: sizes and dtypes of tensors, plain values, containers."""
     if isinstance(x, torch.Tensor):
         return (x.shape, x.dtype, x.device)
-    if isinstance(x, tuple | list):
+    if isinstance(x, _SEQUENCES):
         return (type(x), *map(frozen, x))
     if isinstance(x, dict):
-        return tuple((k, frozen(v)) for k, v in x.items())
+        return tuple([(k, frozen(v)) for k, v in x.items()])
     return x if isinstance(x, int | float | str | bool | type(None)) else id(x)
 
 
@@ -197,18 +198,17 @@ class Mounted:
     """Entries in tables of hooks, which go when it is undone."""
 
     def __init__(self) -> None:
-        self._key: Any = f"nnsight_go.{next(_keys)}"
         self._touched: list[dict[Any, Any]] = []
 
     def __call__(self, into: dict[Any, Any], what: Any) -> None:
         """Puts an entry into a table, behind those that it has."""
-        into[self._key] = what
+        into[self] = what
         self._touched.append(into)
 
     def undo(self) -> None:
         """Takes all of them out."""
         for into in self._touched:
-            into.pop(self._key, None)
+            into.pop(self, None)
 
     def __enter__(self) -> None:
         """They are there."""

@@ -94,6 +94,7 @@ class _Sent:
     positions: int = 0
 
 
+_NOTHING = _Sent()
 _ZERO = torch.zeros(())
 
 
@@ -154,7 +155,7 @@ class Recorder:
         self.gradients: Gradients | None = None  # what the block says of them, if it does
         self.mode = mode_now()  # that the model runs under
         self._run: Run | None = None  # what the engine does of this trace, once a value was needed
-        self._sent = _Sent()
+        self._sent = _NOTHING
 
     # ---- invokes ----
 
@@ -177,7 +178,7 @@ class Recorder:
                 self._bring(edit)
         self.invokes.append(Invoke(rows, masks))
         self.invoke = len(self.invokes) - 1
-        if any(edit.resizes for edit in self.edits):
+        if self.edits and any(edit.resizes for edit in self.edits):
             self._resized.add(self.invoke)
         return self.invoke
 
@@ -570,7 +571,7 @@ class Recorder:
 
     def _free(self) -> None:
         """Ends the run, if there is one; what is asked for next starts from the beginning."""
-        run, self._run, self._sent = self._run, None, _Sent()
+        run, self._run, self._sent = self._run, None, _NOTHING
         if run is not None:
             run.free()
 
@@ -624,7 +625,7 @@ class Recorder:
             # these hold proxies too
             self.made, self.metas, self.bound, self._forced, self._writes = [], {}, {}, (-1, {}), {}
             wanted += self.living.now()
-        saved = list({id(p): p for p in proxies(wanted)}.values())
+        saved = list({id(p): p for p in (wanted if {Proxy}.issuperset(map(type, wanted)) else proxies(wanted))}.values())
         for p in saved:
             self.alive(p)
         if saved or self.must_run():

@@ -19,6 +19,7 @@ import torch
 
 from . import hosting, positions, wire
 from .errors import OpError
+from .points import Leaf
 from .recorder import mode_now, version
 from .torchmap.computing import substituted
 from .torchmap.operators import RESHAPING, is_in_place
@@ -55,6 +56,7 @@ class Schedule:
         sides: by invoke: the same access points, as sides of modules.
         first: by invoke: the nodes to be done before its pass.
         mixes: a value of an invoke is used by a later one.
+        looks: by invoke: the access points of one tensor that is read, while nothing else is done there.
         edited: the access points at which something is replaced or changed in place.
         last: by node: the last one that uses it.
     """
@@ -62,6 +64,7 @@ class Schedule:
     def __init__(self, invokes: int) -> None:
         self.steps: list[dict[Key, list[int]]] = [{} for _ in range(invokes)]
         self.sides: list[dict[str, set[int]]] = []
+        self.looks: list[set[Key]] = []
         self.first: list[list[int]] = [[] for _ in range(invokes)]
         self.mixes = False
         self.edited: set[Key | None] = set()
@@ -235,8 +238,15 @@ def _scheduled(rec: HostedRecorder, wanted: list[int]) -> Schedule | None:
     out.last = dict.fromkeys(wanted, len(nodes))  # never
     if not _placed(out, rec, uses, live, changed):
         return None
-    out.sides = [hosting.sides(steps) for steps in out.steps]
+    for invoke, steps in enumerate(out.steps):
+        out.sides.append(hosting.sides(steps))
+        out.looks.append({key for key, ids in steps.items() if _looks(rec, invoke, key, ids)})
     return out
+
+
+def _looks(rec: HostedRecorder, invoke: int, key: Key, ids: list[int]) -> bool:
+    """Whether nodes do nothing but read the only tensor of an access point."""
+    return type(rec.layout(invoke).points[key].tree) is Leaf and all(rec.nodes[id][0] == _READ for id in ids)
 
 
 def _placed(
@@ -287,4 +297,4 @@ def _placed(
 
 def _unchanged(rec: HostedRecorder) -> bool:
     """Whether the tensors from outside are what they were at the lines that use them."""
-    return all(c.version >= 0 and version(c.original) == c.version for c in rec.captures)
+    return not rec.captures or all(c.version >= 0 and version(c.original) == c.version for c in rec.captures)
