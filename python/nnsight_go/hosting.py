@@ -205,7 +205,7 @@ class Mounted:
         into[self] = what
         self._touched.append(into)
 
-    def undo(self) -> None:
+    def undo(self, *_: object) -> None:
         """Takes all of them out."""
         for into in self._touched:
             into.pop(self, None)
@@ -213,8 +213,7 @@ class Mounted:
     def __enter__(self) -> None:
         """They are there."""
 
-    def __exit__(self, *exception: object) -> None:
-        self.undo()
+    __exit__ = undo
 
 
 def hooks(modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit: Visit, wrapped: set[str]) -> Mounted:

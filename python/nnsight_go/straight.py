@@ -45,7 +45,7 @@ _CALLABLE = (
 )
 
 
-_MOST = 256  # schedules that a model remembers
+_MOST = 64  # schedules that a model remembers
 
 
 class Schedule:
@@ -58,7 +58,7 @@ class Schedule:
         mixes: a value of an invoke is used by a later one.
         looks: by invoke: the access points of one tensor that is read, while nothing else is done there.
         edited: the access points at which something is replaced or changed in place.
-        last: by node: the last one that uses it.
+        ends: by node: those that none uses after it.
     """
 
     def __init__(self, invokes: int) -> None:
@@ -68,7 +68,7 @@ class Schedule:
         self.first: list[list[int]] = [[] for _ in range(invokes)]
         self.mixes = False
         self.edited: set[Key | None] = set()
-        self.last: dict[int, int] = {}
+        self.ends: dict[int, list[int]] = {}
 
 
 class Straight:
@@ -94,7 +94,7 @@ class Straight:
         return self._do(ids, leaves)
 
     def _do(self, ids: Iterable[int], leaves: dict[str, Any]) -> bool:
-        nodes, values, last = self._rec.nodes, self.values, self.schedule.last
+        nodes, values, ends = self._rec.nodes, self.values, self.schedule.ends
         wrote = False
         for id in ids:
             node = nodes[id]
@@ -112,9 +112,8 @@ class Straight:
                     values[id] = self._call(id, kind, node)
                 except Exception as error:
                     raise self._failed(id, error) from None
-            for ref in wire.references(node):
-                if last[ref] == id:
-                    values.pop(ref, None)
+            for ref in ends.get(id, ()):
+                values.pop(ref, None)
         return wrote
 
     def _call(self, id: int, kind: int, node: tuple[Any, ...]) -> Any:
@@ -235,9 +234,11 @@ def _scheduled(rec: HostedRecorder, wanted: list[int]) -> Schedule | None:
                 for ref in refs:
                     live[ref] = 1
     out = Schedule(len(rec.invokes))
-    out.last = dict.fromkeys(wanted, len(nodes))  # never
-    if not _placed(out, rec, uses, live, changed):
+    last = dict.fromkeys(wanted, len(nodes))  # by node: the last one that uses it; never, of what is kept
+    if not _placed(out, rec, uses, live, changed, last):
         return None
+    for ref, id in last.items():
+        out.ends.setdefault(id, []).append(ref)
     for invoke, steps in enumerate(out.steps):
         out.sides.append(hosting.sides(steps))
         out.looks.append({key for key, ids in steps.items() if _looks(rec, invoke, key, ids)})
@@ -250,13 +251,17 @@ def _looks(rec: HostedRecorder, invoke: int, key: Key, ids: list[int]) -> bool:
 
 
 def _placed(
-    out: Schedule, rec: HostedRecorder, uses: list[list[int]], live: bytearray, changed: dict[int, Any]
+    out: Schedule,
+    rec: HostedRecorder,
+    uses: list[list[int]],
+    live: bytearray,
+    changed: dict[int, Any],
+    last: dict[int, int],
 ) -> bool:
     """Says where each node is done. False where one cannot be done where the pass stands then."""
     at: list[tuple[float, Key | None]] = [(-1, None)] * len(rec.invokes)
     reads: list[frozenset[tuple[int, float]]] = [frozenset()] * len(rec.nodes)  # of what a value is made
     edits = {node[1] for id, node in enumerate(rec.nodes) if node[0] == _WRITE or id in changed}
-    last = out.last
     for id, node in enumerate(rec.nodes):
         if not live[id]:
             continue

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 
-from . import envoy, hosting, positions, renaming, sessions, straight, torchmap, tracebacks
+from . import envoy, hosting, positions, renaming, sessions, straight, tracebacks
 from .edits import Edit, Editable, Editing
 from .envoy import Envoy
 from .errors import InputError, ModulePathError
@@ -40,7 +40,6 @@ class HostedRecorder(Recorder):
         super().__init__(hosted)  # type: ignore[arg-type]
         self.hosted = hosted
         self.given: list[Given] = []
-        self.stopped = False
         self.sourced = False  # layouts have operations, which a line or an edit has asked for
         self._passes: dict[int, int] = {}  # by invoke: the number of its forward pass; edits have none
         self.layouts: dict[int, Layout] = {}  # by invoke, of those that lines have named something of
@@ -68,7 +67,8 @@ class HostedRecorder(Recorder):
             if self.sourced:
                 known = self.hosted.inside(known, given)
             self.layouts[invoke] = known
-            _are_alike(known, next(iter(self.layouts.values())))
+            if len(self.layouts) > 1:
+                _are_alike(known, next(iter(self.layouts.values())))
         return known
 
     def look_inside(self) -> None:
@@ -289,7 +289,6 @@ class HostedTracer(Tracer):
         self._input = None
         self._recorder = kind(model._hosted)
         self._recorder.edits = model._edits
-        self._mode: torchmap.Mode | None = None
         self._used = False
 
     def __enter__(self) -> HostedTracer:
@@ -297,12 +296,6 @@ class HostedTracer(Tracer):
         if self._given is not None:
             self._recorder.open(self._given)
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        self._recorder.stopped = isinstance(error, Stop) and error.recorder is self._recorder
-        return super().__exit__(kind, error, traceback)
 
     def _output(self) -> Any:
         """Runs the trace without lines of its own, and gives what the model gives."""
