@@ -117,6 +117,50 @@ int adopt(PyObject* proxies, PyObject* cls, Source source) {
   return 0;
 }
 
+PyObject* become(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
+    if (count != 3 || !PyList_Check(args[0]) || !PyList_Check(args[1]) ||
+        PyList_GET_SIZE(args[0]) != PyList_GET_SIZE(args[1])) {
+      PyErr_SetString(PyExc_TypeError, "a list of proxies, one of as many tensors and a class are needed");
+      return nullptr;
+    }
+    PyObject* tensors = args[1];
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); i++) {
+      PyObject* tensor = PyList_GET_ITEM(tensors, i);
+      if (!THPVariable_Check(tensor)) {
+        PyErr_Format(PyExc_TypeError, "a proxy cannot become a %s", Py_TYPE(tensor)->tp_name);
+        return nullptr;
+      }
+    }
+    auto source = [&](Py_ssize_t i) { return THPVariable_Unpack(PyList_GET_ITEM(tensors, i)); };
+    if (adopt(args[0], args[2], source) != 0) return nullptr;
+    Py_RETURN_NONE;
+  });
+}
+
+PyObject* proxy(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  static PyObject* const rec = PyUnicode_InternFromString("_rec");
+  static PyObject* const id = PyUnicode_InternFromString("_id");
+  return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
+    if (count != 4 || !PyType_Check(args[0]) || !THPVariable_Check(args[1])) {
+      PyErr_SetString(PyExc_TypeError, "a class, a placeholder, a recorder and a number are needed");
+      return nullptr;
+    }
+    Tensor copy(THPVariable_Unpack(args[1]).unsafeGetTensorImpl()->shallow_copy_and_detach(
+        /*version_counter=*/0, /*allow_tensor_metadata_change=*/true));
+    Object made(THPVariable_Wrap(copy, reinterpret_cast<PyTypeObject*>(args[0])));
+    if (!made || PyObject_GenericSetAttr(made.get(), rec, args[2]) != 0 ||
+        PyObject_GenericSetAttr(made.get(), id, args[3]) != 0)
+      return nullptr;
+    return made.release();
+  });
+}
+
+template <typename F>
+PyCFunction fast(F function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 }  // namespace
 
 extern "C" {
@@ -139,21 +183,15 @@ int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls) {
   return guarded<int>(-1, [&] { return adopt(proxies, cls, [&](Py_ssize_t i) { return as_tensor(tensors[i]); }); });
 }
 
-int nngpy_become(PyObject* proxies, PyObject* tensors, PyObject* cls) {
-  return guarded<int>(-1, [&] {
-    if (!PyList_Check(tensors) || !PyList_Check(proxies) || PyList_GET_SIZE(tensors) != PyList_GET_SIZE(proxies)) {
-      PyErr_SetString(PyExc_TypeError, "a list of as many tensors as proxies is needed");
-      return -1;
-    }
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); i++) {
-      PyObject* tensor = PyList_GET_ITEM(tensors, i);
-      if (!THPVariable_Check(tensor)) {
-        PyErr_Format(PyExc_TypeError, "a proxy cannot become a %s", Py_TYPE(tensor)->tp_name);
-        return -1;
-      }
-    }
-    return adopt(proxies, cls, [&](Py_ssize_t i) { return THPVariable_Unpack(PyList_GET_ITEM(tensors, i)); });
-  });
+PyObject* nngpy_calls() {
+  static PyMethodDef calls[] = {{"become", fast(become), METH_FASTCALL, nullptr},
+                                {"proxy", fast(proxy), METH_FASTCALL, nullptr}};
+  Object out(PyDict_New());
+  for (PyMethodDef& call : calls) {
+    Object function(PyCFunction_New(&call, nullptr));
+    if (!out || !function || PyDict_SetItemString(out.get(), call.ml_name, function.get()) != 0) return nullptr;
+  }
+  return out.release();
 }
 
 PyObject* nngpy_boundary(PyObject* function, PyObject* cut) {

@@ -693,6 +693,37 @@ def test_threads_on_modules_of_their_own() -> None:
     at_once(work, range(8))
 
 
+def test_a_block_in_a_loop_does_what_it_says_each_time() -> None:
+    """Where each line is done is remembered from trace to trace: nothing else may be."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(), nn.Linear(4, 4)).eval()
+    nn.init.ones_(net[0].weight), nn.init.ones_(net[0].bias)  # dropout shows in what is not zero
+    model, x = NNsight(net), torch.rand(2, 4)
+    for i, factor, rows in [(0, 1.0, 2), (0, 2, 2), (1, 2.0, 2), (1, True, 3), (0, 0.5, 2), (3, 0.5, 3)]:
+        given = torch.rand(rows, 4)
+        with model.trace(given):
+            model[i].output[:] *= factor
+            scaled = model[i].output.save()
+            if factor == 2.0:
+                model[3].output = scaled + x
+            out = model.output.save()
+        first = net[: i + 1](given) * factor
+        torch.testing.assert_close(scaled, first)
+        torch.testing.assert_close(out, first + x if factor == 2.0 else net[i + 1 :](first))
+    for training in (True, False, True):
+        net.train(training)
+        with model.trace(x):
+            dropped = model[2].output.save()
+        assert (dropped == net[:2](x)).all() != training
+    assert len(model._hosted.schedules) < 8
+    for other in (x, x.clone()):  # changed where the block ends, so that it is not what its line meant
+        with model.trace(x):
+            used = (model[0].output + other).save()
+            want = net[0](x) + other
+            if other is not x:
+                other.zero_()
+        torch.testing.assert_close(used, want)
+
+
 def test_threads_on_one_module() -> None:
     module, args, _ = ZOO["mlp"]()
     model = NNsight(module)

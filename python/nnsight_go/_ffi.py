@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import torch  # loads libtorch, which the engine shares
@@ -138,12 +139,19 @@ def py() -> ctypes.PyDLL:
     library.nngpy_wrap.argtypes, library.nngpy_wrap.restype = [ctypes.c_void_p], ctypes.py_object
     library.nngpy_adopt.argtypes = [ctypes.py_object, _POINTERS, ctypes.py_object]
     library.nngpy_adopt.restype = ctypes.c_int
-    library.nngpy_become.argtypes, library.nngpy_become.restype = [ctypes.py_object] * 3, ctypes.c_int
+    library.nngpy_calls.argtypes, library.nngpy_calls.restype = [], ctypes.py_object
     library.nngpy_tensor_free.argtypes, library.nngpy_tensor_free.restype = [ctypes.c_void_p], None
     library.nngpy_boundary.argtypes = [ctypes.py_object, ctypes.py_object]
     library.nngpy_boundary.restype = ctypes.py_object
     assert isinstance(library, ctypes.PyDLL)
     return library
+
+
+@functools.cache
+def calls() -> dict[str, Callable[..., Any]]:
+    """What every trace calls of ``libnng_py``, as builtins: ``pyobj.h``."""
+    found: dict[str, Callable[..., Any]] = py().nngpy_calls()
+    return found
 
 
 def check(function: Any, *args: Any) -> None:

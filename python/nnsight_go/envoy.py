@@ -140,10 +140,10 @@ class Envoy(Placed):
         point = self._point(port)
         if rec.skipped:
             skipping.check(rec, self._path, port)
-        invoke = rec.touch(point)
-        key = (invoke, point.path, port)
+        key = (rec.invoke, point.path, port)
         seen = rec.bound.get(key)
         if seen is None:
+            rec.touch(point)
             tree = point.tree
             if type(tree) is Leaf:  # most are, and no name of theirs is shown
                 seen = rec.read(point, tree)
@@ -285,6 +285,12 @@ class Envoy(Placed):
 
     def __getitem__(self, index: Any) -> Any:
         children = list(self._children.values())
+        if (
+            type(index) is int
+            and self._class in ("ModuleList", "Sequential")
+            and -len(children) <= index < len(children)
+        ):
+            return children[index]
         if isinstance(index, str) and index in self._children:
             return self._children[index]
         if self._class not in ("ModuleList", "Sequential") or not isinstance(index, int | slice):

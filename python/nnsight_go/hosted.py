@@ -9,6 +9,8 @@ import functools
 import itertools
 import json
 import logging
+import operator
+import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +22,7 @@ from . import _ffi, hosting, operations, positions, wire
 from .errors import InputError
 from .hosting import Paused, Spot, Unwind, Visit
 from .native import Run, _close, _pointers, started
-from .points import Point, Tree
+from .points import Leaf, Point, Tree
 from .positions import here
 from .recorder import current
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 _KEPT = 32  # layouts of a model that are remembered
+_training = operator.itemgetter("training")
 _WANTS = 2  # what a step says of a run that needs an access point
 
 
@@ -84,10 +87,15 @@ class Hosted:
         self.cuts: dict[Any, Cuts] = {}  # by kind of input: how its rows lie at access points (rowwise)
         self.modules = dict(module.named_modules(remove_duplicate=True))
         self._all = list(self.modules.values())
+        # Whether a module trains stands among its attributes, where it is found soonest; of scripted ones it is in C++.
+        asking = [m for m in self._all if "forward" in vars(m) or _asks_for_training(type(m))]
+        self._attributes = [vars(m) for m in asking if "training" in vars(m)]
+        self._scripted = [m for m in asking if "training" not in vars(m)]
         first = {id(m): path for path, m in self.modules.items()}
         self.paths = {path: first[id(m)] for path, m in module.named_modules(remove_duplicate=False)}
         self.wrapped: set[str] = set()  # modules whose bare output is shown as a tuple of one
         self._layouts: OrderedDict[Any, Layout] = OrderedDict()
+        self.schedules: dict[Any, Any] = {}  # of blocks (straight)
         self._insides: weakref.WeakKeyDictionary[Layout, Layout] = weakref.WeakKeyDictionary()
         self.sourced = False  # a trace has asked for operations
         self.ops: dict[tuple[str, int], Point] = {}  # those of every pass, which native models know
@@ -130,31 +138,35 @@ class Hosted:
 
     def layout(self, given: Given) -> Layout:
         """The access points of a forward pass of that input, which is tried out on fake tensors once a kind."""
-        self.latest = self._found_out(given, really=True)
-        return self.latest
+        key = self.kind(given)
+        known = self._layouts.get(key)
+        if known is None:
+            known = self._found_out(key, given, really=True)
+        self._layouts.move_to_end(key)
+        self.latest = known
+        return known
 
     def imagined(self, given: Given) -> Layout:
         """The same of an input that is made up: nothing runs on real tensors. Raises what the module raises."""
-        return self._found_out(given, really=False)
+        key = self.kind(given)
+        return self._layouts.get(key) or self._found_out(key, given, really=False)
 
     def alike(self, layout: Layout) -> list[Layout]:
         """Other layouts that are known, of inputs for which the same runs."""
         return [other for other in self._layouts.values() if other is not layout and other.names == layout.names]
 
-    def _found_out(self, given: Given, really: bool) -> Layout:
-        key = self.kind(given)
-        known = self._layouts.get(key)
-        if known is None:
-            known = self._layouts[key] = self._try_out(given, really)
-            while len(self._layouts) > _KEPT:
-                self._layouts.popitem(last=False)
-        self._layouts.move_to_end(key)
-        return known
+    def _found_out(self, key: Any, given: Given, really: bool) -> Layout:
+        found = self._layouts[key] = self._try_out(given, really)
+        while len(self._layouts) > _KEPT:
+            self._layouts.popitem(last=False)
+        return found
 
     def kind(self, given: Given) -> Any:
         """What decides about the structure of a forward pass, as far as it can be seen before."""
         with torch._C.DisableTorchFunction():  # the block's mode looks at every call, also at a tensor's shape
-            return (hosting.frozen(given), *[m.training for m in self._all])
+            args, kwargs = given
+            trains = (*map(_training, self._attributes), *[m.training for m in self._scripted])
+            return hosting.frozen(args), hosting.frozen(kwargs) if kwargs else None, trains
 
     def inside(self, layout: Layout, given: Given, really: bool = True) -> Layout:
         """A layout with the results of operations as well, for which that input is tried out once more.
@@ -180,6 +192,7 @@ class Hosted:
     def forget(self) -> None:
         """Forgets what forward passes look like, after one that was different."""
         self._layouts.clear()
+        self.schedules.clear()
 
     def _try_out(self, given: Given, really: bool, alone: Layout | None = None) -> Layout:
         """What a forward pass comes to: modules alone or, where their layout is given, operations as well."""
@@ -271,9 +284,9 @@ class Hosted:
             self.module(*args, **kwargs)
 
     def _hooks(self, ports: dict[str, set[int]], visit: Visit, inside: bool) -> contextlib.AbstractContextManager[None]:
-        named = {path for path in ports if path not in self.modules}
-        if not named and not inside:
+        if not inside and ports.keys() <= self.modules.keys():
             return hosting.hooks(self.modules, ports, visit, self.wrapped)
+        named = {path for path in ports if path not in self.modules}
         sides = {path: sides for path, sides in ports.items() if path not in named}
         return self._seeing(sides, visit, None if inside else named)
 
@@ -331,26 +344,33 @@ class Hosted:
             invoke: for which invoke.
             stops: nothing runs behind the last of it.
         """
-        missing = dict(block.steps[invoke])
+        schedule, values = block.schedule, block.values
+        missing, looks = schedule.steps[invoke].copy(), schedule.looks[invoke]
 
         def visit(spot: Spot, value: Any) -> Any:
-            key = (spot.name, spot.port)
-            ids = missing.pop(key, None)
+            ids = missing.pop(spot.key, None)
             if ids is None:
                 return value
-            tree = layout.points[key].tree
-            leaves = self.tensors(spot, tree, value)
-            if block.do(ids, leaves):
-                value = hosting.replaced(value, leaves)
+            if spot.key in looks and isinstance(value, torch.Tensor):
+                for id in ids:
+                    values[id] = value
+            else:
+                tree = layout.points[spot.key].tree
+                leaves = self.tensors(spot, tree, value)
+                if block.do(ids, leaves):
+                    value = hosting.replaced(value, leaves)
             if stops and not missing:
                 raise Unwind
             return value
 
-        block.do(block.first[invoke], {})
+        if schedule.first[invoke]:
+            block.do(schedule.first[invoke], {})
         if stops and not missing:
             return
-        with contextlib.suppress(Unwind):
-            self.forward(given, hosting.sides(missing), visit)
+        try:
+            self.forward(given, schedule.sides[invoke], visit)
+        except Unwind:  # all of it is done
+            return
         if missing:
             raise self.missed(next(s for s in layout.spots if (s.name, s.port) in missing))
 
@@ -360,6 +380,8 @@ class Hosted:
         Raises:
             InputError: it has not the structure that it is known to have.
         """
+        if type(tree) is Leaf and isinstance(value, torch.Tensor):  # most are
+            return {tree.name: value}
         found = hosting.tensors(tree, value)
         if found is None:
             self.forget()
@@ -518,6 +540,16 @@ class HostedRun(Run):
         else:
             paused.go(None)
         self._pass += 1
+
+
+@functools.cache
+def _asks_for_training(kind: type[torch.nn.Module]) -> bool:
+    """Whether what modules of a class do may depend on whether they train. Torch's own tell in their code."""
+    if not kind.__module__.startswith("torch.nn.modules."):
+        return True
+    classes = kind.__mro__[: kind.__mro__.index(torch.nn.Module)]
+    functions = [f for cls in classes for f in vars(cls).values() if isinstance(f, types.FunctionType)]
+    return any("training" in f.__code__.co_names for f in functions)
 
 
 @functools.cache

@@ -61,7 +61,7 @@ class HostedEditRecorder(EditRecorder, HostedRecorder):
 
     def _compare(self, one: Layout, other: Layout | None) -> None:
         self._lone = other is None  # nothing tells which sizes depend on the input
-        self._layouts[self.invoke] = one if other is None else _twofold(one, other)
+        self.layouts[self.invoke] = one if other is None else _twofold(one, other)
 
     def look_inside(self) -> None:
         """Makes the results of operations access points, too."""

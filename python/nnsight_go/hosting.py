@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -22,8 +23,6 @@ from .points import Constant, Leaf, Mapping, Sequence, Tree
 
 # Called where a pass comes to an access point, with its value; gives the value to go on with.
 Visit = Callable[["Spot", Any], Any]
-
-_keys = itertools.count()
 
 
 def called(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -40,7 +39,7 @@ class Unwind(BaseException):
     """Ends a forward pass of which nothing more is wanted."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Spot:
     """An access point: which side of which call of a module, in the order of a forward pass."""
 
@@ -48,10 +47,18 @@ class Spot:
     port: int
     call: int
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """How it is told apart: the module's path, and the number of the call where it is not the first."""
         return f"{self.path}:{self.call}" if self.call else self.path
+
+    @functools.cached_property
+    def key(self) -> tuple[str, int]:
+        """Name and port: how it is found in a layout."""
+        return self.name, self.port
+
+
+_spot = functools.lru_cache(maxsize=1 << 14)(Spot)  # the same ones come in every pass
 
 
 # ---- structures ----
@@ -162,14 +169,17 @@ def mapped(x: Any, f: Callable[[torch.Tensor], Any]) -> Any:
     return x
 
 
+_SEQUENCES = (tuple, list)
+
+
 def frozen(x: Any) -> Any:
     """What an input is like, to be compared and hashed: sizes and dtypes of tensors, plain values, containers."""
     if isinstance(x, torch.Tensor):
         return (x.shape, x.dtype, x.device)
-    if isinstance(x, tuple | list):
+    if isinstance(x, _SEQUENCES):
         return (type(x), *map(frozen, x))
     if isinstance(x, dict):
-        return tuple((k, frozen(v)) for k, v in x.items())
+        return tuple([(k, frozen(v)) for k, v in x.items()])
     return x if isinstance(x, int | float | str | bool | type(None)) else id(x)
 
 
@@ -188,25 +198,26 @@ class Mounted:
     """Entries in tables of hooks, which go when it is undone."""
 
     def __init__(self) -> None:
-        self._key: Any = f"nnsight_go.{next(_keys)}"
         self._touched: list[dict[Any, Any]] = []
 
     def __call__(self, into: dict[Any, Any], what: Any) -> None:
         """Puts an entry into a table, behind those that it has."""
-        into[self._key] = what
+        into[self] = what
         self._touched.append(into)
 
-    def undo(self) -> None:
+    def undo(self, *_: object) -> None:
         """Takes all of them out."""
         for into in self._touched:
-            into.pop(self._key, None)
+            into.pop(self, None)
+
+    def __enter__(self) -> None:
+        """They are there."""
+
+    __exit__ = undo
 
 
-@contextlib.contextmanager
-def hooks(
-    modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit: Visit, wrapped: set[str]
-) -> Iterator[None]:
-    """Calls ``visit`` at sides of modules while it is entered, in forward passes of this thread alone.
+def hooks(modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit: Visit, wrapped: set[str]) -> Mounted:
+    """Calls ``visit`` at sides of modules until it is left, in forward passes of this thread alone.
 
     Args:
         modules: by path.
@@ -223,9 +234,10 @@ def hooks(
                 mount(module._forward_pre_hooks_with_kwargs, True)
             if wire.OUTPUT in sides:
                 mount(module._forward_hooks, _after(path, visit, owner, path in wrapped))
-        yield
-    finally:
+    except BaseException:
         mount.undo()
+        raise
+    return mount
 
 
 def _before(path: str, visit: Visit, owner: int) -> Callable[..., Any]:
@@ -235,7 +247,7 @@ def _before(path: str, visit: Visit, owner: int) -> Callable[..., Any]:
         if threading.get_ident() != owner:
             return None
         whole = {"args": args, "kwargs": kwargs}
-        new = visit(Spot(path, wire.INPUT, next(calls)), whole)
+        new = visit(_spot(path, wire.INPUT, next(calls)), whole)
         return None if new is whole else (new["args"], new["kwargs"])
 
     return hook
@@ -248,7 +260,7 @@ def _after(path: str, visit: Visit, owner: int, wrap: bool) -> Callable[..., Any
         if threading.get_ident() != owner:
             return None
         shown = (output,) if wrap and isinstance(output, torch.Tensor) else output
-        new = visit(Spot(path, wire.OUTPUT, next(calls)), shown)
+        new = visit(_spot(path, wire.OUTPUT, next(calls)), shown)
         if new is shown:
             return None
         return new[0] if shown is not output else new

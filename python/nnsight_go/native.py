@@ -189,10 +189,10 @@ def started(function: Any, handle: int, graph: bytes, constants: Sequence[torch.
     return run.value
 
 
-def become(proxies: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+def become(proxies: list[Any], tensors: list[Any]) -> None:
     """Turns proxies into tensors: all of them or, where anything fails, none."""
     if proxies:
-        _ffi.py().nngpy_become(list(proxies), list(tensors), torch.Tensor)
+        _ffi.calls()["become"](proxies, tensors, torch.Tensor)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from . import _ffi
 from .wire import Kind
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 # An integer without axes, because torch takes that, and no other tensor, for a number where it wants one.
 _PLACEHOLDER = torch.empty((), dtype=torch.int64, device="meta")
-_make_subclass = torch.Tensor._make_subclass
 
 
 class Proxy(torch.Tensor):
@@ -36,12 +36,10 @@ class Proxy(torch.Tensor):
 
     @staticmethod
     def _make(rec: Recorder, id: int) -> Proxy:
-        proxy: Any = _make_subclass(Proxy, _PLACEHOLDER)
-        proxy._rec = rec
-        proxy._id = id
+        proxy: Proxy = _ffi.calls()["proxy"](Proxy, _PLACEHOLDER, rec, id)
         if rec.living is not None:
             rec.living.add(proxy)
-        return proxy  # type: ignore[no-any-return]
+        return proxy
 
     @classmethod
     def __torch_function__(

@@ -94,6 +94,7 @@ class _Sent:
     positions: int = 0
 
 
+_NOTHING = _Sent()
 _ZERO = torch.zeros(())
 
 
@@ -119,7 +120,6 @@ class Recorder:
 
     def __init__(self, native: Native) -> None:
         self.native = native
-        self.device = native.device
         self.default_dtype, self.autocast = torch.get_default_dtype(), torch._C._is_any_autocast_enabled()
         self.nodes: list[tuple[Any, ...]] = []
         self.made: list[tuple[Callable[..., Any], Any, Any] | None] = []
@@ -135,6 +135,7 @@ class Recorder:
         self.forced: Place = None  # a line that used values
         self.bound: dict[tuple[int, str, int], Any] = {}
         self.closed: str | None = None
+        self.stopped = False  # a line has ended the block by `tracer.stop()`
         self.at_end: list[Callable[[], None]] = []  # checks and last reads, before the graph runs
         self.when_done: list[Callable[[], None]] = []  # what is to be done once the saved values are there
         self.living: Living | None = None  # where values outlive the trace: those in use when it ends
@@ -154,7 +155,7 @@ class Recorder:
         self.gradients: Gradients | None = None  # what the block says of them, if it does
         self.mode = mode_now()  # that the model runs under
         self._run: Run | None = None  # what the engine does of this trace, once a value was needed
-        self._sent = _Sent()
+        self._sent = _NOTHING
 
     # ---- invokes ----
 
@@ -177,7 +178,7 @@ class Recorder:
                 self._bring(edit)
         self.invokes.append(Invoke(rows, masks))
         self.invoke = len(self.invokes) - 1
-        if any(edit.resizes for edit in self.edits):
+        if self.edits and any(edit.resizes for edit in self.edits):
             self._resized.add(self.invoke)
         return self.invoke
 
@@ -311,7 +312,7 @@ class Recorder:
         if node is None:
             node = self._add(_CONST, (shapes.meta_of, (known.sent,), None), known.index)
             self._const_nodes[owner, known.index] = node
-            if tensor.device != self.device and tensor.dim() > 0:
+            if tensor.device != self.native.device and tensor.dim() > 0:
                 self.moved[node] = tensor.device
         return node
 
@@ -477,12 +478,12 @@ class Recorder:
     def device_of(self, id: int) -> torch.device:
         """The device of a node's result."""
         if not self.moved:
-            return self.device
+            return self.native.device
         while id not in self.moved:
             made = self.made[id]
             first = next((p for p in proxies((made[1], made[2])) if p._rec is self), None) if made else None
             if first is None:
-                return self.device
+                return self.native.device
             id = first._id
         return self.moved[id]
 
@@ -570,7 +571,7 @@ class Recorder:
 
     def _free(self) -> None:
         """Ends the run, if there is one; what is asked for next starts from the beginning."""
-        run, self._run, self._sent = self._run, None, _Sent()
+        run, self._run, self._sent = self._run, None, _NOTHING
         if run is not None:
             run.free()
 
@@ -618,13 +619,16 @@ class Recorder:
 
     def finish(self) -> None:
         """Runs the graph and turns every saved proxy into its tensor."""
-        self.conclude()
+        if self.at_end:
+            self.conclude()
         wanted = self.saved()
         if self.living is not None:
             # these hold proxies too
             self.made, self.metas, self.bound, self._forced, self._writes = [], {}, {}, (-1, {}), {}
             wanted += self.living.now()
-        saved = list({id(p): p for p in proxies(wanted)}.values())
+        if not {Proxy}.issuperset(map(type, wanted)):  # containers among them
+            wanted = list(proxies(wanted))
+        saved = list({id(p): p for p in wanted}.values())
         for p in saved:
             self.alive(p)
         if saved or self.must_run():

@@ -68,12 +68,12 @@ class Together:
     def passes(self, given: Sequence[Given], layouts: Callable[[int], Layout], block: Straight) -> list[Pass]:
         """The passes that the invokes of a block need, in the order of the first invoke of each."""
         alone = [Pass([i]) for i in range(len(given))]
-        if len(given) < 2 or block.mixes or self._followed(given):
+        if len(given) < 2 or block.schedule.mixes or self._followed(given):
             return alone
         groups: dict[Any, list[Pass]] = {}
         for i, one in enumerate(given):
             rows = self._rows(one)
-            kind = i if rows == 0 or not block.steps[i] else self._kind(one, rows)
+            kind = i if rows == 0 or not block.schedule.steps[i] else self._kind(one, rows)
             if kind not in groups or sum(groups[kind][-1].rows) + rows > _MOST:
                 groups.setdefault(kind, []).append(Pass([]))
             groups[kind][-1].invokes.append(i)
@@ -128,7 +128,7 @@ class Together:
         """
         visitor = _Visitor(self._hosted, layout, block, group)
         for i in group.invokes:
-            block.do(block.first[i], {})
+            block.do(block.schedule.first[i], {})
         try:
             whole = self._stacked([given[i] for i in group.invokes], group.rows)
             self._hosted.forward(whole, hosting.sides(visitor.missing), visitor.visit)
@@ -143,7 +143,7 @@ class Together:
 
     def _cuts(self, given: Sequence[Given], layout: Layout, block: Straight, group: Pass) -> Cuts | None:
         """How the tensors that a group names are divided, or None where one of them is not."""
-        points = {key for i in group.invokes for key in block.steps[i]}
+        points = {key for i in group.invokes for key in block.schedule.steps[i]}
         wanted = [(*key, leaf) for key in points for leaf in hosting.leaves(layout.points[key].tree)]
         one, other = (given[i] for i in group.invokes[:2])
         if self._declared:
@@ -156,7 +156,7 @@ class Together:
         for name, port, leaf in wanted:
             at = (name, port, leaf.name)
             cut = cuts.setdefault(at, None)  # it is not asked again
-            if cut is None or (cut.axis == _SHARED and at[:2] in block.edited):
+            if cut is None or (cut.axis == _SHARED and at[:2] in block.schedule.edited):
                 return None
         return cuts
 
@@ -206,7 +206,7 @@ class _Visitor:
         self._hosted, self._layout, self._block, self._cuts = hosted, layout, block, group.cuts or {}
         starts = itertools.accumulate(group.rows, initial=0)
         self._invokes = list(zip(group.invokes, starts, group.rows, strict=False))
-        self.missing = {key for i in group.invokes for key in block.steps[i]}
+        self.missing = {key for i in group.invokes for key in block.schedule.steps[i]}
 
     def visit(self, spot: Spot, value: Any) -> Any:
         """Does the nodes of each invoke, and joins what they put in the place of their rows."""
@@ -217,13 +217,13 @@ class _Visitor:
         tree = self._layout.points[key].tree
         whole = self._hosted.tensors(spot, tree, value)
         changed: dict[str, torch.Tensor] = {}
-        if key in self._block.edited:
+        if key in self._block.schedule.edited:
             for name, tensor in whole.items():
                 if tensor is not None and 0 in tensor.stride():  # rows that lie in the same memory
                     whole[name] = changed[name] = tensor.contiguous()
         new: dict[str, dict[int, torch.Tensor]] = {}
         for invoke, row, rows in self._invokes:
-            ids = self._block.steps[invoke].get(key)
+            ids = self._block.schedule.steps[invoke].get(key)
             if ids is None:
                 continue
             parts = {n: t if t is None else self._cut(key, n).part(t, row, rows) for n, t in whole.items()}

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import positions, wire
+from . import hosting, positions, wire
 from .errors import OpError
+from .points import Leaf
 from .recorder import mode_now, version
 from .torchmap.computing import substituted
 from .torchmap.operators import RESHAPING, is_in_place
@@ -44,24 +45,38 @@ _CALLABLE = (
 )
 
 
-class Straight:
-    """What is to be done at the access points of the passes of a block.
+_MOST = 64  # schedules that a model remembers
+
+
+class Schedule:
+    """Where each node of a block is done. It holds for every recording that says the same.
 
     Attributes:
         steps: by invoke: the nodes to be done at each access point, in order.
+        sides: by invoke: the same access points, as sides of modules.
         first: by invoke: the nodes to be done before its pass.
         mixes: a value of an invoke is used by a later one.
+        looks: by invoke: the access points of one tensor that is read, while nothing else is done there.
         edited: the access points at which something is replaced or changed in place.
+        ends: by node: those that none uses after it.
     """
 
-    def __init__(self, rec: HostedRecorder) -> None:
-        self._rec = rec
-        self.steps: list[dict[Key, list[int]]] = [{} for _ in rec.invokes]
-        self.first: list[list[int]] = [[] for _ in rec.invokes]
+    def __init__(self, invokes: int) -> None:
+        self.steps: list[dict[Key, list[int]]] = [{} for _ in range(invokes)]
+        self.sides: list[dict[str, set[int]]] = []
+        self.looks: list[set[Key]] = []
+        self.first: list[list[int]] = [[] for _ in range(invokes)]
         self.mixes = False
         self.edited: set[Key | None] = set()
+        self.ends: dict[int, list[int]] = {}
+
+
+class Straight:
+    """A block on its way through the passes of a module, and the values that it has got so far."""
+
+    def __init__(self, rec: HostedRecorder, schedule: Schedule) -> None:
+        self._rec, self.schedule = rec, schedule
         self.values: dict[int, Any] = {}
-        self.last: dict[int, int] = {}  # by node: the last one that uses it
 
     def forget(self) -> None:
         """Begins anew: what was done so far has no effect."""
@@ -79,7 +94,7 @@ class Straight:
         return self._do(ids, leaves)
 
     def _do(self, ids: Iterable[int], leaves: dict[str, Any]) -> bool:
-        nodes, values, last = self._rec.nodes, self.values, self.last
+        nodes, values, ends = self._rec.nodes, self.values, self.schedule.ends
         wrote = False
         for id in ids:
             node = nodes[id]
@@ -97,9 +112,8 @@ class Straight:
                     values[id] = self._call(id, kind, node)
                 except Exception as error:
                     raise self._failed(id, error) from None
-            for ref in wire.references(node):
-                if last[ref] == id:
-                    values.pop(ref, None)
+            for ref in ends.get(id, ()):
+                values.pop(ref, None)
         return wrote
 
     def _call(self, id: int, kind: int, node: tuple[Any, ...]) -> Any:
@@ -173,9 +187,31 @@ def plan(rec: HostedRecorder, wanted: list[int]) -> Straight | None:
         rec: the recording, at the end of its block.
         wanted: the nodes whose values are to be kept.
     """
-    nodes, made = rec.nodes, rec.made
-    if rec.gradients is not None or len(made) != len(nodes) or mode_now() != rec.mode or not _unchanged(rec):
+    if rec.gradients is not None or len(rec.made) != len(rec.nodes) or mode_now() != rec.mode or not _unchanged(rec):
         return None
+    schedule = _schedule(rec, wanted)
+    return None if schedule is None else Straight(rec, schedule)
+
+
+def _schedule(rec: HostedRecorder, wanted: list[int]) -> Schedule | None:
+    """The schedule of a recording, remembered by what decides it: a trace in a loop says the same each time."""
+    nodes, known = rec.nodes, rec.hosted.schedules
+    says = (nodes, wanted, rec.layouts, len(rec.invokes), rec.mode)
+    key = (nodes[0][2] if nodes else None, len(nodes))
+    found = known.get(key)
+    if found is not None and found[0] == says:
+        schedule: Schedule | None = found[1]
+        return schedule
+    if len(known) >= _MOST:
+        known.clear()
+    schedule = _scheduled(rec, wanted)
+    known[key] = (list(nodes), wanted, dict(rec.layouts), *says[3:]), schedule  # the recording goes on
+    return schedule
+
+
+def _scheduled(rec: HostedRecorder, wanted: list[int]) -> Schedule | None:
+    """The same, worked out."""
+    nodes = rec.nodes
     uses: list[list[int]] = [[]] * len(nodes)
     changed: dict[int, Any] = {}  # by node: what it changes in place
     live = bytearray(len(nodes))
@@ -197,19 +233,35 @@ def plan(rec: HostedRecorder, wanted: list[int]) -> Straight | None:
                 uses[id] = refs = list(wire.references(node))
                 for ref in refs:
                     live[ref] = 1
-    out = Straight(rec)
-    out.last = dict.fromkeys(wanted, len(nodes))  # never
-    return out if _placed(out, rec, uses, live, changed) else None
+    out = Schedule(len(rec.invokes))
+    last = dict.fromkeys(wanted, len(nodes))  # by node: the last one that uses it; never, of what is kept
+    if not _placed(out, rec, uses, live, changed, last):
+        return None
+    for ref, id in last.items():
+        out.ends.setdefault(id, []).append(ref)
+    for invoke, steps in enumerate(out.steps):
+        out.sides.append(hosting.sides(steps))
+        out.looks.append({key for key, ids in steps.items() if _looks(rec, invoke, key, ids)})
+    return out
+
+
+def _looks(rec: HostedRecorder, invoke: int, key: Key, ids: list[int]) -> bool:
+    """Whether nodes do nothing but read the only tensor of an access point."""
+    return type(rec.layout(invoke).points[key].tree) is Leaf and all(rec.nodes[id][0] == _READ for id in ids)
 
 
 def _placed(
-    out: Straight, rec: HostedRecorder, uses: list[list[int]], live: bytearray, changed: dict[int, Any]
+    out: Schedule,
+    rec: HostedRecorder,
+    uses: list[list[int]],
+    live: bytearray,
+    changed: dict[int, Any],
+    last: dict[int, int],
 ) -> bool:
     """Says where each node is done. False where one cannot be done where the pass stands then."""
     at: list[tuple[float, Key | None]] = [(-1, None)] * len(rec.invokes)
     reads: list[frozenset[tuple[int, float]]] = [frozenset()] * len(rec.nodes)  # of what a value is made
     edits = {node[1] for id, node in enumerate(rec.nodes) if node[0] == _WRITE or id in changed}
-    last = out.last
     for id, node in enumerate(rec.nodes):
         if not live[id]:
             continue
@@ -250,4 +302,4 @@ def _placed(
 
 def _unchanged(rec: HostedRecorder) -> bool:
     """Whether the tensors from outside are what they were at the lines that use them."""
-    return all(c.version >= 0 and version(c.original) == c.version for c in rec.captures)
+    return not rec.captures or all(c.version >= 0 and version(c.original) == c.version for c in rec.captures)

@@ -30,6 +30,8 @@ class Tracer:
     Use it as a context manager, once.
     """
 
+    _mode = torchmap.Mode()  # has no state: one does for all
+
     def __init__(
         self, model: LanguageModel, args: tuple[Any, ...], kwargs: dict[str, Any], kind: type[Recorder] = Recorder
     ) -> None:
@@ -37,7 +39,6 @@ class Tracer:
         self._input = inputs.read(model._tokenizer_for_text, args, kwargs) if args or kwargs else None
         self._recorder = kind(model._native)
         self._recorder.edits = model._edits
-        self._mode: torchmap.Mode | None = None
         self._used = False
 
     def __enter__(self) -> Tracer:
@@ -55,7 +56,6 @@ class Tracer:
             self._recorder.living = sessions.Living()
         if self._input is not None:
             self._recorder.open_invoke(*self._input)
-        self._mode = torchmap.Mode()
         self._mode.__enter__()
         current.recorder = self._recorder
         return self
@@ -64,10 +64,9 @@ class Tracer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         rec = self._recorder
-        assert self._mode is not None
-        self._mode.__exit__(kind, error, traceback)
+        self._mode.__exit__()
         try:
-            stopped = isinstance(error, Stop) and error.recorder is rec
+            stopped = rec.stopped = isinstance(error, Stop) and error.recorder is rec
             if kind is None or stopped:
                 rec.close_invoke()
                 rec.finish()

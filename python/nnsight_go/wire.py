@@ -140,9 +140,12 @@ def argument(x: Any, name: Namer) -> Any:
     raise Unrecordable(f"a {type(x).__module__}.{type(x).__qualname__}")
 
 
+_CALLED = (int(Kind.CALL), int(Kind.MODULE))
+
+
 def references(node: Node) -> Iterator[int]:
     """The numbers of the nodes that a node uses."""
-    called = node[0] in (Kind.CALL, Kind.MODULE)
+    called = node[0] in _CALLED
     arguments = [*node[5], *(node[6] or {}).values()] if called else list(node[4:])
     while arguments:
         x = arguments.pop()
@@ -204,12 +207,14 @@ def _pairs(items: Iterable[Any]) -> Iterable[tuple[Any, Any]]:
 
 def value(x: Any, tensors: Any) -> Any:
     """An argument out of its wire form; ``tensors`` has what references number."""
-    if not isinstance(x, list):
+    if type(x) is not list:
         return x
+    if x[0] == _REF:
+        return tensors[x[1]]
+    if x[0] == _SLICE:
+        return slice(*[value(item, tensors) for item in x[1:]])
     tag, rest = Tag(x[0]), x[1:]
     match tag:
-        case Tag.REF:
-            return tensors[rest[0]]
         case Tag.LIST | Tag.TUPLE:
             items = [value(item, tensors) for item in rest]
             return items if tag is Tag.LIST else tuple(items)
@@ -221,7 +226,5 @@ def value(x: Any, tensors: Any) -> Any:
             return torch.device(rest[0])
         case Tag.COMPLEX:
             return complex(rest[0], rest[1])
-        case Tag.SLICE:
-            return slice(*[value(item, tensors) for item in rest])
         case Tag.ELLIPSIS:
             return ...

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 
-from . import envoy, hosting, positions, renaming, sessions, straight, torchmap, tracebacks
+from . import envoy, hosting, positions, renaming, sessions, straight, tracebacks
 from .edits import Edit, Editable, Editing
 from .envoy import Envoy
 from .errors import InputError, ModulePathError
@@ -40,10 +40,9 @@ class HostedRecorder(Recorder):
         super().__init__(hosted)  # type: ignore[arg-type]
         self.hosted = hosted
         self.given: list[Given] = []
-        self.stopped = False
         self.sourced = False  # layouts have operations, which a line or an edit has asked for
         self._passes: dict[int, int] = {}  # by invoke: the number of its forward pass; edits have none
-        self._layouts: dict[int, Layout] = {}  # by invoke
+        self.layouts: dict[int, Layout] = {}  # by invoke, of those that lines have named something of
         self._calls: dict[tuple[int, str], int] = {}
         self._ports: dict[str, set[int]] = {}  # by path: the sides of modules that nodes before _told name
         self._told = 0
@@ -61,22 +60,23 @@ class HostedRecorder(Recorder):
 
     def layout(self, invoke: int) -> Layout:
         """The access points of an invoke's forward pass."""
-        known = self._layouts.get(invoke)
+        known = self.layouts.get(invoke)
         if known is None:
             given = self.given[self._passes[invoke]]
             known = self.hosted.layout(given)
             if self.sourced:
                 known = self.hosted.inside(known, given)
-            self._layouts[invoke] = known
-            _are_alike(known, next(iter(self._layouts.values())))
+            self.layouts[invoke] = known
+            if len(self.layouts) > 1:
+                _are_alike(known, next(iter(self.layouts.values())))
         return known
 
     def look_inside(self) -> None:
         """Makes the results of operations access points, too."""
-        layouts = {i: self.hosted.inside(of, self.given[self._passes[i]]) for i, of in self._layouts.items()}
+        layouts = {i: self.hosted.inside(of, self.given[self._passes[i]]) for i, of in self.layouts.items()}
         for layout in layouts.values():
             _are_alike(layout, next(iter(layouts.values())))
-        self._layouts, self.sourced = layouts, True
+        self.layouts, self.sourced = layouts, True
 
     def operations(self, path: str, name: str) -> dict[str, Point]:
         """The results of a module's operations by name, at the call that the invoke has got to."""
@@ -132,13 +132,13 @@ class HostedRecorder(Recorder):
         if not end and self.hosted.sourced and not self.sourced:
             with contextlib.suppress(InputError):  # a later line may ask for them, or not
                 self.look_inside()
-        layout = next(iter(self._layouts.values()), None)
+        layout = next(iter(self.layouts.values()), None)
         run = HostedRun(self.hosted, layout or Layout([], {}, {}), self.given, data, constants, end)
         run.ports, run.stops, run.inside = self._ports, self.stopped, self.sourced
         return run
 
     def _go_on(self, ids: list[int], end: bool, adopt: Any) -> list[torch.Tensor]:
-        if end and self._run is None and not any(v.edit for v in self.invokes):
+        if end and self._run is None and not (self.edits and any(v.edit for v in self.invokes)):
             block = straight.plan(self, ids)
             if block is not None:
                 self._do(block, ids)
@@ -216,6 +216,9 @@ class HostedRecorder(Recorder):
             for invoke in range(last + 1):
                 self._do_one(block, invoke, stops=invoke == last)
             return
+        if len(self.given) == 1:
+            self._do_one(block, 0)
+            return
         together = Together(self.hosted)
         for group in together.passes(self.given, self.layout, block):
             first = group.invokes[0]
@@ -225,7 +228,7 @@ class HostedRecorder(Recorder):
 
     def _do_one(self, block: straight.Straight, invoke: int, stops: bool = False) -> None:
         given = self.given[invoke]
-        if block.steps[invoke] or block.first[invoke]:
+        if block.schedule.steps[invoke] or block.schedule.first[invoke]:
             self.hosted.straight(given, self.layout(invoke), block, invoke, stops)
         else:
             self.hosted.run(given)
@@ -286,7 +289,6 @@ class HostedTracer(Tracer):
         self._input = None
         self._recorder = kind(model._hosted)
         self._recorder.edits = model._edits
-        self._mode: torchmap.Mode | None = None
         self._used = False
 
     def __enter__(self) -> HostedTracer:
@@ -294,12 +296,6 @@ class HostedTracer(Tracer):
         if self._given is not None:
             self._recorder.open(self._given)
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        self._recorder.stopped = isinstance(error, Stop) and error.recorder is self._recorder
-        return super().__exit__(kind, error, traceback)
 
     def _output(self) -> Any:
         """Runs the trace without lines of its own, and gives what the model gives."""

@@ -14,6 +14,7 @@ from ..wire import Unrecordable
 from . import rules, transforms
 from .computing import compute
 
+_push, _pop = torch._C._push_on_torch_function_stack, torch._C._pop_torch_function_stack
 _default_dtype, _transform = torch.get_default_dtype, transforms.active
 
 
@@ -26,11 +27,11 @@ class Mode(TorchFunctionMode):
 
     def __enter__(self) -> Mode:
         transforms.begin()
-        super().__enter__()  # type: ignore[no-untyped-call]
+        _push(self)  # as torch's own class does, without two calls more
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        _pop()
         transforms.end()
 
     def __torch_function__(
