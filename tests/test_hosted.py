@@ -490,8 +490,6 @@ def test_mistakes() -> None:
         model.inner.linear.output = torch.zeros(3, 4)
     with pytest.raises(InputError, match="an invoke of a module needs an input"), model.trace() as tracer:
         tracer.invoke().__enter__()
-    with pytest.raises(InputError, match="not available for wrapped modules"):
-        model.inner.skip(None)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -745,13 +743,8 @@ def test_what_is_not_there_yet() -> None:
     model = NNsight(module)
     with model.trace(*args) as tracer:
         model[1].output.save()
-    uses: list[Callable[[], Any]] = [
-        lambda: model[0].skip(args[0]),
-        lambda: tracer.graph.run(model),
-    ]
-    for use in uses:
-        with pytest.raises(InputError, match="in this version"):
-            use()
+    with pytest.raises(InputError, match="in this version"):
+        tracer.graph.run(model)
 
 
 def test_calls_without_a_trace() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import positions, skipping, structures, wire
+from . import positions, structures, wire
 from .envoy import Envoy
 from .errors import InputError, ModulePathError
 from .points import Mapping, Point
@@ -269,7 +269,7 @@ def _entry(
     rec: Recorder, root: Envoy, path: str, ports: list[int], convert: Callable[[torch.Tensor], torch.Tensor]
 ) -> Entry | None:
     """What a cache has of a module in the invoke that is open; None where nothing of it is computed."""
-    if skipping.skipped(rec, rec.invoke, path) is not None:
+    if rec.skipped_around(rec.invoke, root._native.points[path, wire.OUTPUT]) is not None:
         return None
     parts = {port: _value(rec, root, path, port, convert) for port in ports}
     return Entry(parts.get(wire.OUTPUT), parts.get(wire.INPUT))

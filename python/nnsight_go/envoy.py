@@ -139,7 +139,7 @@ class Envoy(Placed):
         rec = self._recorder(_PORTS[port])
         point = self._point(port)
         if rec.skipped:
-            skipping.check(rec, self._path, port)
+            skipping.check(rec, point)
         invoke = rec.touch(point)
         key = (invoke, point.path, port)
         seen = rec.bound.get(key)

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Mapping as Parts
 from typing import Any
 
 import torch
@@ -24,6 +25,16 @@ from .points import Constant, Leaf, Mapping, Sequence, Tree
 Visit = Callable[["Spot", Any], Any]
 
 _keys = itertools.count()
+
+# Stand where a module that is not run would have given a tensor, or an object.
+ABSENT = torch.empty(0, device="meta")
+_OBJECT = object()
+
+OPAQUE = object()  # stands for a template of what cannot be made anew
+
+
+class Bare(tuple[Any, ...]):
+    """A bare tensor that is shown as a tuple of one."""
 
 
 def called(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -75,6 +86,13 @@ def structure(value: Any, name: str = "") -> Tree:
     return Constant(value)
 
 
+def named_parts(value: Any) -> dict[str, Any] | None:
+    """The parts of a dictionary, a named tuple or an object with fields, by name; None where it has none."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return dict(zip(value._fields, value, strict=True))
+    return _fields(value)
+
+
 def _fields(value: Any) -> dict[str, Any] | None:
     """The named parts of a dictionary or an object with fields; None where it has none."""
     if isinstance(value, dict):
@@ -99,7 +117,7 @@ def tensors(tree: Tree, value: Any) -> list[torch.Tensor | None] | None:
                 return None
             parts = zip(tree.items, value, strict=True)
         case Mapping():
-            fields = dict(zip(value._fields, value, strict=True)) if hasattr(value, "_fields") else _fields(value)
+            fields = named_parts(value)
             if fields is None or list(fields) != list(tree.fields):
                 return None
             parts = zip(tree.fields.values(), fields.values(), strict=True)
@@ -112,8 +130,8 @@ def tensors(tree: Tree, value: Any) -> list[torch.Tensor | None] | None:
     return out
 
 
-def replaced(value: Any, by: dict[str, torch.Tensor], name: str = "") -> Any:
-    """A value with some of its tensors replaced; containers without any stay as they are."""
+def replaced(value: Any, by: Parts[str, Any], name: str = "") -> Any:
+    """A value with some of its parts replaced; containers without any stay as they are."""
     if name in by:
         return by[name]
     dot = f"{name}." if name else ""
@@ -136,6 +154,39 @@ def replaced(value: Any, by: dict[str, torch.Tensor], name: str = "") -> Any:
     out = value.copy()
     out.update(new)
     return out
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value that is no tensor says all that it is, and holds on to nothing."""
+    return isinstance(value, int | float | str | bool | torch.dtype | torch.device | torch.Size | type(None))
+
+
+def template(tree: Tree, value: Any) -> Any:
+    """What a module gave, without its tensors and objects, in whose places others can be put.
+
+    OPAQUE where it is of a kind that cannot be made anew.
+    """
+    if isinstance(tree, Leaf):
+        return ABSENT
+    try:
+        made = replaced(value, _stand_ins(tree, ""))
+        return OPAQUE if tensors(tree, made) is None else made
+    except Exception:  # of a class that is not made from its fields
+        return OPAQUE
+
+
+def _stand_ins(tree: Tree, name: str) -> dict[str, Any]:
+    match tree:
+        case Leaf():
+            return {name: ABSENT}
+        case Constant():
+            return {} if is_plain(tree.value) else {name: _OBJECT}
+        case Sequence():
+            parts: Iterable[tuple[Any, Tree]] = enumerate(tree.items)
+        case Mapping():
+            parts = tree.fields.items()
+    dot = f"{name}." if name else ""
+    return {k: v for key, part in parts for k, v in _stand_ins(part, f"{dot}{key}").items()}
 
 
 def leaves(tree: Tree) -> list[Leaf]:
@@ -247,11 +298,11 @@ def _after(path: str, visit: Visit, owner: int, wrap: bool) -> Callable[..., Any
     def hook(module: Any, args: Any, output: Any) -> Any:
         if threading.get_ident() != owner:
             return None
-        shown = (output,) if wrap and isinstance(output, torch.Tensor) else output
+        shown = Bare((output,)) if wrap and isinstance(output, torch.Tensor) else output
         new = visit(Spot(path, wire.OUTPUT, next(calls)), shown)
         if new is shown:
             return None
-        return new[0] if shown is not output else new
+        return new[0] if isinstance(new, Bare) else new
 
     return hook
 

@@ -5,14 +5,26 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from . import envoy, hosting, positions, renaming, sessions, straight, torchmap, tracebacks
+from . import (
+    envoy,
+    hosted_skipping,
+    hosting,
+    positions,
+    renaming,
+    sessions,
+    skipping,
+    straight,
+    torchmap,
+    tracebacks,
+    wire,
+)
 from .edits import Edit, Editable, Editing
 from .envoy import Envoy
-from .errors import InputError, ModulePathError
+from .errors import InputError, ModulePathError, NnsightError, OpError
 from .generation import StepRecorder
 from .hosted import Given, Hosted, HostedRun, Layout
 from .hosted_source import HostedSource
@@ -26,6 +38,9 @@ from .scanning import ScanRecorder
 from .stopping import Stop
 from .tracing import Tracer
 from .wire import Kind
+
+if TYPE_CHECKING:
+    from .hosted_skipping import Beside
 
 ROW: list[list[int]] = [[0]]  # an invoke of a hosted model is one row to the engine, whatever its input is
 
@@ -47,6 +62,8 @@ class HostedRecorder(Recorder):
         self._calls: dict[tuple[int, str], int] = {}
         self._ports: dict[str, set[int]] = {}  # by path: the sides of modules that nodes before _told name
         self._told = 0
+        self._absent: set[tuple[int, str, int, str]] = set()  # what the passes did not have (HostedRun)
+        self.left: dict[int, dict[str, Beside]] = {}  # by number of the pass: the calls of modules that it leaves out
 
     def open(self, given: Given) -> None:
         """Begins an invoke."""
@@ -58,6 +75,27 @@ class HostedRecorder(Recorder):
         """Whether an edit names results of operations."""
         named = (node[4].partition(":")[0] for node in edit.recording.nodes if node[0] in (Kind.READ, Kind.WRITE))
         return any("source." in path and path not in self.hosted.modules for path in named)
+
+    def _bring(self, edit: Edit) -> None:
+        """Puts an edit before the invoke that comes next."""
+        for name, beside in edit.skips.items():
+            self.skipped[len(self.invokes), name] = None
+            self.left.setdefault(len(self.given), {})[name] = beside
+        super()._bring(edit)
+
+    def leave_out(self, name: str, beside: Beside) -> None:
+        """Notes that a call of a module does not run; its tensors are written, ``beside`` is the rest of its output."""
+        self.skipped[self.invoke, name] = here()
+        self.left.setdefault(self._passes.get(self.invoke, 0), {})[name] = beside
+
+    def skipped_around(self, invoke: int, point: Point) -> str | None:
+        """The call of a module, around an access point, that does not run, if there is one."""
+        points = self.layout(invoke).points
+        for name in self.left.get(self._passes.get(invoke, 0), ()):
+            begin, end = points.get((name, wire.INPUT)), points.get((name, wire.OUTPUT))
+            if begin is not None and end is not None and begin.order < point.order < end.order:
+                return name
+        return None
 
     def layout(self, invoke: int) -> Layout:
         """The access points of an invoke's forward pass."""
@@ -135,6 +173,7 @@ class HostedRecorder(Recorder):
         layout = next(iter(self._layouts.values()), None)
         run = HostedRun(self.hosted, layout or Layout([], {}, {}), self.given, data, constants, end)
         run.ports, run.stops, run.inside = self._ports, self.stopped, self.sourced
+        run.left, run.absent = self.left, self._absent
         return run
 
     def _go_on(self, ids: list[int], end: bool, adopt: Any) -> list[torch.Tensor]:
@@ -153,7 +192,31 @@ class HostedRecorder(Recorder):
         self._told = len(self.nodes)
         if isinstance(self._run, HostedRun):
             self._run.stops = self.stopped
-        return super()._go_on(ids, end, adopt)
+        try:
+            return super()._go_on(ids, end, adopt)
+        except OpError as error:
+            absent = self._absent_in(error)
+            raise absent or error from None
+
+    def _absent_in(self, error: OpError) -> NnsightError | None:
+        """The error of an operation on a tensor that is not there this time."""
+        if error.node is None or error.node >= len(self.nodes):
+            return None
+        for ref in self.uses(error.node):
+            kind, invoke, _, _, name, port, _, leaf = (*self.nodes[ref], *[None] * 8)[:8]
+            if kind == Kind.READ and (self._pass(invoke), name, port, leaf) in self._absent:
+                return self.absent(ref)
+        return None
+
+    def _user(self, invoke: int) -> int:
+        """The invoke that an edit is made in, or the invoke itself."""
+        while self.invokes[invoke].edit:
+            invoke += 1
+        return invoke
+
+    def _pass(self, invoke: int) -> int:
+        """The number of the forward pass that an invoke, or an edit of it, sees."""
+        return self._passes.get(self._user(invoke), 0)
 
     def _edited(self, node: tuple[Any, ...]) -> tuple[int, Point, Leaf]:
         """What a node of an edit names: invoke, access point and tensor.
@@ -162,9 +225,11 @@ class HostedRecorder(Recorder):
             ModulePathError: the pass does not come there. The edit was recorded for another one.
         """
         _, invoke, place, _, name, port, _, leaf = node[:8]
-        while self.invokes[invoke].edit:
-            invoke += 1
+        invoke = self._user(invoke)
         point = self.layout(invoke).points.get((name, port))
+        outer = self.skipped_around(invoke, point) if self.skipped and point is not None else None
+        if outer is not None and point is not None:
+            raise skipping.not_computed(self, invoke, point, outer, place)
         for tensor in hosting.leaves(point.tree) if point is not None else ():
             if tensor.name == leaf and point is not None:
                 return invoke, point, tensor
@@ -217,7 +282,7 @@ class HostedRecorder(Recorder):
                 self._do_one(block, invoke, stops=invoke == last)
             return
         together = Together(self.hosted)
-        for group in together.passes(self.given, self.layout, block):
+        for group in together.passes(self.given, self.layout, block, self.left):
             first = group.invokes[0]
             if group.cuts is None or not together.run(self.given, self.layout(first), block, group):
                 for invoke in group.invokes:
@@ -225,8 +290,9 @@ class HostedRecorder(Recorder):
 
     def _do_one(self, block: straight.Straight, invoke: int, stops: bool = False) -> None:
         given = self.given[invoke]
-        if block.steps[invoke] or block.first[invoke]:
-            self.hosted.straight(given, self.layout(invoke), block, invoke, stops)
+        left = self.left.get(invoke, {})
+        if block.steps[invoke] or block.first[invoke] or left:
+            self.hosted.straight(given, self.layout(invoke), block, invoke, stops, left)
         else:
             self.hosted.run(given)
 
@@ -234,9 +300,12 @@ class HostedRecorder(Recorder):
         """The place of an access point in the pass of an invoke."""
         return self.layout(invoke).points[point].order
 
-    def absent(self, id: int) -> InputError:
+    def absent(self, id: int) -> NnsightError:
         """The error of a read of a tensor that is not there this time."""
-        place, path, port, leaf = (self.nodes[id][i] for i in (2, 4, 5, 7))
+        invoke, place, path, port, leaf = (self.nodes[id][i] for i in (1, 2, 4, 5, 7))
+        if port == wire.OUTPUT and path in self.left.get(self._pass(invoke), ()):
+            invoke = self._user(invoke)
+            return skipping.not_computed(self, invoke, self.layout(invoke).points[path, port], path, place)
         self.hosted.forget()
         what = f"{leaf} of the {('input', 'output')[port]} of {path or 'the model'}"
         return InputError(
@@ -363,16 +432,17 @@ class ModuleEnvoy(Envoy):
         assert isinstance(rec, HostedRecorder)
         return rec.point(self._path, port, self._name)
 
-    def _later(self, what: str) -> NoReturn:
-        raise InputError(
-            f"{what} is not available for wrapped modules in this version",
-            hint="Reads, edits, values, invokes, gradients, stop() and cache() are.",
-            **positions.fields(here()),
-        )
+    def skip(self, replacement: Any) -> None:
+        """Leaves the module's work out: ``replacement`` is what it gives, and its forward is not called.
 
-    def skip(self, replacement: Any) -> NoReturn:
-        """Not in this version."""
-        self._later("skip()")
+        Args:
+            replacement: as for assigning ``.output``, all of it: a tensor, or a structure of the same parts.
+
+        Raises:
+            InputError: it has other parts.
+            OutOfOrderError: the module, or one inside it, has already run.
+        """
+        hosted_skipping.skip(self, replacement)
 
     @property
     def source(self) -> HostedSource:
