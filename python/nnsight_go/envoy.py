@@ -321,6 +321,11 @@ class Envoy(Placed):
         return sorted({*super().__dir__(), *self._children, *self._params})
 
     @property
+    def _own_path(self) -> str:
+        """The path by which its values are known."""
+        return self._path
+
+    @property
     def path(self) -> str:
         """The module's name in the model: ``transformer.h.5.mlp``; empty for the model itself."""
         return self._path

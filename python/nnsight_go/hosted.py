@@ -100,6 +100,8 @@ class Layout:
 class Hosted:
     """A module, what is known of its forward passes, and the engine's models of them."""
 
+    by_input = True  # which access points there are depends on the input
+
     def __init__(self, module: torch.nn.Module, batch_dim: int | None = None) -> None:
         self.module = module
         self.batch_dim = batch_dim  # the axis of rows, if the user has said which

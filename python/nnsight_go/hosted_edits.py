@@ -20,7 +20,7 @@ from .edits import EditRecorder, InputSizes, depends
 from .errors import InputError
 from .hosted import Given, Hosted, Layout
 from .hosted_skipping import Beside
-from .hosting import leaves, mapped
+from .hosting import leaves, mapped, split
 from .points import Constant, Leaf, Mapping, Sequence, Tree
 from .positions import here
 from .proxy import Proxy
@@ -106,7 +106,7 @@ class HostedEditRecorder(EditRecorder, HostedRecorder):
             if not isinstance(value, bool | int | float | str | None):
                 raise InputError(
                     f"an edit keeps tensors and plain values, and {at or 'this'} is a {type(value).__name__}",
-                    path=name.partition(":")[0],
+                    path=split(name)[0],
                     hint="Skip the module in each trace, or give None where nobody looks at it.",
                     **positions.fields(here()),
                 )

@@ -154,7 +154,7 @@ class Leaving:
     @property
     def paths(self) -> set[str]:
         """The modules of which calls are left out."""
-        return {name.partition(":")[0] for name in self._left}
+        return {hosting.split(name)[0] for name in self._left}
 
     @contextlib.contextmanager
     def over(self, modules: Mapping[str, torch.nn.Module], paths: Iterable[str], visit: Visit) -> Iterator[Visit]:

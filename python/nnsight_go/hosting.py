@@ -62,7 +62,18 @@ class Spot:
     @property
     def name(self) -> str:
         """How it is told apart: the module's path, and the number of the call where it is not the first."""
-        return f"{self.path}:{self.call}" if self.call else self.path
+        return named(self.path, self.call)
+
+
+def named(path: str, call: int) -> str:
+    """The name of a call of a module. A path that has a colon itself always has the number behind it."""
+    return f"{path}:{call}" if call or ":" in path else path
+
+
+def split(name: str) -> tuple[str, int]:
+    """The path of a module and the number of its call, out of its name."""
+    path, colon, call = name.rpartition(":")
+    return (path, int(call)) if colon else (name, 0)
 
 
 # ---- structures ----
@@ -228,7 +239,7 @@ def sides(points: Iterable[tuple[str, int]]) -> dict[str, set[int]]:
     """The sides of modules that access points are, by path."""
     out: dict[str, set[int]] = {}
     for name, port in points:
-        out.setdefault(name.partition(":")[0], set()).add(port)
+        out.setdefault(split(name)[0], set()).add(port)
     return out
 
 

@@ -28,7 +28,7 @@ from .errors import InputError, ModulePathError, NnsightError, OpError
 from .generation import StepRecorder
 from .hosted import Given, Hosted, HostedRun, Layout
 from .hosted_source import HostedSource
-from .native import Run, become
+from .native import NoTensor, Run, become
 from .points import Leaf, Point
 from .positions import here
 from .proxy import Proxy
@@ -36,7 +36,7 @@ from .recorder import Recorder, current
 from .rowwise import Together
 from .scanning import ScanRecorder
 from .stopping import Stop
-from .tracing import Tracer
+from .tracing import Invoker, Tracer
 from .wire import Kind
 
 if TYPE_CHECKING:
@@ -73,8 +73,9 @@ class HostedRecorder(Recorder):
 
     def _is_of_operations(self, edit: Edit) -> bool:
         """Whether an edit names results of operations."""
-        named = (node[4].partition(":")[0] for node in edit.recording.nodes if node[0] in (Kind.READ, Kind.WRITE))
-        return any("source." in path and path not in self.hosted.modules for path in named)
+        named = {node[4] for node in edit.recording.nodes if node[0] in (Kind.READ, Kind.WRITE)}
+        paths = {hosting.split(name)[0] for name in named if "source." in name}
+        return not paths <= self.hosted.modules.keys()
 
     def _bring(self, edit: Edit) -> None:
         """Puts an edit before the invoke that comes next."""
@@ -136,7 +137,7 @@ class HostedRecorder(Recorder):
         invoke = self._inside(name)
         layout, path = self.layout(invoke), self.hosted.paths[path]
         call = self._calls.get((invoke, path), 0) if self._calls else 0
-        point = layout.points.get((f"{path}:{call}" if call else path, port))
+        point = layout.points.get((hosting.named(path, call), port))
         if point is None:
             self.hosted.forget()  # another pass may go another way
             times = layout.calls.get((path, port), 0)
@@ -188,23 +189,23 @@ class HostedRecorder(Recorder):
             if node[0] in (Kind.READ, Kind.WRITE):
                 if self.invokes[node[1]].edit:
                     self._edited(node)
-                self._ports.setdefault(node[4].partition(":")[0], set()).add(node[5])
+                self._ports.setdefault(hosting.split(node[4])[0], set()).add(node[5])
         self._told = len(self.nodes)
         if isinstance(self._run, HostedRun):
             self._run.stops = self.stopped
         try:
             return super()._go_on(ids, end, adopt)
+        except NoTensor as error:
+            raise self.absent(ids[error.number]) from None
         except OpError as error:
             absent = self._absent_in(error)
             raise absent or error from None
 
     def _absent_in(self, error: OpError) -> NnsightError | None:
         """The error of an operation on a tensor that is not there this time."""
-        if error.node is None or error.node >= len(self.nodes):
-            return None
-        for ref in self.uses(error.node):
-            kind, invoke, _, _, name, port, _, leaf = (*self.nodes[ref], *[None] * 8)[:8]
-            if kind == Kind.READ and (self._pass(invoke), name, port, leaf) in self._absent:
+        for ref in self.uses(error.node) if error.node is not None and error.node < len(self.nodes) else ():
+            node = self.nodes[ref]
+            if node[0] == Kind.READ and (self._pass(node[1]), node[4], node[5], node[7]) in self._absent:
                 return self.absent(ref)
         return None
 
@@ -234,14 +235,14 @@ class HostedRecorder(Recorder):
             if tensor.name == leaf and point is not None:
                 return invoke, point, tensor
         self.hosted.forget()
-        path, _, call = name.partition(":")
+        path, call = hosting.split(name)
         side = f"the {('input', 'output')[port]} of {path or 'the model'}"
         if path not in self.hosted.modules:
             what = f"{path}, which this {'forward pass' if 'source.' in path else 'model'} does not have"
         elif point is not None:
             what = f"{side}, which has no {leaf or 'single tensor'} in this forward pass"
         else:
-            what = f"{side}, which is not called {f'{int(call) + 1} times ' if call else ''}in this forward pass"
+            what = f"{side}, which is not called {f'{call + 1} times ' if call else ''}in this forward pass"
         raise ModulePathError(
             f"an edit names {what}",
             path=path,
@@ -358,6 +359,10 @@ class HostedTracer(Tracer):
         self._mode: torchmap.Mode | None = None
         self._used = False
 
+    @property
+    def _has_input(self) -> bool:
+        return self._given is not None
+
     def __enter__(self) -> HostedTracer:
         super().__enter__()
         if self._given is not None:
@@ -376,44 +381,27 @@ class HostedTracer(Tracer):
             out = self.model.output.save()
         return out
 
-    def invoke(self, *args: Any, **kwargs: Any) -> HostedInvoker:  # type: ignore[override]
+    def invoke(self, *args: Any, **kwargs: Any) -> HostedInvoker:
         """Begins one input of the trace: ``with tracer.invoke(x):``. Each has a forward pass of its own."""
         return HostedInvoker(self, (args, kwargs))
 
 
-class HostedInvoker:
+class HostedInvoker(Invoker):
     """One input of a trace, as a context manager."""
 
+    _tracer: HostedTracer
+
     def __init__(self, tracer: HostedTracer, given: Given) -> None:
-        self._tracer, self._given = tracer, given
+        self._tracer, self._given, self._used = tracer, given, False
 
-    def __enter__(self) -> HostedInvoker:
-        tracer, rec = self._tracer, self._tracer._recorder
-        why = None
-        if current.recorder is not rec:
-            why = "invokes belong into the block of their trace"
-            hint = "Write `with model.trace() as tracer:` around it."
-        elif tracer._given is not None:
-            why, hint = "this trace has an input already, so it takes no invokes", "Give each invoke its input."
-        elif rec.invoke >= 0:
-            why, hint = "an invoke cannot begin inside another one", "End the first one's block before it."
-        elif not any(self._given):
-            why, hint = "an invoke of a module needs an input", "Each invoke has a forward pass of its own."
-        if why is not None:
-            raise InputError(why, hint=hint, **positions.fields(here()))
-        rec.open(self._given)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        rec = self._tracer._recorder
-        stopped = isinstance(error, Stop) and error.recorder is rec
-        if kind is None or stopped:
-            rec.close_invoke()
-        else:
-            rec.invoke = -1
-        return stopped
+    def _open(self) -> None:
+        if not any(self._given):
+            raise InputError(
+                "an invoke of a module needs an input",
+                hint="Each invoke has a forward pass of its own. Give the rows together to see all of them in one.",
+                **positions.fields(here()),
+            )
+        self._tracer._recorder.open(self._given)
 
 
 class ModuleEnvoy(Envoy):
@@ -426,6 +414,11 @@ class ModuleEnvoy(Envoy):
         info = {"class": type(module).__name__, "extra": module.extra_repr(), "params": []}
         Envoy.__init__(self, hosted, path, info)  # type: ignore[arg-type]
         self.__dict__["_module"], self.__dict__["_hosted"] = module, hosted
+
+    @property
+    def _own_path(self) -> str:
+        """The first of its paths, where it has several."""
+        return hosting.named(self._hosted.paths[self._path], 0)
 
     def _point(self, port: int) -> Point:
         rec = current.recorder
