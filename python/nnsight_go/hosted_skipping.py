@@ -103,7 +103,7 @@ class _Given:
                     self._refuse(what, new, f"{hint} None is a value, where nobody looks at it.")
                 fields = {}
                 for k, part in tree.fields.items():
-                    new = given[k] if k in given else part.value if isinstance(part, Constant) else ()
+                    new = given[k] if k in given else _plain(part)
                     fields[k] = self.assign(part, f"{name}.{k}", f"{dot}{k}", new)
                 return Fields._make(self._rec, self._point, tree, name, fields)
 
@@ -124,6 +124,16 @@ def _is_needed(part: Tree) -> bool:
         case Named():
             return any(map(_is_needed, part.fields.values()))
     return True
+
+
+def _plain(part: Tree) -> Any:
+    """What stands for a part that need not be given."""
+    match part:
+        case Constant():
+            return part.value
+        case Named():
+            return {}
+    return ()
 
 
 # ---- a pass ----
