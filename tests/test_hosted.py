@@ -8,6 +8,7 @@ import os
 import pathlib
 import pickle
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -490,8 +491,6 @@ def test_mistakes() -> None:
         model.inner.linear.output = torch.zeros(3, 4)
     with pytest.raises(InputError, match="an invoke of a module needs an input"), model.trace() as tracer:
         tracer.invoke().__enter__()
-    with pytest.raises(InputError, match="not available for wrapped modules"):
-        model.inner.skip(None)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -776,13 +775,8 @@ def test_what_is_not_there_yet() -> None:
     model = NNsight(module)
     with model.trace(*args) as tracer:
         model[1].output.save()
-    uses: list[Callable[[], Any]] = [
-        lambda: model[0].skip(args[0]),
-        lambda: tracer.graph.run(model),
-    ]
-    for use in uses:
-        with pytest.raises(InputError, match="in this version"):
-            use()
+    with pytest.raises(InputError, match="in this version"):
+        tracer.graph.run(model)
 
 
 def test_calls_without_a_trace() -> None:
@@ -796,3 +790,155 @@ def test_calls_without_a_trace() -> None:
         lens = model[2](model[1].output).save()
         out = model.output.save()
     close(lens, out)
+
+
+def test_a_cache_of_all_invokes() -> None:
+    module, args, _ = ZOO["mlp"]()
+    model, x = NNsight(module), args[0]
+    with model.trace() as tracer:
+        cache = tracer.cache()
+        some = tracer.cache(modules=[model[1], "2"], include_inputs=True)
+        with tracer.invoke(x):
+            model[0].output[:] = 0
+        with tracer.invoke(x * 2):
+            pass
+    assert list(cache) == ["model", "model.0", "model.1", "model.2"] and list(some) == ["model.1", "model.2"]
+    assert not cache["model.0"][0].output.any()
+    close(cache["model.2"][1].output, module(x * 2))
+    close(some.model[1][1].input, module[0](x * 2))
+    with model.trace() as tracer:
+        none = tracer.cache()
+    assert not none
+    with pytest.raises(ModulePathError, match="not called"), NNsight(Loose()).trace() as tracer:
+        tracer.cache(modules="unused")
+        with tracer.invoke(x):
+            pass
+
+
+class Loose(nn.Module):
+    """Has a module that it does not call, and one that it calls by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.again = self.used
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(self.used(x))
+
+
+def test_a_cache_of_a_module_with_two_names() -> None:
+    module, x = Loose(), torch.randn(2, 6)
+    model = NNsight(module)
+    with model.trace(x) as tracer:
+        cache = tracer.cache()
+        one = tracer.cache(modules=model.again)
+    for found in (cache["model.again"], cache.model.again, one["model.used"], one["model.again"], one.model.used):
+        close(found.output, module.used(x))
+    assert list(cache) == ["model", "model.used"] and list(one) == ["model.used"]
+
+
+class Sometimes(nn.Module):
+    """Gives a second tensor, or none, as it is told."""
+
+    class Inner(nn.Module):
+        both = True
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return x, x * 2 if self.both else None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Sometimes.Inner()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.inner(x)[0]
+        return out
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("used", [False, True])
+def test_what_is_not_there_is_named(forced: bool, used: bool) -> None:
+    module, x = Sometimes(), torch.randn(2, 3)
+    model = NNsight(module)
+    with model.trace(x):
+        model.inner.output[1].save()
+    module.inner.both = False
+    missing = pytest.raises(InputError, match="1 of the output of inner is None in this forward pass")
+    with missing as caught, model.trace(x):
+        if forced:
+            assert model.inner.input.sum() < 1e9
+        second = model.inner.output[1]
+        (second * 2 if used else second).save()
+    assert caught.value.path == "inner" and caught.value.file == __file__
+
+
+def test_names_with_a_colon() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({"a:1": nn.Linear(4, 4), "a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.parts["a:1"](self.parts["a"](self.parts["a"](x))) + 1
+            return self.parts["b"](out)  # type: ignore[no-any-return]
+
+    module, x = Named(), torch.randn(3, 4)
+    model, a = NNsight(module), module.parts["a"]
+    for forced in (False, True):
+        with model.trace(x) as tracer:
+            if forced:
+                assert model.parts["a"].output.sum() < 1e9
+            second = model.parts["a"].next().output.save()
+            other = model.parts["a:1"].output.clone().save()
+            model.parts["a:1"].output[:] = 0
+            cache = tracer.cache()
+            assert model.source.add_0.output.shape == (3, 4)
+            out = model.output.save()
+        close(second, a(a(x)))
+        close(other, module.parts["a:1"](second))
+        close(out, module.parts["b"](torch.ones(3, 4)))
+        assert not cache["model.parts.a:1"].output.any()
+    with model.edit(x) as edited:
+        edited.parts["a:1"].skip(torch.ones(3, 4))
+    close(edited.trace(x, trace=False), module.parts["b"](torch.full((3, 4), 2.0)))
+
+
+def test_compiled_modules_run_as_they_were_written_where_something_in_them_is_named() -> None:
+    for kind in ("module.compile()", "torch.compile"):
+        torch.manual_seed(0)
+        net, x = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh())), torch.randn(3, 4)
+        want, plain = net[1][0](net[0](x)), net(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if kind == "torch.compile":
+                net[1] = torch.compile(net[1], backend="eager")
+            else:
+                net[1].compile(backend="eager")
+            net(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = NNsight(net)
+            inner = model[1]._orig_mod[0] if kind == "torch.compile" else model[1][0]
+            for forced in (False, True):
+                with model.trace(x):
+                    if forced:
+                        assert model[0].output.detach().sum() < 1e9
+                    got = inner.output.clone().save()
+                    inner.output[:] = 0
+                    out = model.output.save()
+                close(got, want)
+                assert not out.any()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            close(net(x), plain)
+
+
+def test_an_invoke_is_entered_once() -> None:
+    module, args, _ = ZOO["mlp"]()
+    with NNsight(module).trace() as tracer:
+        invoke = tracer.invoke(*args)
+        with invoke:
+            pass
+        with pytest.raises(InputError, match="an invoke is entered once"):
+            invoke.__enter__()

@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nnsight_go import InputError, LanguageModel, ModelLoadError
+from nnsight_go import InputError, LanguageModel, ModelLoadError, hub
 from nnsight_go.hosted_language import HostedLanguageModel
 from programs import Program, source
 from references import Pair
@@ -179,3 +180,16 @@ def test_mistakes(either: Pair, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ModelLoadError, match="transformers, which does, is not installed") as raised:
         LanguageModel(tmp_path, tokenizer=False)
     assert "nnsight_go[hf]" in str(raised.value)
+
+
+@pytest.mark.parametrize("native", [None, False])
+def test_a_directory_is_looked_for_once(either: Pair, native: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, asked = hub.resolve, []
+
+    def resolve(name: Any, *where: Any, **options: Any) -> Path:
+        asked.append(name)
+        return found(name, *where, **options)
+
+    monkeypatch.setattr(hub, "resolve", resolve)
+    LanguageModel(either.directory, tokenizer=False, native=native)
+    assert asked == [either.directory]

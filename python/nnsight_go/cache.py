@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import positions, skipping, structures, wire
+from . import positions, structures, wire
 from .envoy import Envoy
 from .errors import InputError, ModulePathError
 from .points import Mapping, Point
@@ -70,7 +70,7 @@ class Cache(dict[str, Any]):
             module = _named(self._root, path)
         except AttributeError:
             return path
-        return f"model.{module.path}" if module.path else "model"
+        return f"model.{module._own_path}" if module._own_path else "model"
 
     def __missing__(self, key: str) -> Any:
         own = self._own(key)
@@ -178,12 +178,19 @@ def gather(
 ) -> Cache:
     """Makes a cache that the end of the trace fills: of the invoke that is open, or of all from now on."""
     cache = Cache(root)
-    paths = _paths(root, modules)
+    chosen = _chosen(root, modules)
     ports = _ports(include_output, include_inputs)
     first, only = len(rec.invokes), rec.invoke
+    late = only < 0 and root._native.by_input  # there is no input yet
+    known = None if late else _paths(root, chosen)
 
     def fill() -> None:
         invokes = [only] if only >= 0 else [i for i in range(first, len(rec.invokes)) if not rec.invokes[i].edit]
+        paths = known
+        if paths is None:
+            rec.invoke = invokes[0] if invokes else -1  # which modules run is the same for all
+            paths = _paths(root, chosen) if invokes else []
+            rec.invoke = -1
         for path in paths:
             entries: list[Entry | None] = []
             for invoke in invokes:
@@ -210,7 +217,7 @@ def follow(
 ) -> Cache:
     """Makes a cache that each step of a generation fills from now on, when it has run."""
     cache = Cache(root)
-    paths = _paths(root, modules)
+    paths = _paths(root, _chosen(root, modules))
     ports = _ports(include_output, include_inputs)
     first = rec.step
     entries: dict[str, list[Entry | None]] = {}
@@ -244,32 +251,41 @@ def _named(root: Envoy, path: str) -> Any:
     return root.get(path.removeprefix("model."))
 
 
-def _paths(root: Envoy, modules: Iterable[Envoy | str] | Envoy | str | None) -> list[str]:
-    points = root._native.points
+def _chosen(root: Envoy, modules: Iterable[Envoy | str] | Envoy | str | None) -> list[Envoy] | None:
+    """The modules that a cache is of; None for all that run."""
     if modules is None:
-        return [m.path for m in root.modules() if (m.path, wire.OUTPUT) in points]
+        return None
     if isinstance(modules, str) or (isinstance(modules, Envoy) and modules._class != "ModuleList"):
         modules = [modules]
     out = []
     for given in modules:
         module = _named(root, given) if isinstance(given, str) else given
-        path = getattr(module, "path", None)
-        if path is None or getattr(module, "_native", None) is not root._native:
+        if not isinstance(module, Envoy) or module._native is not root._native:
             raise InputError(
                 f"a cache is of modules of the model, and {given!r} is none",
                 hint='Give modules (model.transformer.h[0]) or their paths ("transformer.h.0").',
                 **positions.fields(here()),
             )
-        module._point(wire.OUTPUT)  # tells why where it never runs
-        out.append(path)
+        out.append(module)
     return out
+
+
+def _paths(root: Envoy, chosen: list[Envoy] | None) -> list[str]:
+    """The paths of modules, once each, that have an output in what runs."""
+    if chosen is None:
+        points = root._native.points
+        return list(dict.fromkeys(m._own_path for m in root.modules() if (m._own_path, wire.OUTPUT) in points))
+    for module in chosen:
+        module._point(wire.OUTPUT)  # tells why where it never runs
+    return list(dict.fromkeys(module._own_path for module in chosen))
 
 
 def _entry(
     rec: Recorder, root: Envoy, path: str, ports: list[int], convert: Callable[[torch.Tensor], torch.Tensor]
 ) -> Entry | None:
     """What a cache has of a module in the invoke that is open; None where nothing of it is computed."""
-    if skipping.skipped(rec, rec.invoke, path) is not None:
+    point = root._native.points.get((path, wire.OUTPUT))
+    if point is None or rec.skipped_around(rec.invoke, point) is not None:  # it is of another step, or skipped
         return None
     parts = {port: _value(rec, root, path, port, convert) for port in ports}
     return Entry(parts.get(wire.OUTPUT), parts.get(wire.INPUT))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
 
@@ -36,13 +36,16 @@ class Edit:
     It can be printed, saved, and applied to a model whose modules have the same names.
     """
 
-    def __init__(self, recording: stored.Recording, resizes: bool = False) -> None:
+    def __init__(
+        self, recording: stored.Recording, resizes: bool = False, skips: Mapping[str, dict[str, Any]] | None = None
+    ) -> None:
         self.recording = recording
         self.resizes = resizes  # whether it may put values of other sizes in the place of the model's
+        self.skips = skips or {}  # by name: calls of a wrapped model's modules that do not run (hosted_skipping)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the edit to a file: a graph and the tensors it uses, no code."""
-        self.recording.save(path, _KIND, stored.Facts(resizes=self.resizes))
+        self.recording.save(path, _KIND, stored.Facts(resizes=self.resizes, skips=dict(self.skips)))
 
     def __str__(self) -> str:
         return self.recording.text().partition("\n")[2].replace(_STAND_IN, "an edit", 1)
@@ -67,7 +70,7 @@ def load_edit(path: str | os.PathLike[str]) -> Edit:
     recording, facts = stored.load(path, _KIND)
     if len(recording.invokes) != 1 or any(node[0] == Kind.SAVE for node in recording.nodes):
         raise GraphError(f"{os.fspath(path)} holds no edit: it keeps values", **positions.fields(here()))
-    return Edit(recording, facts.resizes)
+    return Edit(recording, facts.resizes, facts.skips)
 
 
 class InputSizes(Sequence[int]):

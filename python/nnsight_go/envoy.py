@@ -139,7 +139,7 @@ class Envoy(Placed):
         rec = self._recorder(_PORTS[port])
         point = self._point(port)
         if rec.skipped:
-            skipping.check(rec, self._path, port)
+            skipping.check(rec, point)
         key = (rec.invoke, point.path, port)
         seen = rec.bound.get(key)
         if seen is None:
@@ -325,6 +325,11 @@ class Envoy(Placed):
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._children, *self._params})
+
+    @property
+    def _own_path(self) -> str:
+        """The path by which its values are known."""
+        return self._path
 
     @property
     def path(self) -> str:

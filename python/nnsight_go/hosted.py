@@ -10,23 +10,27 @@ import itertools
 import json
 import logging
 import operator
+import sys
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from . import _ffi, hosting, operations, positions, wire
 from .errors import InputError
+from .hosted_skipping import Leaving
 from .hosting import Paused, Spot, Unwind, Visit
 from .native import Run, _close, _pointers, started
 from .points import Leaf, Point, Tree
 from .positions import here
 from .recorder import current
+from .torchmap import transforms
 
 if TYPE_CHECKING:
+    from .hosted_skipping import Beside
     from .proxy import Proxy
     from .rowwise import Cuts
     from .straight import Key, Straight
@@ -46,9 +50,16 @@ class Layout:
     points: dict[tuple[str, int], Point]
     calls: dict[tuple[str, int], int]  # how often a module is called, by path and port
     given: Given | None = None  # that input, its tensors without data; None where it is not known so
+    templates: dict[str, Any] = dataclasses.field(default_factory=dict)  # by name: what is more than a tensor
 
     @classmethod
-    def of(cls, spots: list[Spot], trees: dict[tuple[str, int], Tree], given: Given | None = None) -> Layout:
+    def of(
+        cls,
+        spots: list[Spot],
+        trees: dict[tuple[str, int], Tree],
+        given: Given | None = None,
+        templates: dict[str, Any] | None = None,
+    ) -> Layout:
         """The layout of a pass that came to these access points, where things of these structures stood."""
         points = {
             (s.name, s.port): Point(s.name, s.port, order, trees[s.name, s.port]) for order, s in enumerate(spots)
@@ -56,7 +67,18 @@ class Layout:
         calls: dict[tuple[str, int], int] = {}
         for s in spots:
             calls[s.path, s.port] = max(calls.get((s.path, s.port), 0), s.call + 1)
-        return cls(spots, points, calls, given)
+        return cls(spots, points, calls, given, templates or {})
+
+    def template(self, name: str) -> Any:
+        """What a call of a module gives, without its tensors; OPAQUE where that cannot be made anew."""
+        bare = isinstance(self.points[name, wire.OUTPUT].tree, Leaf)
+        return hosting.ABSENT if bare else self.templates.get(name, hosting.OPAQUE)
+
+    def inside(self, name: str) -> list[Spot]:
+        """The access points of modules inside a call of a module."""
+        sides = [(s.name, s.port) for s in self.spots]
+        first, last = sides.index((name, wire.INPUT)), sides.index((name, wire.OUTPUT))
+        return [s for s in self.spots[first + 1 : last] if not self.points[s.name, s.port].internal]
 
     @functools.cached_property
     def names(self) -> tuple[tuple[str, int, tuple[str, ...]], ...]:
@@ -81,6 +103,8 @@ class Layout:
 class Hosted:
     """A module, what is known of its forward passes, and the engine's models of them."""
 
+    by_input = True  # which access points there are depends on the input
+
     def __init__(self, module: torch.nn.Module, batch_dim: int | None = None) -> None:
         self.module = module
         self.batch_dim = batch_dim  # the axis of rows, if the user has said which
@@ -88,7 +112,7 @@ class Hosted:
         self.modules = dict(module.named_modules(remove_duplicate=True))
         self._all = list(self.modules.values())
         # Whether a module trains stands among its attributes, where it is found soonest; of scripted ones it is in C++.
-        asking = [m for m in self._all if "forward" in vars(m) or _asks_for_training(type(m))]
+        asking = [m for m in self._all if "forward" in vars(m) or _asks_for_training(type(m))]  # type: ignore[arg-type]
         self._attributes = [vars(m) for m in asking if "training" in vars(m)]
         self._scripted = [m for m in asking if "training" not in vars(m)]
         first = {id(m): path for path, m in self.modules.items()}
@@ -199,10 +223,13 @@ class Hosted:
         inside = alone is not None
         spots: list[Spot] = []
         trees: dict[tuple[str, int], Tree] = {}
+        templates: dict[str, Any] = {}
 
         def visit(spot: Spot, value: Any) -> Any:
             spots.append(spot)
-            trees[spot.name, spot.port] = hosting.structure(value)
+            trees[spot.name, spot.port] = tree = hosting.structure(value)
+            if spot.port == wire.OUTPUT and not isinstance(tree, Leaf):
+                templates[spot.name] = hosting.template(tree, value)
             return value
 
         with self.aside():
@@ -214,10 +241,11 @@ class Hosted:
                     raise
                 spots.clear()
                 trees.clear()
+                templates.clear()
                 self._really(given, visit, inside)
         if alone is not None:
             return operations.between(alone, self.modules, spots, trees)
-        return Layout.of(spots, trees, _outline(given))
+        return Layout.of(spots, trees, _outline(given), templates)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[Callable[[], bool]]:
@@ -265,30 +293,51 @@ class Hosted:
 
     def hooked(self, visit: Visit) -> contextlib.AbstractContextManager[None]:
         """Calls ``visit`` at both sides of every module while it is entered."""
-        return self._hooks(self._everywhere(), visit, inside=False)
+        return self._hooks(self.everywhere(), visit, inside=False)
 
-    def _everywhere(self) -> dict[str, set[int]]:
+    def everywhere(self) -> dict[str, set[int]]:
+        """Both sides of every module."""
         return {path: {wire.INPUT, wire.OUTPUT} for path in self.modules}
 
     def _fake(self, given: Given, visit: Visit, inside: bool) -> None:
         mode = _fake_mode()(allow_non_fake_inputs=True)
         meta = self.device.type == "meta"  # where no input has its data
         args, kwargs = hosting.mapped(given, lambda x: mode.from_tensor(x.to("meta") if meta else x))
-        with mode, self._hooks(self._everywhere(), visit, inside):
+        with mode, self._hooks(self.everywhere(), visit, inside):
             self.module(*args, **kwargs)
 
     def _really(self, given: Given, visit: Visit, inside: bool) -> None:
         """On real tensors, where fake ones do not do."""
         args, kwargs = hosting.mapped(given, torch.clone)
-        with self._hooks(self._everywhere(), visit, inside):
+        with self._hooks(self.everywhere(), visit, inside):
             self.module(*args, **kwargs)
 
     def _hooks(self, ports: dict[str, set[int]], visit: Visit, inside: bool) -> contextlib.AbstractContextManager[None]:
         if not inside and ports.keys() <= self.modules.keys():
-            return hosting.hooks(self.modules, ports, visit, self.wrapped)
+            plain = hosting.hooks(self.modules, ports, visit, self.wrapped)
+            return self._uncompiled(plain) if self._compiles(ports) else plain
         named = {path for path in ports if path not in self.modules}
         sides = {path: sides for path, sides in ports.items() if path not in named}
         return self._seeing(sides, visit, None if inside else named)
+
+    def _compiles(self, paths: Iterable[str]) -> bool:
+        """Whether hooks of modules would be called from compiled code, which has them traced or left out."""
+        if "torch._dynamo.eval_frame" not in sys.modules:
+            return False  # nothing can have been compiled
+        from torch._dynamo.eval_frame import OptimizedModule
+
+        for path, module in self.modules.items():
+            whole = module._compiled_call_impl is not None  # its own hooks are in there, too
+            if whole or isinstance(module, OptimizedModule):
+                below = f"{path}." if path else ""
+                if any(p.startswith(below) if p != path else whole for p in paths):
+                    return True
+        return False
+
+    @contextlib.contextmanager
+    def _uncompiled(self, hooks: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+        with transforms.uncompiled(), hooks:
+            yield
 
     @contextlib.contextmanager
     def _seeing(self, sides: dict[str, set[int]], visit: Visit, wanted: set[str] | None) -> Iterator[None]:
@@ -322,7 +371,14 @@ class Hosted:
         """A forward pass that nobody looks into."""
         hosting.called(self.module, *given[0], **given[1])
 
-    def forward(self, given: Given, ports: dict[str, set[int]], visit: Visit, inside: bool = False) -> None:
+    def forward(
+        self,
+        given: Given,
+        ports: dict[str, set[int]],
+        visit: Visit,
+        inside: bool = False,
+        leaving: Leaving | None = None,
+    ) -> None:
         """A forward pass that is visited at sides of modules, and at operations.
 
         Args:
@@ -330,11 +386,17 @@ class Hosted:
             ports: by path: which sides; the output of operations by theirs.
             visit: what to call.
             inside: the results of all operations are visited.
+            leaving: the calls of modules that it leaves out, some of those that are visited.
         """
-        with self._hooks(ports, visit, inside):
+        with contextlib.ExitStack() as stack:
+            if leaving is not None:
+                visit = stack.enter_context(leaving.over(self.modules, ports.keys() & self.modules.keys(), visit))
+            stack.enter_context(self._hooks(ports, visit, inside))
             self.run(given)
 
-    def straight(self, given: Given, layout: Layout, block: Straight, invoke: int, stops: bool) -> None:
+    def straight(
+        self, given: Given, layout: Layout, block: Straight, invoke: int, stops: bool, left: Mapping[str, Beside]
+    ) -> None:
         """A forward pass in whose hooks a block that goes straight ahead is done.
 
         Args:
@@ -343,6 +405,7 @@ class Hosted:
             block: what is to be done.
             invoke: for which invoke.
             stops: nothing runs behind the last of it.
+            left: the calls of modules that it leaves out.
         """
         schedule, values = block.schedule, block.values
         missing, looks = schedule.steps[invoke].copy(), schedule.looks[invoke]
@@ -367,8 +430,9 @@ class Hosted:
             block.do(schedule.first[invoke], {})
         if stops and not missing:
             return
+        leaving = Leaving(layout, left) if left else None
         try:
-            self.forward(given, schedule.sides[invoke], visit)
+            self.forward(given, _with(schedule.sides[invoke], leaving), visit, leaving=leaving)
         except Unwind:  # all of it is done
             return
         if missing:
@@ -386,7 +450,8 @@ class Hosted:
         if found is None:
             self.forget()
             raise hosting.mismatch(spot, tree, value)
-        return dict(zip([leaf.name for leaf in hosting.leaves(tree)], found, strict=True))
+        names = [leaf.name for leaf in hosting.leaves(tree)]
+        return {n: None if x is hosting.ABSENT else x for n, x in zip(names, found, strict=True)}
 
     def missed(self, spot: Spot) -> InputError:
         """The error of an access point that a pass did not come to."""
@@ -407,6 +472,7 @@ class HostedRun(Run):
         layout: of its passes.
         given: the inputs, a pass each.
         ports: by path: the sides of modules that the trace may name yet, or None for all.
+        left: by pass: the calls of modules that it leaves out. It may grow.
     """
 
     def __init__(self, hosted: Hosted, layout: Layout, given: Sequence[Given], graph: bytes, constants: Any, end: bool):
@@ -416,6 +482,8 @@ class HostedRun(Run):
         self._pass = 0  # the forward pass that is under way, or to come
         self._at: Spot | None = None  # where it waits
         self.ports: dict[str, set[int]] = {}
+        self.left: dict[int, dict[str, Beside]] = {}
+        self.absent: set[tuple[int, str, int, str]] = set()  # by pass, name, port and leaf: what was not there
         self.last = end
         self.inside = False  # operations may be named later
         self.stops = False  # nothing runs behind what is wanted last
@@ -462,7 +530,9 @@ class HostedRun(Run):
     def _feed(self, spot: Spot, value: Any) -> tuple[tuple[int, int] | None, Any]:
         """Hands over what stands at an access point; gives what is wanted next, and what is to stand there."""
         tree = self._layout.points[spot.name, spot.port].tree
-        found = list(self._hosted.tensors(spot, tree, value).values())
+        by_name = self._hosted.tensors(spot, tree, value)
+        found = list(by_name.values())
+        self.absent.update((self._pass, spot.name, spot.port, name) for name, x in by_name.items() if x is None)
         with _pointers(found) as pointers:
             _ffi.check(_ffi.lib().nng_run_feed, self._handle, pointers, len(found))
         wanted = self._step()
@@ -497,11 +567,16 @@ class HostedRun(Run):
                 raise Unwind
             return new
 
+        leaving = self._leaving(number) if self.left.get(number) else None
         with contextlib.suppress(Unwind):
-            self._hosted.forward(self._given[number], self.ports, visit)
+            self._hosted.forward(self._given[number], _with(self.ports, leaving), visit, leaving=leaving)
         if wanted is not None and wanted[0] == number:
             raise self._hosted.missed(self._layout.spots[wanted[1]])
         return wanted
+
+    def _leaving(self, number: int) -> Leaving:
+        """What a pass leaves out."""
+        return Leaving(self._hosted.layout(self._given[number]), self.left.setdefault(number, {}))
 
     def _reach(self, number: int, point: int) -> tuple[int, int] | None:
         """Lets a pass go on to an access point, where it waits, and gives what is wanted next."""
@@ -512,9 +587,10 @@ class HostedRun(Run):
                 self._run_through(before, (number, point))
             self._pass = number
         if self._paused is None:
-            everywhere = self._hosted._everywhere()
+            everywhere = self._hosted.everywhere()
+            leaving = self._leaving(number)  # lines that follow may say what
             self._paused = Paused(
-                lambda visit: self._hosted.forward(self._given[number], everywhere, visit, self.inside)
+                lambda visit: self._hosted.forward(self._given[number], everywhere, visit, self.inside, leaving)
             )
         self.waiting()
         if not self._paused.go(spot):
@@ -540,6 +616,12 @@ class HostedRun(Run):
         else:
             paused.go(None)
         self._pass += 1
+
+
+def _with(ports: dict[str, set[int]], leaving: Leaving | None) -> dict[str, set[int]]:
+    """Sides of modules, and both of those that are left out."""
+    both = {wire.INPUT, wire.OUTPUT}
+    return ports if leaving is None else ports | dict.fromkeys(leaving.paths, both)
 
 
 @functools.cache

@@ -19,7 +19,8 @@ from . import positions, wire
 from .edits import EditRecorder, InputSizes, depends
 from .errors import InputError
 from .hosted import Given, Hosted, Layout
-from .hosting import leaves, mapped
+from .hosted_skipping import Beside
+from .hosting import leaves, mapped, split
 from .points import Constant, Leaf, Mapping, Sequence, Tree
 from .positions import here
 from .proxy import Proxy
@@ -97,6 +98,19 @@ class HostedEditRecorder(EditRecorder, HostedRecorder):
         number = {id: i for i, id in enumerate(kept)}
         nodes = [wire.mapped(nodes[id], number.__getitem__) for id in kept]
         self.edit.recording = dataclasses.replace(self.edit.recording, nodes=nodes)
+        self.edit.skips = self.left.get(0, {})
+
+    def leave_out(self, name: str, beside: Beside) -> None:
+        """Notes that a call of a module does not run. What is kept for that must go into a file."""
+        for at, value in beside.items():
+            if not isinstance(value, bool | int | float | str | None):
+                raise InputError(
+                    f"an edit keeps tensors and plain values, and {at or 'this'} is a {type(value).__name__}",
+                    path=split(name)[0],
+                    hint="Skip the module in each trace, or give None where nobody looks at it.",
+                    **positions.fields(here()),
+                )
+        super().leave_out(name, beside)
 
     # ---- sizes, where one input alone is known: any may depend on it ----
 
@@ -140,7 +154,7 @@ def _twofold(one: Layout, other: Layout) -> Layout:
     points = {}
     for key, point in one.points.items():
         points[key] = dataclasses.replace(point, tree=_joined(point.tree, iter(leaves(other.points[key].tree))))
-    return Layout(one.spots, points, one.calls)
+    return Layout(one.spots, points, one.calls, templates=one.templates)
 
 
 def _joined(tree: Tree, others: Iterator[Leaf]) -> Tree:

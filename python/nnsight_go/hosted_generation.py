@@ -18,6 +18,7 @@ from .drawing import Drawing
 from .errors import InputError
 from .generation import Generation, StepRecorder
 from .hosted import Hosted, HostedRun, Layout
+from .hosted_skipping import Beside, Leaving
 from .hosting import Paused, Spot
 from .native import Run
 from .points import Constant, Leaf, Mapping, Tree
@@ -72,12 +73,20 @@ class Stepping(Paused):
         super().__init__(self._generate)
         self._hosted, self._loop = hosted, loop
         self.result: Any = None
+        self.leaving: Leaving | None = None  # what the step leaves out
         self._counted = _OfStep()
         self._stands: Spot | None = None
 
     def _generate(self, visit: hosting.Visit) -> None:
-        with self._hosted.hooked(visit):
-            self.result = hosting.called(self._loop)
+        assert self.leaving is not None
+        modules = self._hosted.modules
+        with self.leaving.over(modules, modules, visit) as of_step:
+
+            def at(spot: Spot, value: Any) -> Any:
+                return of_step(self._counted.at(spot), value)
+
+            with self._hosted.hooked(at):
+                self.result = hosting.called(self._loop)
 
     def go(self, spot: Spot | None) -> bool:
         """Goes on to an access point of the step, or to its end, and tells whether it is there."""
@@ -98,10 +107,9 @@ class Stepping(Paused):
         return super().go(_FIRST)
 
     def _visit(self, spot: Spot, value: Any) -> Any:
-        of_step = self._counted.at(spot)
-        if of_step not in (self._target, _LAST):
+        if spot not in (self._target, _LAST):
             return value
-        self._stands, self._value = of_step, value
+        self._stands, self._value = spot, value
         self._here.release()
         self._there.acquire()
         if self._unwinding:
@@ -142,8 +150,8 @@ class HostedStepRecorder(StepRecorder, HostedRecorder):
     def _bring(self, edit: Edit) -> None:
         """Puts an edit ahead of the step's lines. One of what runs in step 0 alone, an encoder, is done then."""
         points = self.layout(0).points
-        named = ((node[4], node[5]) for node in edit.recording.nodes if node[0] in (Kind.READ, Kind.WRITE))
-        if self.step == 0 or all(point in points for point in named):
+        named = {(node[4], node[5]) for node in edit.recording.nodes if node[0] in (Kind.READ, Kind.WRITE)}
+        if self.step == 0 or points.keys() >= named | {(name, wire.OUTPUT) for name in edit.skips}:
             super()._bring(edit)
 
     def complete(self) -> None:
@@ -166,12 +174,18 @@ class HostedStepRecorder(StepRecorder, HostedRecorder):
             **positions.fields(here()),
         )
 
+    def _go_on(self, ids: list[int], end: bool, adopt: Any) -> list[torch.Tensor]:
+        self.generation.leave_out(self.step, self.left.setdefault(0, {}))
+        return super()._go_on(ids, end, adopt)
+
     def _do(self, block: Straight, ids: list[int]) -> None:
         """A step of which nothing is asked."""
         self.generation.stepping.go(None)
 
     def _begin(self, data: bytes, constants: list[torch.Tensor], end: bool) -> Run:
-        return StepRun(self.generation.stepping, self.hosted, self.layout(self.invoke), data, constants, end)
+        run = StepRun(self.generation.stepping, self.hosted, self.layout(self.invoke), data, constants, end)
+        run.absent = self._absent
+        return run
 
 
 class HostedGeneration(Generation):
@@ -191,6 +205,7 @@ class HostedGeneration(Generation):
         self.sizes = len(self.rows), prompts.shape[1]
         self._layouts: list[Layout] | None = None
         self._tokens = Tokens()
+        self._leaves = -1  # the step of which the loop knows what it leaves out
         self.stepping = Stepping(self._hosted, self._loop)
 
     def _setting(self, name: str) -> Any:
@@ -235,6 +250,16 @@ class HostedGeneration(Generation):
         known = self._layouts
         return known[min(step, 1, len(known) - 1)]
 
+    def leave_out(self, step: int, left: dict[str, Beside]) -> None:
+        """Says which calls of modules a step leaves out, which is the next one to run, or under way."""
+        if step == self._leaves:
+            return
+        self._leaves, leaving = step, self.stepping.leaving
+        if leaving is None:
+            self.stepping.leaving = Leaving(self.layout(step), left)
+        else:
+            leaving.begin(self.layout(step), left)
+
     def sizes_of(self, step: int, order: int, leaf: str) -> tuple[int, ...]:
         """The sizes of a tensor at an access point of a step: from one step to the next they grow evenly."""
         known = self._hosted.steps.get(self._kind(exact=True)) or self._try_out()
@@ -268,16 +293,21 @@ class HostedGeneration(Generation):
         """Generates a few tokens from copies, to know what steps come to."""
         spots: list[list[Spot]] = [[]]
         trees: list[dict[tuple[str, int], Tree]] = [{}]
+        templates: list[dict[str, Any]] = [{}]
         counted = _OfStep()
 
         def visit(spot: Spot, value: Any) -> Any:
             of_step = counted.at(spot)
             spots[-1].append(of_step)
-            trees[-1][of_step.name, of_step.port] = _without_objects(hosting.structure(value))
+            tree = hosting.structure(value)
+            trees[-1][of_step.name, of_step.port] = _without_objects(tree)
+            if of_step.port == wire.OUTPUT and not isinstance(tree, Leaf):
+                templates[-1][of_step.name] = hosting.template(tree, value)
             if of_step == _LAST:
                 counted.begin()
                 spots.append([])
                 trees.append({})
+                templates.append({})
             return value
 
         options = {k: v for k, v in self._options.items() if k not in ("min_new_tokens", "max_length")}
@@ -286,7 +316,8 @@ class HostedGeneration(Generation):
         with self._hosted.aside(), self._hosted.hooked(visit):
             options |= {"max_new_tokens": steps, "min_new_tokens": steps}
             hosting.called(self._module.generate, **given, **options)
-        layouts = [Layout.of(s, t) for s, t in zip(spots[:steps], trees[:steps], strict=True) if s]
+        parts = zip(spots[:steps], trees[:steps], templates[:steps], strict=True)
+        layouts = [Layout.of(s, t, templates=m) for s, t, m in parts if s]
         for exact in (True, False):
             self._hosted.steps[self._kind(exact)] = layouts
         while len(self._hosted.steps) > _KEPT:
@@ -351,8 +382,7 @@ def _without_objects(tree: Tree) -> Tree:
     """A structure that keeps no object of the generation that was tried out, such as its keys and values."""
     match tree:
         case Constant(value=value):
-            plain = isinstance(value, int | float | str | bool | torch.dtype | torch.device | type(None))
-            return tree if plain else Constant(Unseen(type(value).__name__))
+            return tree if hosting.is_plain(value) else Constant(Unseen(type(value).__name__))
         case Items():
             return dataclasses.replace(tree, items=tuple(map(_without_objects, tree.items)))
         case Mapping():

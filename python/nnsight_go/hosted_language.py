@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import hub, inputs, positions
+from . import inputs, positions
 from .errors import InputError, ModelLoadError
 from .hosted import Given, Layout
 from .model import LanguageModel, _device, _dtype, _local
@@ -80,7 +80,7 @@ class HostedLanguageModel(NNsight, LanguageModel):
         if isinstance(name, torch.nn.Module):
             module, directory = name, Path(getattr(getattr(name, "config", None), "_name_or_path", "") or ".")
         else:
-            directory = hub.resolve(name, revision, token, cache_dir, local_files_only)
+            directory = self._locate(name, revision, token, cache_dir, local_files_only)
             module = _open(library, directory, _dtype(dtype if dtype is not None else torch_dtype), options)
             module = module.to(_device(device_map)).eval()
         NNsight.__init__(self, module, rename=rename)
@@ -243,7 +243,7 @@ class LanguageTracer(HostedTracer):
         if self._given is not None:
             self._given = model._given(args, kwargs)
 
-    def invoke(self, *args: Any, **kwargs: Any) -> HostedInvoker:  # type: ignore[override]
+    def invoke(self, *args: Any, **kwargs: Any) -> HostedInvoker:
         """Begins one input of the trace: ``with tracer.invoke("Hello"):``. Each has a forward pass of its own."""
         return HostedInvoker(self, self.model._given(args, kwargs) if args or kwargs else ((), {}))
 

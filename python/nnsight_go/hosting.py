@@ -13,6 +13,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Mapping as Parts
 from typing import Any
 
 import torch
@@ -23,6 +24,18 @@ from .points import Constant, Leaf, Mapping, Sequence, Tree
 
 # Called where a pass comes to an access point, with its value; gives the value to go on with.
 Visit = Callable[["Spot", Any], Any]
+
+_keys = itertools.count()
+
+# Stand where a module that is not run would have given a tensor, or an object.
+ABSENT = torch.empty(0, device="meta")
+_OBJECT = object()
+
+OPAQUE = object()  # stands for a template of what cannot be made anew
+
+
+class Bare(tuple[Any, ...]):
+    """A bare tensor that is shown as a tuple of one."""
 
 
 def called(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -50,7 +63,7 @@ class Spot:
     @functools.cached_property
     def name(self) -> str:
         """How it is told apart: the module's path, and the number of the call where it is not the first."""
-        return f"{self.path}:{self.call}" if self.call else self.path
+        return named(self.path, self.call)
 
     @functools.cached_property
     def key(self) -> tuple[str, int]:
@@ -59,6 +72,17 @@ class Spot:
 
 
 _spot = functools.lru_cache(maxsize=1 << 14)(Spot)  # the same ones come in every pass
+
+
+def named(path: str, call: int) -> str:
+    """The name of a call of a module. A path that has a colon itself always has the number behind it."""
+    return f"{path}:{call}" if call or ":" in path else path
+
+
+def split(name: str) -> tuple[str, int]:
+    """The path of a module and the number of its call, out of its name."""
+    path, colon, call = name.rpartition(":")
+    return (path, int(call)) if colon else (name, 0)
 
 
 # ---- structures ----
@@ -80,6 +104,13 @@ def structure(value: Any, name: str = "") -> Tree:
         kind = "" if type(value) is dict else type(value).__name__
         return Mapping({k: structure(v, f"{dot}{k}") for k, v in fields.items()}, kind)
     return Constant(value)
+
+
+def named_parts(value: Any) -> dict[str, Any] | None:
+    """The parts of a dictionary, a named tuple or an object with fields, by name; None where it has none."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return dict(zip(value._fields, value, strict=True))
+    return _fields(value)
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
@@ -106,7 +137,7 @@ def tensors(tree: Tree, value: Any) -> list[torch.Tensor | None] | None:
                 return None
             parts = zip(tree.items, value, strict=True)
         case Mapping():
-            fields = dict(zip(value._fields, value, strict=True)) if hasattr(value, "_fields") else _fields(value)
+            fields = named_parts(value)
             if fields is None or list(fields) != list(tree.fields):
                 return None
             parts = zip(tree.fields.values(), fields.values(), strict=True)
@@ -119,8 +150,8 @@ def tensors(tree: Tree, value: Any) -> list[torch.Tensor | None] | None:
     return out
 
 
-def replaced(value: Any, by: dict[str, torch.Tensor], name: str = "") -> Any:
-    """A value with some of its tensors replaced; containers without any stay as they are."""
+def replaced(value: Any, by: Parts[str, Any], name: str = "") -> Any:
+    """A value with some of its parts replaced; containers without any stay as they are."""
     if name in by:
         return by[name]
     dot = f"{name}." if name else ""
@@ -143,6 +174,39 @@ def replaced(value: Any, by: dict[str, torch.Tensor], name: str = "") -> Any:
     out = value.copy()
     out.update(new)
     return out
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value that is no tensor says all that it is, and holds on to nothing."""
+    return isinstance(value, int | float | str | bool | torch.dtype | torch.device | torch.Size | type(None))
+
+
+def template(tree: Tree, value: Any) -> Any:
+    """What a module gave, without its tensors and objects, in whose places others can be put.
+
+    OPAQUE where it is of a kind that cannot be made anew.
+    """
+    if isinstance(tree, Leaf):
+        return ABSENT
+    try:
+        made = replaced(value, _stand_ins(tree, ""))
+        return OPAQUE if tensors(tree, made) is None else made
+    except Exception:  # of a class that is not made from its fields
+        return OPAQUE
+
+
+def _stand_ins(tree: Tree, name: str) -> dict[str, Any]:
+    match tree:
+        case Leaf():
+            return {name: ABSENT}
+        case Constant():
+            return {} if is_plain(tree.value) else {name: _OBJECT}
+        case Sequence():
+            parts: Iterable[tuple[Any, Tree]] = enumerate(tree.items)
+        case Mapping():
+            parts = tree.fields.items()
+    dot = f"{name}." if name else ""
+    return {k: v for key, part in parts for k, v in _stand_ins(part, f"{dot}{key}").items()}
 
 
 def leaves(tree: Tree) -> list[Leaf]:
@@ -187,7 +251,7 @@ def sides(points: Iterable[tuple[str, int]]) -> dict[str, set[int]]:
     """The sides of modules that access points are, by path."""
     out: dict[str, set[int]] = {}
     for name, port in points:
-        out.setdefault(name.partition(":")[0], set()).add(port)
+        out.setdefault(split(name)[0], set()).add(port)
     return out
 
 
@@ -259,11 +323,11 @@ def _after(path: str, visit: Visit, owner: int, wrap: bool) -> Callable[..., Any
     def hook(module: Any, args: Any, output: Any) -> Any:
         if threading.get_ident() != owner:
             return None
-        shown = (output,) if wrap and isinstance(output, torch.Tensor) else output
+        shown = Bare((output,)) if wrap and isinstance(output, torch.Tensor) else output
         new = visit(_spot(path, wire.OUTPUT, next(calls)), shown)
         if new is shown:
             return None
-        return new[0] if shown is not output else new
+        return new[0] if isinstance(new, Bare) else new
 
     return hook
 

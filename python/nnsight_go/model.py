@@ -16,7 +16,7 @@ from . import _ffi, envoy, foreign, hub, positions, renaming, tracebacks
 from .continuation import Continuation
 from .edits import Editable, Editing, EditRecorder
 from .envoy import Envoy
-from .errors import InputError, ModelLoadError, NnsightError, RemoteError
+from .errors import InputError, ModelLoadError, RemoteError
 from .generating import Generating, Generator
 from .native import Native
 from .positions import here
@@ -96,11 +96,20 @@ class LanguageModel(Envoy, Editable):
     def __new__(cls, *args: Any, **kwargs: Any) -> LanguageModel:
         """Readies what every model needs, once a process, and chooses who computes it."""
         tracebacks.install()
-        if cls is LanguageModel and args and _is_hosted(args[0], kwargs):
+        if cls is not LanguageModel or not args:
+            return super().__new__(cls)
+        hosted, directory = _is_hosted(args[0], kwargs)
+        if hosted:
             from .hosted_language import HostedLanguageModel
 
-            return super().__new__(HostedLanguageModel)
-        return super().__new__(cls)
+            cls = HostedLanguageModel
+        model = super().__new__(cls)
+        model.__dict__["_found"] = directory
+        return model
+
+    def _locate(self, name: Any, *where: Any) -> Path:
+        """The directory of a model, which is looked for once."""
+        return self.__dict__.pop("_found", None) or hub.resolve(name, *where)
 
     def __init__(
         self,
@@ -129,7 +138,7 @@ class LanguageModel(Envoy, Editable):
                 hint="Save it with save_pretrained(directory), and open that directory.",
                 **positions.fields(here()),
             )
-        directory = hub.resolve(name, revision, token, cache_dir, local_files_only)
+        directory = self._locate(name, revision, token, cache_dir, local_files_only)
         of = _dtype(dtype if dtype is not None else torch_dtype)
         engine = Native(directory, of, _device(device_map), dispatch, prepack)
         super().__init__(engine, "", engine.description["modules"][0])
@@ -364,23 +373,23 @@ class LanguageModel(Envoy, Editable):
         self._native.close()
 
 
-def _is_hosted(name: Any, options: dict[str, Any]) -> bool:
-    """Whether a model is computed by transformers: it is one, or the engine does not know its architecture."""
+def _is_hosted(name: Any, options: dict[str, Any]) -> tuple[bool, Path | None]:
+    """Whether a model is computed by transformers: it is one, or the engine does not know its architecture.
+
+    Gives the model's directory as well, where it had to be looked for.
+    """
     if isinstance(name, torch.nn.Module) or options.get("native") is False:
-        return True
+        return True, None
     if options.get("native") or not isinstance(name, str | os.PathLike):
-        return False
+        return False, None
     where = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
+    directory = hub.resolve(name, **where)
     try:
-        directory = hub.resolve(name, **where)
         architectures = json.loads((directory / "config.json").read_text()).get("architectures")
-    except (NnsightError, OSError, ValueError, AttributeError):
-        return False  # opening it tells what is wrong
-    return (
-        isinstance(architectures, list)
-        and bool(architectures)
-        and architectures[0] not in _ffi.version()["architectures"]
-    )
+    except (OSError, ValueError, AttributeError):
+        return False, directory  # opening it tells what is wrong
+    known = isinstance(architectures, list) and bool(architectures)
+    return known and architectures[0] not in _ffi.version()["architectures"], directory
 
 
 def _local(remote: bool | str) -> None:

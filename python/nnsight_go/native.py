@@ -39,6 +39,8 @@ class Native:
             asks for, or the architecture is not one of the engine's.
     """
 
+    by_input = False  # which access points there are does not depend on the input
+
     def __init__(
         self,
         directory: str | os.PathLike[str],
@@ -134,6 +136,18 @@ class Native:
         return Run(started(_ffi.lib().nng_run_new, self._handle, graph, constants, end))
 
 
+class NoTensor(Exception):
+    """A value that was asked for is none.
+
+    Args:
+        number: which of them.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__("a value that was asked for is no tensor")
+        self.number = number
+
+
 class Run:
     """A trace on its way through the engine. It holds tensors until it is freed."""
 
@@ -168,6 +182,8 @@ class Run:
         _ffi.check(lib.nng_run_results, self._handle, ctypes.byref(out), ctypes.byref(array), ctypes.byref(count))
         try:
             numbers = [i for _, i in sorted(wire.results(out.take(), range(count.value)))]
+            if None in numbers:
+                raise NoTensor(numbers.index(None))
             pointers = (ctypes.c_void_p * len(numbers))(*[array[i] for i in numbers])
             if adopt is not None:
                 py.nngpy_adopt(list(adopt), pointers, torch.Tensor)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from . import positions, shapes, wire
+from . import positions, shapes, skipping, wire
 from .errors import InputError, NnsightError, NotSavedError, OutOfOrderError
 from .points import Leaf, Point
 from .positions import Place, here
@@ -365,6 +365,10 @@ class Recorder:
                 **positions.other_fields(reach[1]),
             )
         return invoke
+
+    def skipped_around(self, invoke: int, point: Point) -> str | None:
+        """The module around an access point whose work an invoke leaves out, if there is one."""
+        return skipping.around(self, invoke, point.path)
 
     def read(self, point: Point, leaf: Leaf) -> Proxy:
         """Records reading one tensor of an access point."""

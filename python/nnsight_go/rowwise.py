@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,15 +65,24 @@ class Together:
     def __init__(self, hosted: Hosted) -> None:
         self._hosted, self._declared, self._axis = hosted, hosted.batch_dim is not None, hosted.batch_dim or 0
 
-    def passes(self, given: Sequence[Given], layouts: Callable[[int], Layout], block: Straight) -> list[Pass]:
-        """The passes that the invokes of a block need, in the order of the first invoke of each."""
-        alone = [Pass([i]) for i in range(len(given))]
+    def passes(
+        self, given: Sequence[Given], layouts: Callable[[int], Layout], block: Straight, alone: Container[int]
+    ) -> list[Pass]:
+        """The passes that the invokes of a block need, in the order of the first invoke of each.
+
+        Args:
+            given: their inputs.
+            layouts: gives the access points of each.
+            block: what is to be done.
+            alone: those that have a pass of their own in any case.
+        """
+        each = [Pass([i]) for i in range(len(given))]
         if len(given) < 2 or block.schedule.mixes or self._followed(given):
-            return alone
+            return each
         groups: dict[Any, list[Pass]] = {}
         for i, one in enumerate(given):
             rows = self._rows(one)
-            kind = i if rows == 0 or not block.schedule.steps[i] else self._kind(one, rows)
+            kind = i if rows == 0 or i in alone or not block.schedule.steps[i] else self._kind(one, rows)
             if kind not in groups or sum(groups[kind][-1].rows) + rows > _MOST:
                 groups.setdefault(kind, []).append(Pass([]))
             groups[kind][-1].invokes.append(i)
@@ -82,7 +91,7 @@ class Together:
         for group in (group for of_kind in groups.values() for group in of_kind):
             if len(group.invokes) > 1:
                 group.cuts = self._cuts(given, layouts(group.invokes[0]), block, group)
-            out += [group] if group.cuts else [alone[i] for i in group.invokes]
+            out += [group] if group.cuts else [each[i] for i in group.invokes]
         return sorted(out, key=lambda one: one.invokes[0])
 
     def _followed(self, given: Sequence[Given]) -> bool:

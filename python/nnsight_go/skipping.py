@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import positions, wire
 from .errors import OutOfOrderError
-from .positions import here
+from .positions import Place, here
 
 if TYPE_CHECKING:
     from .envoy import Envoy
+    from .points import Point
     from .recorder import Recorder
 
 
@@ -21,22 +22,29 @@ def skip(envoy: Envoy, value: Any) -> None:
     rec.skipped[invoke, envoy.path] = here()
 
 
-def check(rec: Recorder, path: str, port: int) -> None:
+def check(rec: Recorder, point: Point) -> None:
     """Raises where a value is asked for that a skipped module would have computed."""
-    outer = skipped(rec, rec.invoke, path)
+    outer = rec.skipped_around(rec.invoke, point)
     if outer is not None:
-        side = ("input", "output", "gradient")[port]
-        raise OutOfOrderError(
-            f"model.{path}.{side} is not computed: an earlier line skips model{outer and '.' + outer}",
-            path=path,
-            hint="Leave the skip out, or write it into another invoke.",
-            **positions.fields(here()),
-            **positions.other_fields(rec.skipped[rec.invoke, outer]),
-        )
+        raise not_computed(rec, rec.invoke, point, outer, here())
 
 
-def skipped(rec: Recorder, invoke: int, path: str) -> str | None:
-    """The module around another one that an invoke skips, if there is one."""
+def not_computed(rec: Recorder, invoke: int, point: Point, outer: str, place: Place) -> OutOfOrderError:
+    """The error of a value that a module which an invoke skips would have computed."""
+    side, path = ("input", "output", "gradient")[point.port], point.path
+    skips = rec.skipped.get((invoke, outer))
+    return OutOfOrderError(
+        f"model{path and '.' + path}.{side} is not computed: "
+        f"{'an earlier line' if skips else 'an edit'} skips model{outer and '.' + outer}",
+        path=path,
+        hint="Leave the skip out, or write it into another invoke.",
+        **positions.fields(place),
+        **positions.other_fields(skips),
+    )
+
+
+def around(rec: Recorder, invoke: int, path: str) -> str | None:
+    """The module around another one, by its path, that an invoke skips, if there is one."""
     if not rec.skipped or not path:
         return None
     parts = path.split(".")

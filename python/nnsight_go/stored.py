@@ -76,12 +76,14 @@ class Facts(msgspec.Struct, omit_defaults=True):
         pinned: a line that used sizes of the input it was recorded with: file, line, function.
         forced: a line that used values of it.
         resizes: whether it may put values of other sizes in the place of the model's.
+        skips: by name: calls of a wrapped model's modules that do not run, and what is no tensor of what they give.
     """
 
     kept: list[int] = []
     pinned: tuple[str, int, str] | None = None
     forced: tuple[str, int, str] | None = None
     resizes: bool = False
+    skips: dict[str, dict[str, bool | int | float | str | None]] = {}
 
 
 def load(path: str | os.PathLike[str], kind: str) -> tuple[Recording, Facts]:

@@ -41,6 +41,10 @@ class Tracer:
         self._recorder.edits = model._edits
         self._used = False
 
+    @property
+    def _has_input(self) -> bool:
+        return self._input is not None
+
     def __enter__(self) -> Tracer:
         if current.recorder is not None:
             raise InputError(
@@ -198,7 +202,7 @@ class Invoker:
                 "invokes belong into the block of their trace",
                 "Write `with model.trace() as tracer:` around it.",
             )
-        elif tracer._input is not None:
+        elif tracer._has_input:
             why = "this trace has an input already, so it takes no invokes"
             hint = "Write `with model.trace() as tracer:`, and give each invoke its input."
         elif rec.invoke >= 0:
@@ -208,11 +212,19 @@ class Invoker:
         if why is not None:
             raise InputError(why, hint=hint, **positions.fields(here()))
         self._used = True
-        rec.open_invoke(*self._input)
+        self._open()
         return self
+
+    def _open(self) -> None:
+        self._tracer._recorder.open_invoke(*self._input)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        self._tracer._recorder.close_invoke()
-        return isinstance(error, Stop) and error.recorder is self._tracer._recorder
+        rec = self._tracer._recorder
+        stopped = isinstance(error, Stop) and error.recorder is rec
+        if kind is None or stopped:
+            rec.close_invoke()
+        else:
+            rec.invoke = -1
+        return stopped

@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from . import envoy, hosting, positions, renaming, sessions, straight, tracebacks
+from . import (
+    envoy,
+    hosted_skipping,
+    hosting,
+    positions,
+    renaming,
+    sessions,
+    skipping,
+    straight,
+    tracebacks,
+    wire,
+)
 from .edits import Edit, Editable, Editing
 from .envoy import Envoy
-from .errors import InputError, ModulePathError
+from .errors import InputError, ModulePathError, NnsightError, OpError
 from .generation import StepRecorder
 from .hosted import Given, Hosted, HostedRun, Layout
 from .hosted_source import HostedSource
-from .native import Run, become
+from .native import NoTensor, Run, become
 from .points import Leaf, Point
 from .positions import here
 from .proxy import Proxy
 from .recorder import Recorder, current
 from .rowwise import Together
 from .scanning import ScanRecorder
-from .stopping import Stop
-from .tracing import Tracer
+from .tracing import Invoker, Tracer
 from .wire import Kind
+
+if TYPE_CHECKING:
+    from .hosted_skipping import Beside
 
 ROW: list[list[int]] = [[0]]  # an invoke of a hosted model is one row to the engine, whatever its input is
 
@@ -46,6 +58,8 @@ class HostedRecorder(Recorder):
         self._calls: dict[tuple[int, str], int] = {}
         self._ports: dict[str, set[int]] = {}  # by path: the sides of modules that nodes before _told name
         self._told = 0
+        self._absent: set[tuple[int, str, int, str]] = set()  # what the passes did not have (HostedRun)
+        self.left: dict[int, dict[str, Beside]] = {}  # by number of the pass: the calls of modules that it leaves out
 
     def open(self, given: Given) -> None:
         """Begins an invoke."""
@@ -55,8 +69,30 @@ class HostedRecorder(Recorder):
 
     def _is_of_operations(self, edit: Edit) -> bool:
         """Whether an edit names results of operations."""
-        named = (node[4].partition(":")[0] for node in edit.recording.nodes if node[0] in (Kind.READ, Kind.WRITE))
-        return any("source." in path and path not in self.hosted.modules for path in named)
+        named = {node[4] for node in edit.recording.nodes if node[0] in (Kind.READ, Kind.WRITE)}
+        paths = {hosting.split(name)[0] for name in named if "source." in name}
+        return not paths <= self.hosted.modules.keys()
+
+    def _bring(self, edit: Edit) -> None:
+        """Puts an edit before the invoke that comes next."""
+        for name, beside in edit.skips.items():
+            self.skipped[len(self.invokes), name] = None
+            self.left.setdefault(len(self.given), {})[name] = beside
+        super()._bring(edit)
+
+    def leave_out(self, name: str, beside: Beside) -> None:
+        """Notes that a call of a module does not run; its tensors are written, ``beside`` is the rest of its output."""
+        self.skipped[self.invoke, name] = here()
+        self.left.setdefault(self._passes.get(self.invoke, 0), {})[name] = beside
+
+    def skipped_around(self, invoke: int, point: Point) -> str | None:
+        """The call of a module, around an access point, that does not run, if there is one."""
+        points = self.layout(invoke).points
+        for name in self.left.get(self._passes.get(invoke, 0), ()):
+            begin, end = points.get((name, wire.INPUT)), points.get((name, wire.OUTPUT))
+            if begin is not None and end is not None and begin.order < point.order < end.order:
+                return name
+        return None
 
     def layout(self, invoke: int) -> Layout:
         """The access points of an invoke's forward pass."""
@@ -98,7 +134,7 @@ class HostedRecorder(Recorder):
         invoke = self._inside(name)
         layout, path = self.layout(invoke), self.hosted.paths[path]
         call = self._calls.get((invoke, path), 0) if self._calls else 0
-        point = layout.points.get((f"{path}:{call}" if call else path, port))
+        point = layout.points.get((hosting.named(path, call), port))
         if point is None:
             self.hosted.forget()  # another pass may go another way
             times = layout.calls.get((path, port), 0)
@@ -135,6 +171,7 @@ class HostedRecorder(Recorder):
         layout = next(iter(self.layouts.values()), None)
         run = HostedRun(self.hosted, layout or Layout([], {}, {}), self.given, data, constants, end)
         run.ports, run.stops, run.inside = self._ports, self.stopped, self.sourced
+        run.left, run.absent = self.left, self._absent
         return run
 
     def _go_on(self, ids: list[int], end: bool, adopt: Any) -> list[torch.Tensor]:
@@ -149,11 +186,35 @@ class HostedRecorder(Recorder):
             if node[0] in (Kind.READ, Kind.WRITE):
                 if self.invokes[node[1]].edit:
                     self._edited(node)
-                self._ports.setdefault(node[4].partition(":")[0], set()).add(node[5])
+                self._ports.setdefault(hosting.split(node[4])[0], set()).add(node[5])
         self._told = len(self.nodes)
         if isinstance(self._run, HostedRun):
             self._run.stops = self.stopped
-        return super()._go_on(ids, end, adopt)
+        try:
+            return super()._go_on(ids, end, adopt)
+        except NoTensor as error:
+            raise self.absent(ids[error.number]) from None
+        except OpError as error:
+            absent = self._absent_in(error)
+            raise absent or error from None
+
+    def _absent_in(self, error: OpError) -> NnsightError | None:
+        """The error of an operation on a tensor that is not there this time."""
+        for ref in self.uses(error.node) if error.node is not None and error.node < len(self.nodes) else ():
+            node = self.nodes[ref]
+            if node[0] == Kind.READ and (self._pass(node[1]), node[4], node[5], node[7]) in self._absent:
+                return self.absent(ref)
+        return None
+
+    def _user(self, invoke: int) -> int:
+        """The invoke that an edit is made in, or the invoke itself."""
+        while self.invokes[invoke].edit:
+            invoke += 1
+        return invoke
+
+    def _pass(self, invoke: int) -> int:
+        """The number of the forward pass that an invoke, or an edit of it, sees."""
+        return self._passes.get(self._user(invoke), 0)
 
     def _edited(self, node: tuple[Any, ...]) -> tuple[int, Point, Leaf]:
         """What a node of an edit names: invoke, access point and tensor.
@@ -162,21 +223,23 @@ class HostedRecorder(Recorder):
             ModulePathError: the pass does not come there. The edit was recorded for another one.
         """
         _, invoke, place, _, name, port, _, leaf = node[:8]
-        while self.invokes[invoke].edit:
-            invoke += 1
+        invoke = self._user(invoke)
         point = self.layout(invoke).points.get((name, port))
+        outer = self.skipped_around(invoke, point) if self.skipped and point is not None else None
+        if outer is not None and point is not None:
+            raise skipping.not_computed(self, invoke, point, outer, place)
         for tensor in hosting.leaves(point.tree) if point is not None else ():
             if tensor.name == leaf and point is not None:
                 return invoke, point, tensor
         self.hosted.forget()
-        path, _, call = name.partition(":")
+        path, call = hosting.split(name)
         side = f"the {('input', 'output')[port]} of {path or 'the model'}"
         if path not in self.hosted.modules:
             what = f"{path}, which this {'forward pass' if 'source.' in path else 'model'} does not have"
         elif point is not None:
             what = f"{side}, which has no {leaf or 'single tensor'} in this forward pass"
         else:
-            what = f"{side}, which is not called {f'{int(call) + 1} times ' if call else ''}in this forward pass"
+            what = f"{side}, which is not called {f'{call + 1} times ' if call else ''}in this forward pass"
         raise ModulePathError(
             f"an edit names {what}",
             path=path,
@@ -220,7 +283,7 @@ class HostedRecorder(Recorder):
             self._do_one(block, 0)
             return
         together = Together(self.hosted)
-        for group in together.passes(self.given, self.layout, block):
+        for group in together.passes(self.given, self.layout, block, self.left):
             first = group.invokes[0]
             if group.cuts is None or not together.run(self.given, self.layout(first), block, group):
                 for invoke in group.invokes:
@@ -228,8 +291,9 @@ class HostedRecorder(Recorder):
 
     def _do_one(self, block: straight.Straight, invoke: int, stops: bool = False) -> None:
         given = self.given[invoke]
-        if block.schedule.steps[invoke] or block.schedule.first[invoke]:
-            self.hosted.straight(given, self.layout(invoke), block, invoke, stops)
+        left = self.left.get(invoke, {})
+        if block.schedule.steps[invoke] or block.schedule.first[invoke] or left:
+            self.hosted.straight(given, self.layout(invoke), block, invoke, stops, left)
         else:
             self.hosted.run(given)
 
@@ -237,9 +301,12 @@ class HostedRecorder(Recorder):
         """The place of an access point in the pass of an invoke."""
         return self.layout(invoke).points[point].order
 
-    def absent(self, id: int) -> InputError:
+    def absent(self, id: int) -> NnsightError:
         """The error of a read of a tensor that is not there this time."""
-        place, path, port, leaf = (self.nodes[id][i] for i in (2, 4, 5, 7))
+        invoke, place, path, port, leaf = (self.nodes[id][i] for i in (1, 2, 4, 5, 7))
+        if port == wire.OUTPUT and path in self.left.get(self._pass(invoke), ()):
+            invoke = self._user(invoke)
+            return skipping.not_computed(self, invoke, self.layout(invoke).points[path, port], path, place)
         self.hosted.forget()
         what = f"{leaf} of the {('input', 'output')[port]} of {path or 'the model'}"
         return InputError(
@@ -291,6 +358,10 @@ class HostedTracer(Tracer):
         self._recorder.edits = model._edits
         self._used = False
 
+    @property
+    def _has_input(self) -> bool:
+        return self._given is not None
+
     def __enter__(self) -> HostedTracer:
         super().__enter__()
         if self._given is not None:
@@ -303,44 +374,27 @@ class HostedTracer(Tracer):
             out = self.model.output.save()
         return out
 
-    def invoke(self, *args: Any, **kwargs: Any) -> HostedInvoker:  # type: ignore[override]
+    def invoke(self, *args: Any, **kwargs: Any) -> HostedInvoker:
         """Begins one input of the trace: ``with tracer.invoke(x):``. Each has a forward pass of its own."""
         return HostedInvoker(self, (args, kwargs))
 
 
-class HostedInvoker:
+class HostedInvoker(Invoker):
     """One input of a trace, as a context manager."""
 
+    _tracer: HostedTracer
+
     def __init__(self, tracer: HostedTracer, given: Given) -> None:
-        self._tracer, self._given = tracer, given
+        self._tracer, self._given, self._used = tracer, given, False
 
-    def __enter__(self) -> HostedInvoker:
-        tracer, rec = self._tracer, self._tracer._recorder
-        why = None
-        if current.recorder is not rec:
-            why = "invokes belong into the block of their trace"
-            hint = "Write `with model.trace() as tracer:` around it."
-        elif tracer._given is not None:
-            why, hint = "this trace has an input already, so it takes no invokes", "Give each invoke its input."
-        elif rec.invoke >= 0:
-            why, hint = "an invoke cannot begin inside another one", "End the first one's block before it."
-        elif not any(self._given):
-            why, hint = "an invoke of a module needs an input", "Each invoke has a forward pass of its own."
-        if why is not None:
-            raise InputError(why, hint=hint, **positions.fields(here()))
-        rec.open(self._given)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        rec = self._tracer._recorder
-        stopped = isinstance(error, Stop) and error.recorder is rec
-        if kind is None or stopped:
-            rec.close_invoke()
-        else:
-            rec.invoke = -1
-        return stopped
+    def _open(self) -> None:
+        if not any(self._given):
+            raise InputError(
+                "an invoke of a module needs an input",
+                hint="Each invoke has a forward pass of its own. Give the rows together to see all of them in one.",
+                **positions.fields(here()),
+            )
+        self._tracer._recorder.open(self._given)
 
 
 class ModuleEnvoy(Envoy):
@@ -354,21 +408,27 @@ class ModuleEnvoy(Envoy):
         Envoy.__init__(self, hosted, path, info)  # type: ignore[arg-type]
         self.__dict__["_module"], self.__dict__["_hosted"] = module, hosted
 
+    @property
+    def _own_path(self) -> str:
+        """The first of its paths, where it has several."""
+        return hosting.named(self._hosted.paths[self._path], 0)
+
     def _point(self, port: int) -> Point:
         rec = current.recorder
         assert isinstance(rec, HostedRecorder)
         return rec.point(self._path, port, self._name)
 
-    def _later(self, what: str) -> NoReturn:
-        raise InputError(
-            f"{what} is not available for wrapped modules in this version",
-            hint="Reads, edits, values, invokes, gradients, stop() and cache() are.",
-            **positions.fields(here()),
-        )
+    def skip(self, replacement: Any) -> None:
+        """Leaves the module's work out: ``replacement`` is what it gives, and its forward is not called.
 
-    def skip(self, replacement: Any) -> NoReturn:
-        """Not in this version."""
-        self._later("skip()")
+        Args:
+            replacement: as for assigning ``.output``, all of it: a tensor, or a structure of the same parts.
+
+        Raises:
+            InputError: it has other parts.
+            OutOfOrderError: the module, or one inside it, has already run.
+        """
+        hosted_skipping.skip(self, replacement)
 
     @property
     def source(self) -> HostedSource:
