@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pathlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +18,15 @@ CONFIGS = {  # whose weights are large enough
     "gpt2": gpt2(n_embd=264, n_head=4, vocab_size=500),
     "llama": llama(hidden_size=264, intermediate_size=300, vocab_size=500),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small products on several threads wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def logits(model: LanguageModel, ids: torch.Tensor = IDS) -> torch.Tensor:
