@@ -22,7 +22,7 @@ import torch
 from . import _ffi, hosting, operations, positions, wire
 from .errors import InputError
 from .hosted_skipping import Leaving
-from .hosting import Paused, Spot, Unwind, Visit
+from .hosting import ABSENT, Paused, Spot, Unwind, Visit
 from .native import Run, _close, _pointers, started
 from .points import Leaf, Point, Tree
 from .positions import here
@@ -414,7 +414,7 @@ class Hosted:
             ids = missing.pop(spot.key, None)
             if ids is None:
                 return value
-            if spot.key in looks and isinstance(value, torch.Tensor):
+            if spot.key in looks and isinstance(value, torch.Tensor) and value is not ABSENT:
                 for id in ids:
                     values[id] = value
             else:
@@ -444,7 +444,7 @@ class Hosted:
         Raises:
             InputError: it has not the structure that it is known to have.
         """
-        if type(tree) is Leaf and isinstance(value, torch.Tensor):  # most are
+        if type(tree) is Leaf and isinstance(value, torch.Tensor) and value is not ABSENT:  # most are
             return {tree.name: value}
         found = hosting.tensors(tree, value)
         if found is None:
