@@ -148,6 +148,7 @@ PyObject* proxy(PyObject*, PyObject* const* args, Py_ssize_t count) {
     }
     Tensor copy(THPVariable_Unpack(args[1]).unsafeGetTensorImpl()->shallow_copy_and_detach(
         /*version_counter=*/0, /*allow_tensor_metadata_change=*/true));
+    copy.unsafeGetTensorImpl()->set_python_dispatch(true);  // C++ that is handed it comes to its __torch_dispatch__
     Object made(THPVariable_Wrap(copy, reinterpret_cast<PyTypeObject*>(args[0])));
     if (!made || PyObject_GenericSetAttr(made.get(), rec, args[2]) != 0 ||
         PyObject_GenericSetAttr(made.get(), id, args[3]) != 0)

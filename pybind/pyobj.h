@@ -29,8 +29,8 @@ int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls);
  * of what ctypes does for a call.
  *
  *   become(proxies, tensors, cls)          nngpy_adopt with Python tensors, a list
- *   proxy(cls, placeholder, rec, id)       an instance of cls over a copy of a placeholder, with the
- *                                          attributes _rec and _id */
+ *   proxy(cls, placeholder, rec, id)       an instance of cls, which has __torch_dispatch__, over a copy
+ *                                          of a placeholder, with the attributes _rec and _id */
 PyObject* nngpy_calls(void);
 
 /* A callable around a Python function that is no frame in tracebacks [new reference]. It binds like

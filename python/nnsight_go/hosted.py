@@ -112,7 +112,8 @@ class Hosted:
         self.modules = dict(module.named_modules(remove_duplicate=True))
         self._all = list(self.modules.values())
         # Whether a module trains stands among its attributes, where it is found soonest; of scripted ones it is in C++.
-        asking = [m for m in self._all if "forward" in vars(m) or _asks_for_training(type(m))]  # type: ignore[arg-type]
+        kinds = {kind for kind in set(map(type, self._all)) if _asks_for_training(kind)}
+        asking = [m for m in self._all if type(m) in kinds or "forward" in vars(m)]
         self._attributes = [vars(m) for m in asking if "training" in vars(m)]
         self._scripted = [m for m in asking if "training" not in vars(m)]
         first = {id(m): path for path, m in self.modules.items()}
@@ -624,7 +625,6 @@ def _with(ports: dict[str, set[int]], leaving: Leaving | None) -> dict[str, set[
     return ports if leaving is None else ports | dict.fromkeys(leaving.paths, both)
 
 
-@functools.cache
 def _asks_for_training(kind: type[torch.nn.Module]) -> bool:
     """Whether what modules of a class do may depend on whether they train. Torch's own tell in their code."""
     if not kind.__module__.startswith("torch.nn.modules."):
