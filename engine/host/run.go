@@ -217,7 +217,7 @@ func (r *Run) ready(schedule *plan.Schedule) error {
 	if err := checkSizes(schedule); err != nil {
 		return err
 	}
-	if !r.unpacked && !r.model.apart.Load() {
+	if !r.unpacked && r.cache == nil && !r.model.apart.Load() { // what a step computes depends on more than its tokens
 		schedule, _ = pack.Tokens(schedule)
 	}
 	if err := r.model.Load(); err != nil {
