@@ -206,15 +206,11 @@ func nngo_run_new(model C.nng_model, wire *C.uint8_t, size C.int64_t, consts *un
 		if e != nil {
 			return e
 		}
-		g, e := graph.Decode(unsafe.Slice((*byte)(wire), int(size)))
-		if e != nil {
-			return e
-		}
 		given, e := borrow(consts, nconsts)
 		if e != nil {
 			return e
 		}
-		r, e := m.Begin(g, given, end != 0)
+		r, e := m.BeginBytes(unsafe.Slice((*byte)(wire), int(size)), given, end != 0)
 		if e != nil {
 			return e
 		}

@@ -32,6 +32,23 @@ func DecodeMore(g *Graph, data []byte) error {
 	return nil
 }
 
+// DecodeInvokes reads the invokes of a graph in wire form, and gives what follows them: nodes and positions, unread.
+func DecodeInvokes(data []byte) ([]Invoke, []byte, error) {
+	d := decoder{what: "graph", rest: data, node: NoID}
+	g := &Graph{}
+	d.head()
+	d.invokes(g)
+	if d.err != nil {
+		return nil, nil, d.err
+	}
+	for i := range g.Invokes {
+		if err := verifyInvoke(&g.Invokes[i]); err != nil {
+			return nil, nil, err
+		}
+	}
+	return g.Invokes, d.rest, nil
+}
+
 // decoder reads MessagePack from front to back. The first error stops it: from then on every method
 // gives zero values and reads nothing.
 type decoder struct {
@@ -195,17 +212,29 @@ func (d *decoder) name(what string) string {
 
 // graph reads the parts of a graph and appends them to g.
 func (d *decoder) graph(g *Graph) {
+	d.head()
+	d.invokes(g)
+	d.nodes(g)
+}
+
+func (d *decoder) head() {
 	d.parts("the graph", 4)
 	if v := d.int("the version"); d.err == nil && v != wireVersion {
 		d.fail("it is of version %d; this engine reads version %d", v, wireVersion)
 		d.err.Hint = "Use the same version of nnsight-go on both sides."
 	}
+}
+
+func (d *decoder) invokes(g *Graph) {
 	n := d.list("invokes", MaxInvokes-len(g.Invokes), minInvoke)
 	g.Invokes = slices.Grow(g.Invokes, n)
 	for i := 0; i < n && d.err == nil; i++ {
 		g.Invokes = append(g.Invokes, d.invoke())
 	}
-	n = d.list("nodes", MaxNodes-len(g.Nodes), minNode-1) // a node without parts of its own is refused with its number
+}
+
+func (d *decoder) nodes(g *Graph) {
+	n := d.list("nodes", MaxNodes-len(g.Nodes), minNode-1) // a node without parts of its own is refused with its number
 	from := len(g.Nodes)
 	g.Nodes = append(g.Nodes, make([]Node, n)...)
 	for i := from; i < len(g.Nodes) && d.err == nil; i++ {

@@ -49,7 +49,8 @@ type Native struct {
 
 	training atomic.Bool
 	apart    atomic.Bool // every token is computed
-	hosted   bool        // somebody else does its forward pass
+	plans    plans
+	hosted   bool // somebody else does its forward pass
 
 	mu     sync.Mutex
 	params map[string]aten.Tensor // by name; tied names share a handle's tensor

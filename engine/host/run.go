@@ -23,6 +23,7 @@ type Run struct {
 	cache    *Cache      // of the generation that the run is a step of, or nil
 	explicit bool        // they compute attention step by step
 	plan     *plan.Plan
+	schedule *plan.Schedule // the last that it was given
 	machine  *exec.Machine[value]
 	consts   []aten.Tensor
 	frame    aten.Frame
@@ -111,7 +112,7 @@ func (r *Run) Extend(grow func(*graph.Graph) error, consts []aten.Tensor, end bo
 		var schedule *plan.Schedule
 		schedule, err = r.plan.Extend(r.graph, end)
 		if err == nil {
-			err = r.ready(schedule)
+			err = r.ready(r.shared(schedule))
 		}
 		again = err == plan.ErrRestart
 	}
@@ -209,16 +210,23 @@ func (r *Run) replan(p *plan.Plan) error {
 	if err != nil {
 		return err
 	}
-	return r.ready(schedule)
+	return r.ready(r.shared(schedule))
+}
+
+// shared is a schedule in which tokens are not computed more often than they need to be.
+func (r *Run) shared(schedule *plan.Schedule) *plan.Schedule {
+	if r.unpacked || r.cache != nil || r.model.apart.Load() { // what a step of a generation computes depends on more than its tokens
+		return schedule
+	}
+	schedule, _ = pack.Tokens(schedule)
+	return schedule
 }
 
 // ready lets the machine go on with a schedule.
 func (r *Run) ready(schedule *plan.Schedule) error {
+	r.schedule = schedule
 	if err := checkSizes(schedule); err != nil {
 		return err
-	}
-	if !r.unpacked && r.cache == nil && !r.model.apart.Load() { // what a step computes depends on more than its tokens
-		schedule, _ = pack.Tokens(schedule)
 	}
 	if err := r.model.Load(); err != nil {
 		return err

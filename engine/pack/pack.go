@@ -38,11 +38,15 @@ func Tokens(s *plan.Schedule) (*plan.Schedule, []Report) {
 	return newWriter(t).write()
 }
 
-// promising reports whether there may be tokens to save.
+// most is how many tokens are numbered at most, over all activations that are given new numbers: about a second's work.
+const most = 1 << 27
+
+// promising reports whether there may be tokens to save, at a price that is worth it.
 func promising(s *plan.Schedule) bool {
-	rows := false
+	rows, tokens, renewed := false, int64(0), int64(0)
 	for i := range s.Forwards {
 		rows = rows || s.Forwards[i].Batch() > 1
+		tokens = max(tokens, s.Forwards[i].Batch()*s.Forwards[i].Seq)
 	}
 	for i := range s.Instrs {
 		switch in := &s.Instrs[i]; in.Op {
@@ -50,9 +54,15 @@ func promising(s *plan.Schedule) bool {
 			return false
 		case plan.OpIndex:
 			rows = true
+		case plan.OpPut:
+			renewed++
+		case plan.OpCall:
+			if baseOf(in.Name) == attention {
+				renewed++
+			}
 		}
 	}
-	return rows
+	return rows && tokens <= graph.MaxTokens && tokens*(renewed+1) <= most
 }
 
 // Report is a matrix product that a rewritten schedule does for other tokens than the batch has.
