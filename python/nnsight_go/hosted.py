@@ -389,10 +389,11 @@ class Hosted:
             inside: the results of all operations are visited.
             leaving: the calls of modules that it leaves out, some of those that are visited.
         """
-        with contextlib.ExitStack() as stack:
-            if leaving is not None:
-                visit = stack.enter_context(leaving.over(self.modules, ports.keys() & self.modules.keys(), visit))
-            stack.enter_context(self._hooks(ports, visit, inside))
+        if leaving is not None:
+            with leaving.over(self.modules, ports.keys() & self.modules.keys(), visit) as outer:
+                self.forward(given, ports, outer, inside)
+            return
+        with self._hooks(ports, visit, inside):
             self.run(given)
 
     def straight(
