@@ -49,6 +49,8 @@ ARGUMENTS: dict[str, list[Any]] = {
     "run_feed": [U64, ctypes.POINTER(PTR), I64],
     "run_given": [U64, "out", ctypes.POINTER(ctypes.POINTER(PTR)), ctypes.POINTER(I64)],
     "model_train": [U64, I32],
+    "model_apart": [U64, I32],
+    "model_explain": [U64, STR, I64, I64, "out"],
     "model_close": [U64],
     "model_describe": [U64, "out"],
     "model_param": [U64, STR, ctypes.POINTER(PTR)],
