@@ -58,8 +58,8 @@ func distinct(n int) *classes {
 // later classes tell positions apart follows from it.
 func begin(f *plan.Forward, s *space) *classes {
 	type key struct {
-		id, position int64
-		real         bool
+		id, position  int64
+		real, padding bool // padding is no token of any prompt
 	}
 	keys := make([]key, s.size())
 	for r, row := range f.Rows {
@@ -70,9 +70,9 @@ func begin(f *plan.Forward, s *space) *classes {
 		next := int64(0)
 		for p := range s.toks {
 			t := token(r*s.toks + p)
-			k := key{position: next, real: s.isReal(t)}
-			if i := p - pad; i >= 0 && i < len(row) {
-				k.id = row[i]
+			k := key{position: next, real: s.isReal(t), padding: p < pad || p-pad >= len(row)}
+			if !k.padding {
+				k.id = row[p-pad]
 			}
 			switch {
 			case !f.Masked:

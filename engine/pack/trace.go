@@ -23,6 +23,7 @@ type activation struct {
 	line    *line       // one for a value and what invokes make of it
 	base    *activation // what it is a copy of a part of,
 	part    []token     // and which tokens of that
+	changed []int32     // by token: the number of its last change in place; nil: there was none
 
 	wanted []bool // by class: tokens that somebody looks at
 	whole  bool   // somebody looks at the tensor itself
@@ -99,6 +100,7 @@ type trace struct {
 	spaces  []*space
 	changes []change // by group
 	touched map[plan.Slot]*views
+	clock   int32 // changes in place so far
 }
 
 // change is what happens in place to values that may share storage.
@@ -161,6 +163,8 @@ func (t *trace) findChanges() {
 			c.put[in.Args[0].Ref] = true
 		case in.Mutate:
 			in.Target(func(slot plan.Slot) { t.change(slot).direct = true })
+		case in.Op == plan.OpGuard: // it asks whether they share storage
+			in.Refs(func(slot plan.Slot) { t.change(slot).direct = true })
 		}
 	}
 }
@@ -233,7 +237,7 @@ func (t *trace) follow(s *step) {
 	case plan.OpClone:
 		if x := s.arg(&in.Args[0]); x != nil && !x.single && !x.foreign {
 			if s.out = t.activation(in.Out, x.space, x.shape, x.classes); s.out != nil {
-				s.kind, s.out.line = alias, x.line
+				s.kind, s.out.line, s.out.changed = alias, x.line, x.changed
 				t.now[in.Out] = s.out
 			}
 		}
@@ -255,6 +259,8 @@ func (t *trace) call(s *step) {
 	in.Refs(func(slot plan.Slot) { sure = sure && t.sure[slot] })
 	switch {
 	case in.Mutate:
+		return
+	case in.Node != graph.NoID && in.Path == "" && !in.Fresh && len(s.args) > 0: // a view that a line makes stays one
 		return
 	case len(s.args) == 0:
 		t.sure[in.Out] = sure
@@ -493,12 +499,33 @@ func (t *trace) renew(s *step, group plan.Slot, sp *space, tokens []token) {
 		case y.single:
 		case tokens != nil && y.space == sp:
 			y.classes = x.classes.split(tokens)
+			t.stamp(y, tokens)
 		default:
 			y.classes = distinct(y.space.size())
+			t.stamp(y, y.space.all())
 		}
 		s.before, s.after = append(s.before, x), append(s.after, y)
 		t.now[slot] = y
 	}
+}
+
+// stamp notes that tokens have changed.
+func (t *trace) stamp(x *activation, tokens []token) {
+	t.clock++
+	stamps := make([]int32, x.space.size())
+	copy(stamps, x.changed)
+	for _, u := range tokens {
+		stamps[u] = t.clock
+	}
+	x.changed = stamps
+}
+
+// lastChange is the number of a token's last change.
+func (x *activation) lastChange(t token) int32 {
+	if x.changed == nil {
+		return 0
+	}
+	return x.changed[t]
 }
 
 // renewed is the same activation after a change in place.
@@ -520,15 +547,16 @@ func (t *trace) put(s *step) {
 		return
 	}
 	sp, tokens := x.space.window(&in.Window)
-	var changed []bool // by position; nil: all
+	var changed []bool     // by position: lines have changed the invoke's copy; nil: it is no such copy
+	var copied *activation // what the copy was made of
 	v := t.touched[t.s.Groups[in.Args[1].Ref]]
 	if v != nil && v.root.slot == in.Args[1].Ref && v.root.base != nil && v.root.base.line == x.line &&
 		slices.Equal(v.root.part, tokens) {
-		changed = v.changed
+		changed, copied = v.changed, v.root.base
 	}
 	s.new = []token{}
 	for i, token := range tokens {
-		if changed == nil || changed[i%sp.toks] {
+		if changed == nil || changed[i%sp.toks] || x.lastChange(token) != copied.lastChange(token) {
 			s.new, s.at = append(s.new, token), append(s.at, int32(i))
 		}
 	}
@@ -539,6 +567,7 @@ func (t *trace) put(s *step) {
 	}
 	s.out = x.renewed()
 	s.out.classes = x.classes.split(s.new)
+	t.stamp(s.out, s.new)
 	t.now[x.slot] = s.out
 }
 

@@ -355,7 +355,7 @@ func (w *writer) rows(s *step) {
 // index looks at some of the tokens.
 func (w *writer) index(s *step) {
 	x := s.args[0]
-	if x.dense != plan.NoSlot {
+	if x.dense != plan.NoSlot || x.whole { // so that it is a view of what others see
 		w.asItWas(s)
 		return
 	}
