@@ -197,7 +197,7 @@ import torch
 from nnsight_go import LanguageModel, _ffi
 
 torch.set_num_threads(1)
-model = LanguageModel(sys.argv[1], dispatch=True)
+model = LanguageModel(sys.argv[1], dispatch=True, prepack=False)  # whose copies would move the last digits
 def small():
     with model.trace([1, 2, 3]):
         return model.lm_head.output.save()

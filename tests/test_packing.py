@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from nnsight_go import InputError, NNsight
+from nnsight_go import InputError, NNsight, OutOfOrderError
 from references import Pair, close, edits, main
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
@@ -225,3 +225,53 @@ def test_a_wrapped_module_has_no_plan_to_tell() -> None:
         net.output.save()
     with pytest.raises(InputError, match="forward pass is Python's"):
         tracer.explain()
+
+
+def test_a_value_that_is_assigned_back(either: Pair) -> None:
+    ids = either.ids(5)
+    with either.model.trace() as tracer:
+        with tracer.invoke(ids):
+            state = either.layers[1].output[0]
+            either.layers[1].output = (state * 2,)
+            either.layers[1].output = (state,)
+            back = either.model.lm_head.output[:, -1].save()
+        for _ in range(4):
+            with tracer.invoke(ids):
+                either.model.lm_head.output[:, -1].save()
+    close(back, main(either.run(ids), "lm_head")[:, -1])
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.float()[:, -1],
+        lambda x: x.transpose(1, 2)[:, :, -1],
+        lambda x: x.unsqueeze(2)[:, -1],
+        lambda x: x.expand(-1, -1, -1)[:, -1],
+    ],
+)
+def test_views_of_lines_are_their_invokes_own(either: Pair, view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    ids, saved = either.ids(5), []
+    with either.model.trace() as tracer:
+        for _ in range(3):
+            with tracer.invoke(ids):
+                saved.append(view(tensor_of(either, f"{either.blocks}.1")).save())
+    assert len({x.untyped_storage().data_ptr() for x in saved}) == 3
+
+
+def test_a_change_that_comes_too_late_is_noticed(either: Pair) -> None:
+    with pytest.raises(OutOfOrderError), either.model.trace([either.ids(5)] * 3):
+        last = either.layers[0].output[0][:, -1]
+        either.model.lm_head.output[:, -1].save()
+        last[:] = 0
+
+
+def test_padding_is_no_token(gpt2_pair: Pair) -> None:
+    for more in (0, 7):  # the schedule of the first is kept
+        a, b = [5], [5, more]
+        with gpt2_pair.model.trace() as tracer:
+            with tracer.invoke(a):
+                gpt2_pair.model.lm_head.output[:, -1].save()
+            with tracer.invoke(b):
+                last = gpt2_pair.model.lm_head.output[:, -1].save()
+        close(last, main(gpt2_pair.run(b), "lm_head")[:, -1])

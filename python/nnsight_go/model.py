@@ -16,7 +16,7 @@ from . import _ffi, envoy, foreign, hub, positions, renaming, tracebacks
 from .continuation import Continuation
 from .edits import Editable, Editing, EditRecorder
 from .envoy import Envoy
-from .errors import InputError, ModelLoadError, RemoteError
+from .errors import InputError, ModelLoadError, NnsightError, RemoteError
 from .generating import Generating, Generator
 from .native import Native
 from .positions import here
@@ -383,11 +383,14 @@ def _is_hosted(name: Any, options: dict[str, Any]) -> tuple[bool, Path | None]:
     if options.get("native") or not isinstance(name, str | os.PathLike):
         return False, None
     where = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
-    directory = hub.resolve(name, **where)
+    try:
+        directory = hub.resolve(name, **where)
+    except NnsightError:
+        return False, None  # opening it tells what is wrong
     try:
         architectures = json.loads((directory / "config.json").read_text()).get("architectures")
     except (OSError, ValueError, AttributeError):
-        return False, directory  # opening it tells what is wrong
+        return False, directory
     known = isinstance(architectures, list) and bool(architectures)
     return known and architectures[0] not in _ffi.version()["architectures"], directory
 
