@@ -167,7 +167,8 @@ class Hosted:
         known = self._layouts.get(key)
         if known is None:
             known = self._found_out(key, given, really=True)
-        self._layouts.move_to_end(key)
+        with contextlib.suppress(KeyError):  # another thread has had all forgotten
+            self._layouts.move_to_end(key)
         self.latest = known
         return known
 
@@ -178,7 +179,7 @@ class Hosted:
 
     def alike(self, layout: Layout) -> list[Layout]:
         """Other layouts that are known, of inputs for which the same runs."""
-        return [other for other in self._layouts.values() if other is not layout and other.names == layout.names]
+        return [other for other in list(self._layouts.values()) if other is not layout and other.names == layout.names]
 
     def _found_out(self, key: Any, given: Given, really: bool) -> Layout:
         found = self._layouts[key] = self._try_out(given, really)
