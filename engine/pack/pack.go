@@ -9,7 +9,7 @@
 //
 // Phases: [Tokens] goes through the schedule and finds which tokens of an activation have equal
 // values (trace.go; classes.go is the arithmetic, ops.go the table of operators); goes back through it and
-// finds which are wanted (demand.go); and writes the instructions anew (emit.go, attention.go). What it
+// finds which are wanted (demand.go); and writes the instructions anew (write.go, attention.go). What it
 // does not know it leaves as it was, on whole tensors. All of it is pure, like package plan.
 package pack
 

@@ -265,7 +265,7 @@ func (t *trace) call(s *step) {
 	case len(s.args) == 0:
 		t.sure[in.Out] = sure
 		if sp, known := t.spaceOf(in); sure && known && in.Shape != nil {
-			t.set(s, t.activation(in.Out, sp, in.Shape, nil))
+			t.set(s, t.activation(in.Out, sp, in.Shape, distinct(sp.size())))
 		}
 		return
 	}
@@ -322,7 +322,7 @@ func (t *trace) meaning(s *step) (shape graph.Shape, of *classes, single bool) {
 	}
 	if in.Op == plan.OpItem {
 		x := s.args[0]
-		if !x.several || in.Shape == nil {
+		if !x.several || x.single || in.Shape == nil {
 			return nil, nil, false
 		}
 		s.kind = mapped
@@ -391,7 +391,7 @@ func (t *trace) attention(s *step) (shape graph.Shape, of *classes, single bool)
 	}
 	masked := t.s.Forwards[sp.of].Masked
 	causal := in.Args[5].I != 0 && in.Args[3].Kind == graph.ArgNone
-	if !(causal && !masked) && !(masked && in.Args[5].I == 0 && t.isMask(&in.Args[3])) {
+	if !(causal && !masked) && !(masked && in.Args[5].I == 0 && t.isMask(&in.Args[3], sp)) {
 		return nil, nil, false
 	}
 	s.kind = attend
@@ -401,10 +401,10 @@ func (t *trace) attention(s *step) (shape graph.Shape, of *classes, single bool)
 }
 
 // isMask reports whether an argument is the mask that a forward pass began with.
-func (t *trace) isMask(a *graph.Arg) bool {
+func (t *trace) isMask(a *graph.Arg, sp *space) bool {
 	return a.Kind == graph.ArgRef && !t.change(a.Ref).direct && len(t.change(a.Ref).put) == 0 &&
 		slices.ContainsFunc(t.s.Sources, func(src plan.Source) bool {
-			return src.Slot == a.Ref && src.Kind == graph.KindInput && src.Name == "attention_mask"
+			return src.Slot == a.Ref && src.Kind == graph.KindInput && src.Name == "attention_mask" && src.Forward == sp.of
 		})
 }
 
@@ -540,6 +540,7 @@ func (t *trace) put(s *step) {
 	in := s.in
 	x := s.arg(&in.Args[0])
 	if x == nil {
+		t.renew(s, t.s.Groups[in.Args[0].Ref], nil, nil)
 		return
 	}
 	if x.single || x.foreign || in.Window.BatchAxis > 0 {

@@ -331,7 +331,7 @@ func (w *writer) item(s *step) {
 		return
 	}
 	list := x.list()
-	from := x.where(list[0])
+	from := x.where(list[0]) // a container is one packed value: all its tokens are there
 	slot := w.add(s.in, plan.Instr{Op: plan.OpItem, Args: []graph.Arg{graph.Ref(from.slot), s.in.Args[1]}})
 	w.length[slot] = len(list)
 	s.out.hold(slot, list)
