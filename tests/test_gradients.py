@@ -1054,3 +1054,12 @@ def test_invokes_draw_for_themselves(dropping: tuple[LanguageModel, Any], either
     torch.manual_seed(1)
     for got, ids in zip(logits, prompts, strict=True):
         close(got, theirs(torch.tensor([ids]), use_cache=False).logits)
+
+
+def test_another_librarys_backward_in_the_place_of_torchs(gpt2_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self, *a, **k: pytest.fail("it is not ours"))
+    with gpt2_pair.model.trace(gpt2_pair.ids(4)):
+        state = gpt2_pair.model.transformer.h[0].output[0]
+        with gpt2_pair.model.lm_head.output.sum().backward():
+            grad = state.grad.save()
+    assert grad.abs().sum() > 0

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # An integer without axes, because torch takes that, and no other tensor, for a number where it wants one.
 _PLACEHOLDER = torch.empty((), dtype=torch.int64, device="meta")
 
+_BACKWARD = torch.Tensor.backward
+
 
 class Proxy(torch.Tensor):
     """The value of a node of the trace that is being recorded.
@@ -76,6 +78,17 @@ class Proxy(torch.Tensor):
         """The value itself: a proxy inside the block, the tensor after it."""
         self._rec.alive(self)
         return self
+
+    # ---- gradients ----
+
+    def backward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """A backward pass from here: a line, or a block in which gradients are read and changed.
+
+        A method of its own, since other libraries put theirs into the place of torch's.
+        """
+        from . import torchmap
+
+        return torchmap.dispatch(_BACKWARD, (Proxy,), (self, *args), kwargs)
 
     # ---- facts ----
 

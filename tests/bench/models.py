@@ -22,6 +22,9 @@ from nnsight_go import LanguageModel
 
 from .install import LENS, NNSIGHT, NotInstalled
 
+IN_USE = 80  # traces after which the engine has packed the weights of a model that is large enough for it
+MANY = 10**7  # parameters
+
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 64, "vocab_size": 1000}
 
 
@@ -58,8 +61,13 @@ class Subject:
 
     @cached_property
     def ours(self) -> LanguageModel:
+        """The engine's model, after it has been in use for a while."""
         options = {"dtype": self.dtype, "device_map": self.device, "tokenizer": False}
-        return LanguageModel(self.directory, dispatch=True, **options)
+        model = LanguageModel(self.directory, dispatch=True, **options)
+        for _ in range(IN_USE if self.bare.num_parameters() > MANY else 1):
+            with model.trace(self.ids(10)):
+                model.lm_head.output.save()
+        return model
 
     @cached_property
     def nnsight(self) -> Any:
