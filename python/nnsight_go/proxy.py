@@ -81,7 +81,7 @@ class Proxy(torch.Tensor):
 
     # ---- gradients ----
 
-    def backward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
         """A backward pass from here: a line, or a block in which gradients are read and changed.
 
         A method of its own, since other libraries put theirs into the place of torch's.
