@@ -336,6 +336,21 @@ func (a *Arg) Refs(f func(ID)) {
 	}
 }
 
+// Replaced is the argument with each value it names replaced by what f gives for it.
+func (a *Arg) Replaced(f func(ID) Arg) Arg {
+	out := *a
+	switch a.Kind {
+	case ArgRef:
+		return f(a.Ref)
+	case ArgList, ArgTuple, ArgDict, ArgSlice:
+		out.L = make([]Arg, len(a.L))
+		for i := range a.L {
+			out.L[i] = a.L[i].Replaced(f)
+		}
+	}
+	return out
+}
+
 // Refs calls f for each value a node uses.
 func (n *Node) Refs(f func(ID)) {
 	for i := range n.Args {

@@ -35,10 +35,7 @@ func (m *Native) Explain(g *graph.Graph, consts int) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	var reports []pack.Report
-	if !m.apart.Load() {
-		schedule, reports = pack.Tokens(schedule)
-	}
+	schedule, reports := r.shared(schedule)
 	var b strings.Builder
 	for i := range schedule.Forwards {
 		explainPass(&b, schedule, i, reports)

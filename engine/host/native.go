@@ -358,9 +358,7 @@ func (m *Native) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, er
 		err = m.enter()
 	}
 	if err != nil {
-		for _, t := range consts {
-			t.Free()
-		}
+		freeAll(consts)
 		return nil, err
 	}
 	r.plan = plan.New(r.models)

@@ -122,28 +122,16 @@ func keyOf(invokes []graph.Invoke, rest []byte, consts int, flags byte) string {
 // BeginBytes is [Native.Begin] of a graph in wire form, which is neither read nor planned again where one that differs by
 // token ids alone has run before.
 func (m *Native) BeginBytes(data []byte, consts []aten.Tensor, end bool) (*Run, error) {
-	key := ""
+	key, invokes := "", []graph.Invoke(nil)
 	if end && !m.hosted {
-		if invokes, rest, err := graph.DecodeInvokes(data); err == nil {
-			var flags byte
-			if m.Training() {
-				flags |= 1
-			}
-			if m.apart.Load() {
-				flags |= 2
-			}
-			if key = keyOf(invokes, rest, len(consts), flags); key != "" {
-				if known := m.plans.find(key); known != nil {
-					return m.beginPlanned(known, invokes, consts)
-				}
-			}
-		}
+		key, invokes = m.planKey(data, len(consts))
+	}
+	if known := m.plans.find(key); known != nil {
+		return m.beginPlanned(known, invokes, consts)
 	}
 	g, err := graph.Decode(data)
 	if err != nil {
-		for _, t := range consts {
-			t.Free()
-		}
+		freeAll(consts)
 		return nil, err
 	}
 	r, err := m.Begin(g, consts, end)
@@ -157,14 +145,29 @@ func (m *Native) BeginBytes(data []byte, consts []aten.Tensor, end bool) (*Run, 
 	return r, err
 }
 
+// planKey is what the schedule of a whole trace depends on, and the trace's invokes; empty where it is not worth keeping,
+// or where the trace cannot be read.
+func (m *Native) planKey(data []byte, consts int) (string, []graph.Invoke) {
+	invokes, rest, err := graph.DecodeInvokes(data)
+	if err != nil {
+		return "", nil
+	}
+	var flags byte
+	if m.Training() {
+		flags |= 1
+	}
+	if m.apart.Load() {
+		flags |= 2
+	}
+	return keyOf(invokes, rest, consts, flags), invokes
+}
+
 // beginPlanned makes a run of a trace whose schedule is known.
 func (m *Native) beginPlanned(known *planned, invokes []graph.Invoke, consts []aten.Tensor) (*Run, error) {
 	r := &Run{model: m, models: known.models, explicit: known.explicit, consts: consts, end: true,
 		graph: &graph.Graph{Nodes: known.graph.Nodes, Positions: known.graph.Positions, Invokes: invokes}}
 	if err := m.enter(); err != nil {
-		for _, t := range consts {
-			t.Free()
-		}
+		freeAll(consts)
 		return nil, err
 	}
 	ok := false

@@ -175,9 +175,3 @@ func (r *Run) packed(in *plan.Instr) ([]aten.Tensor, error) {
 	}
 	return pieces, nil
 }
-
-func freeAll(tensors []aten.Tensor) {
-	for _, t := range tensors {
-		t.Free()
-	}
-}

@@ -69,9 +69,7 @@ type oddWrite struct {
 func (r *Run) Extend(grow func(*graph.Graph) error, consts []aten.Tensor, end bool) (err error) {
 	ended := fault.New(fault.Handle, "this run has ended")
 	if r.freed {
-		for _, t := range consts {
-			t.Free()
-		}
+		freeAll(consts)
 		return ended
 	}
 	r.consts = append(r.consts, consts...)
@@ -112,7 +110,8 @@ func (r *Run) Extend(grow func(*graph.Graph) error, consts []aten.Tensor, end bo
 		var schedule *plan.Schedule
 		schedule, err = r.plan.Extend(r.graph, end)
 		if err == nil {
-			err = r.ready(r.shared(schedule))
+			schedule, _ = r.shared(schedule)
+			err = r.ready(schedule)
 		}
 		again = err == plan.ErrRestart
 	}
@@ -210,16 +209,16 @@ func (r *Run) replan(p *plan.Plan) error {
 	if err != nil {
 		return err
 	}
-	return r.ready(r.shared(schedule))
+	schedule, _ = r.shared(schedule)
+	return r.ready(schedule)
 }
 
-// shared is a schedule in which tokens are not computed more often than they need to be.
-func (r *Run) shared(schedule *plan.Schedule) *plan.Schedule {
+// shared is a schedule in which tokens are not computed more often than they need to be, and what comes of that.
+func (r *Run) shared(schedule *plan.Schedule) (*plan.Schedule, []pack.Report) {
 	if r.unpacked || r.cache != nil || r.model.apart.Load() { // what a step of a generation computes depends on more than its tokens
-		return schedule
+		return schedule, nil
 	}
-	schedule, _ = pack.Tokens(schedule)
-	return schedule
+	return pack.Tokens(schedule)
 }
 
 // ready lets the machine go on with a schedule.
@@ -351,6 +350,12 @@ func release(dead []value) {
 	}
 }
 
+func freeAll(tensors []aten.Tensor) {
+	for _, t := range tensors {
+		t.Free()
+	}
+}
+
 // Results hands over the values of the Save nodes that the last Extend brought: a tree for each and the
 // tensors the trees number, which are now the caller's. A tensor saved twice is there once. A second
 // call gives nothing; a run that is not done has no results. One whose program is complete ends here.
@@ -397,7 +402,7 @@ func (r *Run) Results() ([]graph.Result, []aten.Tensor, error) {
 		if int(saved.Node) < r.from { // handed over before the run was planned anew
 			continue
 		}
-		out = append(out, graph.Result{Node: saved.Node, Value: replace(saved.Value, hand)})
+		out = append(out, graph.Result{Node: saved.Node, Value: saved.Value.Replaced(hand)})
 	}
 	if r.cache != nil && r.end && failed == nil {
 		logits := out[len(out)-1].Value // a tensor that the user saved too is there once
@@ -414,9 +419,7 @@ func (r *Run) Results() ([]graph.Result, []aten.Tensor, error) {
 		r.Free()
 	}
 	if failed != nil {
-		for _, t := range tensors {
-			t.Free()
-		}
+		freeAll(tensors)
 		return nil, nil, failed
 	}
 	return out, tensors, nil
@@ -455,20 +458,6 @@ func (r *Run) handTree(v *aten.Value, tensors *[]aten.Tensor, failed *error) gra
 	return a
 }
 
-func replace(a graph.Arg, f func(graph.ID) graph.Arg) graph.Arg {
-	if a.Kind == graph.ArgRef {
-		return f(a.Ref)
-	}
-	if len(a.L) > 0 {
-		l := make([]graph.Arg, len(a.L))
-		for i := range a.L {
-			l[i] = replace(a.L[i], f)
-		}
-		a.L = l
-	}
-	return a
-}
-
 // Free ends the run, finished or not, and frees everything it holds. It may be called twice.
 func (r *Run) Free() {
 	if r.freed {
@@ -478,9 +467,7 @@ func (r *Run) Free() {
 	if r.machine != nil {
 		release(r.machine.Abort(nil))
 	}
-	for _, t := range r.consts {
-		t.Free()
-	}
+	freeAll(r.consts)
 	r.consts = nil
 	r.gradients.reset()
 	r.visit.free()

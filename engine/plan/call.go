@@ -84,7 +84,7 @@ func (s *Plan) module(p *pass, n int) error {
 		}
 	}
 	tree := p.model.Points[out].Tree
-	s.val[n] = substitute([]graph.Arg{tree}, func(id graph.ID) graph.Arg { return graph.Ref(env[id]) })[0]
+	s.val[n] = tree.Replaced(func(id graph.ID) graph.Arg { return graph.Ref(env[id]) })
 	s.inherit(n)
 	return nil
 }

@@ -235,7 +235,7 @@ func (s *Plan) backward(id graph.ID, targets []graph.Arg, last bool) Instr {
 	node := &s.g.Nodes[id]
 	value := func(id graph.ID) graph.Arg { return s.val[id] }
 	list := func(a graph.Arg) graph.Arg {
-		a = substitute([]graph.Arg{a}, value)[0]
+		a = a.Replaced(value)
 		switch a.Kind {
 		case graph.ArgNone:
 			return graph.List()

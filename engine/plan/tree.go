@@ -13,13 +13,7 @@ import (
 func substitute(args []graph.Arg, f func(graph.ID) graph.Arg) []graph.Arg {
 	out := make([]graph.Arg, len(args))
 	for i := range args {
-		out[i] = args[i]
-		switch args[i].Kind {
-		case graph.ArgRef:
-			out[i] = f(args[i].Ref)
-		case graph.ArgList, graph.ArgTuple, graph.ArgDict, graph.ArgSlice:
-			out[i].L = substitute(args[i].L, f)
-		}
+		out[i] = args[i].Replaced(f)
 	}
 	return out
 }
@@ -30,7 +24,7 @@ func substituteKw(kwargs []graph.Kwarg, f func(graph.ID) graph.Arg) []graph.Kwar
 	}
 	out := make([]graph.Kwarg, len(kwargs))
 	for i := range kwargs {
-		out[i] = graph.Kwarg{Name: kwargs[i].Name, Arg: substitute([]graph.Arg{kwargs[i].Arg}, f)[0]}
+		out[i] = graph.Kwarg{Name: kwargs[i].Name, Arg: kwargs[i].Arg.Replaced(f)}
 	}
 	return out
 }
