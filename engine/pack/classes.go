@@ -196,9 +196,16 @@ func (s *space) seen(t token) []token {
 
 // all are the tokens of a space.
 func (s *space) all() []token {
-	out := make([]token, s.size())
-	for t := range out {
-		out[t] = token(t)
+	return s.within(span{hi: s.toks})
+}
+
+// within are the tokens of a span, row by row.
+func (s *space) within(sp span) []token {
+	out := make([]token, 0, s.rows*(sp.hi-sp.lo))
+	for r := range s.rows {
+		for p := sp.lo; p < sp.hi; p++ {
+			out = append(out, token(r*s.toks+p))
+		}
 	}
 	return out
 }

@@ -90,25 +90,22 @@ func (t *trace) want(s *step) {
 		}
 	case index:
 		x := s.args[0]
-		for r := range x.space.rows {
-			for p := s.span.lo; p < s.span.hi; p++ {
-				x.want(token(r*x.space.toks + p))
-			}
+		for _, u := range x.space.within(s.span) {
+			x.want(u)
 		}
 	case put:
 		t.wantPut(s)
 	case alias:
 		x := s.args[0]
-		switch {
-		case s.out.fixed:
+		if s.out.fixed {
 			s.out.whole = true
+		}
+		if s.out.whole {
 			x.wantAll()
-		case s.out.whole:
-			x.wantAll()
-		default:
-			for _, u := range s.out.list() {
-				x.want(u)
-			}
+			return
+		}
+		for _, u := range s.out.list() {
+			x.want(u)
 		}
 	default:
 		s.wantWhole()
@@ -136,37 +133,41 @@ func (s *step) changeInPlace() {
 func (t *trace) wantPut(s *step) {
 	value := s.arg(&s.in.Args[1])
 	x := s.arg(&s.in.Args[0])
-	if x.fixed {
-		x.wantAll()
-		s.changeInPlace()
-		if value != nil {
-			value.wantAll()
-		}
+	if !x.fixed && !s.out.needed() {
 		return
-	}
-	y := s.out
-	if !y.needed() {
-		return
-	}
-	if y.whole { // written in place
-		x.wantAll()
-		if value != nil {
-			value.wantAll()
-		}
-		return
-	}
-	changed := make(map[token]bool, len(s.new))
-	for _, u := range s.new {
-		changed[u] = true
-	}
-	for _, u := range y.list() {
-		if !changed[u] {
-			x.want(u)
-		}
 	}
 	if value != nil {
 		value.wantAll()
 	}
+	switch {
+	case x.fixed:
+		x.wantAll()
+		s.changeInPlace()
+	case s.out.whole: // written in place
+		x.wantAll()
+	default:
+		_, _, others := s.divided()
+		for _, u := range others {
+			x.want(u)
+		}
+	}
+}
+
+// divided are the tokens to be computed of what an invoke wrote to: those that it has changed, where they are in what
+// it wrote, and the others.
+func (s *step) divided() (mine []token, at []int64, others []token) {
+	place := make(map[token]token, len(s.new)) // of the base: as a token of the value
+	for i, t := range s.new {
+		place[t] = s.at[i]
+	}
+	for _, t := range s.out.list() {
+		if p, ok := place[t]; ok {
+			mine, at = append(mine, t), append(at, int64(p))
+		} else {
+			others = append(others, t)
+		}
+	}
+	return mine, at, others
 }
 
 // wantAttended asks for the queries of these tokens, and for the keys and values that they look at.

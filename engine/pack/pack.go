@@ -15,7 +15,6 @@ package pack
 
 import (
 	"fmt"
-	"slices"
 
 	"github.com/nnsight-go/nnsight-go/engine/graph"
 	"github.com/nnsight-go/nnsight-go/engine/plan"
@@ -96,9 +95,4 @@ func packedAxis(axis, seq int) int {
 		return axis
 	}
 	return axis - 1
-}
-
-// inner is a shape without its axes of rows and tokens.
-func inner(shape graph.Shape, seq int) graph.Shape {
-	return slices.Concat(shape[1:seq], shape[seq+1:])
 }

@@ -80,11 +80,17 @@ type step struct {
 
 // arg is the activation that an argument names, or nil.
 func (s *step) arg(a *graph.Arg) *activation {
-	if a.Kind == graph.ArgRef {
-		for _, x := range s.args {
-			if x.slot == a.Ref {
-				return x
-			}
+	if a.Kind != graph.ArgRef {
+		return nil
+	}
+	return s.held(a.Ref)
+}
+
+// held is the activation that a slot holds where the step stands, or nil.
+func (s *step) held(slot plan.Slot) *activation {
+	for _, x := range s.args {
+		if x.slot == slot {
+			return x
 		}
 	}
 	return nil
@@ -95,7 +101,7 @@ type trace struct {
 	s       *plan.Schedule
 	steps   []step
 	now     []*activation // by slot: what it holds at the step that is looked at
-	sizes   []graph.Shape // by slot: sizes of parameters and what is made of them alone
+	sizes   []graph.Shape // by slot: sizes of parameters
 	sure    []bool        // by slot: it is as the model says
 	spaces  []*space
 	changes []change // by group
@@ -228,7 +234,7 @@ func (t *trace) follow(s *step) {
 		t.call(s)
 	case plan.OpIndex:
 		if x := s.arg(&in.Args[0]); x != nil && len(s.args) == 1 && !x.several && !x.single {
-			if span, ok := spanOf(&in.Args[1], len(x.shape), x.seq, x.space.toks); ok && span.hi-span.lo < x.space.toks && !t.change(x.slot).direct {
+			if span, ok := x.span(&in.Args[1]); ok && span.hi-span.lo < x.space.toks && !t.change(x.slot).direct {
 				s.kind, s.span = index, span
 			}
 		}
@@ -264,7 +270,7 @@ func (t *trace) call(s *step) {
 		return
 	case len(s.args) == 0:
 		t.sure[in.Out] = sure
-		if sp, known := t.spaceOf(in); sure && known && in.Shape != nil {
+		if sp := t.spaces[in.Of]; sure && in.Shape != nil {
 			t.set(s, t.activation(in.Out, sp, in.Shape, distinct(sp.size())))
 		}
 		return
@@ -275,15 +281,10 @@ func (t *trace) call(s *step) {
 			return
 		}
 	}
-	shape, of, single := t.meaning(s)
+	shape, of := t.meaning(s)
 	if shape != nil && (in.Shape == nil || slices.Equal(shape, in.Shape)) {
-		x := t.activation(in.Out, sp, shape, of)
-		if x != nil {
+		if x := t.activation(in.Out, sp, shape, of); x != nil {
 			x.several = s.rule.several
-			if x.single = single; !single {
-				x.fixed = t.fixed(in.Out)
-				x.classes = of
-			}
 			t.set(s, x)
 			return
 		}
@@ -299,13 +300,6 @@ func (t *trace) call(s *step) {
 	t.sure[in.Out] = sure && in.Shape != nil
 }
 
-func (t *trace) spaceOf(in *plan.Instr) (*space, bool) {
-	if in.Of < len(t.spaces) {
-		return t.spaces[in.Of], true
-	}
-	return nil, false
-}
-
 func (t *trace) set(s *step, x *activation) {
 	s.out = x
 	if x != nil {
@@ -314,23 +308,19 @@ func (t *trace) set(s *step, x *activation) {
 }
 
 // meaning says what an operator of the table gives: its sizes, and which of its tokens are equal.
-func (t *trace) meaning(s *step) (shape graph.Shape, of *classes, single bool) {
+func (t *trace) meaning(s *step) (shape graph.Shape, of *classes) {
 	in := s.in
-	single = true
-	for _, x := range s.args {
-		single = single && x.single
-	}
 	if in.Op == plan.OpItem {
 		x := s.args[0]
 		if !x.several || x.single || in.Shape == nil {
-			return nil, nil, false
+			return nil, nil
 		}
 		s.kind = mapped
-		return in.Shape, x.classes, single
+		return in.Shape, x.classes
 	}
 	for _, x := range s.args {
 		if x.several {
-			return nil, nil, false
+			return nil, nil
 		}
 	}
 	name := baseOf(in.Name)
@@ -339,25 +329,24 @@ func (t *trace) meaning(s *step) (shape graph.Shape, of *classes, single bool) {
 	}
 	r, known := rules[name]
 	if !known {
-		return nil, nil, false
+		return nil, nil
 	}
-	c := t.use(s)
 	for i := range in.Kwargs {
 		if in.Kwargs[i].Arg.Kind == graph.ArgRef {
-			return nil, nil, false
+			return nil, nil
 		}
 	}
-	if shape = r.shape(c); shape == nil {
-		return nil, nil, false
+	if shape = r.shape(t.use(s)); shape == nil {
+		return nil, nil
 	}
 	for _, x := range s.args {
 		of = join(of, x.classes)
 	}
 	s.kind, s.rule = mapped, r
-	if single = shape[0] != graph.DimBatch; single {
-		s.kind, of = asIs, nil
+	if shape[0] != graph.DimBatch { // one row for all: there is nothing to share
+		s.kind = asIs
 	}
-	return shape, of, single
+	return shape, of
 }
 
 // use is an operator's use, with its activations in the order of its arguments.
@@ -371,33 +360,33 @@ func (t *trace) use(s *step) *call {
 }
 
 // attention is that of queries over keys and values, which sees what the forward pass lets it see.
-func (t *trace) attention(s *step) (shape graph.Shape, of *classes, single bool) {
+func (t *trace) attention(s *step) (shape graph.Shape, of *classes) {
 	in := s.in
 	if len(in.Args) != 6 {
-		return nil, nil, false
+		return nil, nil
 	}
 	q, k, v := s.arg(&in.Args[0]), s.arg(&in.Args[1]), s.arg(&in.Args[2])
 	if q == nil || k == nil || v == nil {
-		return nil, nil, false
+		return nil, nil
 	}
 	sp := q.space
 	for _, x := range []*activation{q, k, v} {
 		if x.single || len(x.shape) != 4 || x.seq != 2 || x.space != sp {
-			return nil, nil, false
+			return nil, nil
 		}
 	}
 	if sp != t.spaces[sp.of] || in.Args[4].F != 0 {
-		return nil, nil, false
+		return nil, nil
 	}
 	masked := t.s.Forwards[sp.of].Masked
 	causal := in.Args[5].I != 0 && in.Args[3].Kind == graph.ArgNone
 	if !(causal && !masked) && !(masked && in.Args[5].I == 0 && t.isMask(&in.Args[3], sp)) {
-		return nil, nil, false
+		return nil, nil
 	}
 	s.kind = attend
 	shape = slices.Clone(q.shape)
 	shape[3] = v.shape[3]
-	return shape, sp.attend(q.classes, k.classes, v.classes), false
+	return shape, sp.attend(q.classes, k.classes, v.classes)
 }
 
 // isMask reports whether an argument is the mask that a forward pass began with.
@@ -453,14 +442,29 @@ func (t *trace) see(s *step) {
 		return
 	}
 	if in.Op == plan.OpIndex && in.Args[0].Ref == v.root.slot {
-		if span, ok := spanOf(&in.Args[1], len(v.root.shape), v.root.seq, v.root.space.toks); ok {
-			shown = make([]bool, v.root.space.toks)
-			for p := span.lo; p < span.hi; p++ {
-				shown[p] = true
-			}
+		if named, ok := v.root.positions(&in.Args[1]); ok {
+			shown = named
 		}
 	}
 	v.seen[in.Out] = shown
+}
+
+// span is the part of its tokens that an index looks at.
+func (x *activation) span(key *graph.Arg) (span, bool) {
+	return spanOf(key, len(x.shape), x.seq, x.space.toks)
+}
+
+// positions marks the positions that an index looks at.
+func (x *activation) positions(key *graph.Arg) ([]bool, bool) {
+	span, ok := x.span(key)
+	if !ok {
+		return nil, false
+	}
+	out := make([]bool, x.space.toks)
+	for p := span.lo; p < span.hi; p++ {
+		out[p] = true
+	}
+	return out, true
 }
 
 // changed notes what a line changes in place: the tokens of an invoke's copy, and of activations that may share
@@ -472,11 +476,8 @@ func (t *trace) changed(s *step) {
 		if v := t.touched[g]; v != nil {
 			positions, known := v.seen[slot]
 			if in.Op == plan.OpSetIndex && slot == v.root.slot {
-				if span, ok := spanOf(&in.Args[1], len(v.root.shape), v.root.seq, v.root.space.toks); ok {
-					positions, known = make([]bool, v.root.space.toks), true
-					for p := span.lo; p < span.hi; p++ {
-						positions[p] = true
-					}
+				if named, ok := v.root.positions(&in.Args[1]); ok {
+					positions, known = named, true
 				}
 			}
 			for p := range v.changed {
@@ -539,12 +540,8 @@ func (x *activation) renewed() *activation {
 func (t *trace) put(s *step) {
 	in := s.in
 	x := s.arg(&in.Args[0])
-	if x == nil {
+	if x == nil || x.single || x.foreign || in.Window.BatchAxis > 0 {
 		t.renew(s, t.s.Groups[in.Args[0].Ref], nil, nil)
-		return
-	}
-	if x.single || x.foreign || in.Window.BatchAxis > 0 {
-		t.renew(s, t.s.Groups[x.slot], nil, nil)
 		return
 	}
 	sp, tokens := x.space.window(&in.Window)

@@ -29,11 +29,11 @@ func (w *writer) write() (*plan.Schedule, []Report) {
 		w.step(&w.t.steps[i])
 	}
 	for i := range w.out.Saved {
-		w.out.Saved[i].Value = replaced(&w.out.Saved[i].Value, func(slot plan.Slot) plan.Slot {
+		w.out.Saved[i].Value = w.out.Saved[i].Value.Replaced(func(slot plan.Slot) graph.Arg {
 			if x := w.t.now[slot]; x != nil {
-				return w.whole(x)
+				slot = w.whole(x)
 			}
-			return slot
+			return graph.Ref(slot)
 		})
 	}
 	w.dropUnused()
@@ -103,7 +103,6 @@ func (w *writer) step(s *step) {
 // asItWas writes an instruction on whole tensors.
 func (w *writer) asItWas(s *step) {
 	in := *s.in
-	in.Frees = nil
 	in.Strict = s.strict
 	w.onWhole(s, &in)
 	w.out.Instrs = append(w.out.Instrs, in)
@@ -120,37 +119,20 @@ func (w *writer) onWhole(s *step, in *plan.Instr) {
 	if len(s.args) == 0 {
 		return
 	}
-	name := func(slot plan.Slot) plan.Slot {
-		for _, x := range s.args {
-			if x.slot == slot {
-				return w.whole(x)
-			}
+	name := func(slot plan.Slot) graph.Arg {
+		if x := s.held(slot); x != nil {
+			slot = w.whole(x)
 		}
-		return slot
+		return graph.Ref(slot)
 	}
 	in.Args = slices.Clone(in.Args)
 	for i := range in.Args {
-		in.Args[i] = replaced(&in.Args[i], name)
+		in.Args[i] = in.Args[i].Replaced(name)
 	}
 	in.Kwargs = slices.Clone(in.Kwargs)
 	for i := range in.Kwargs {
-		in.Kwargs[i].Arg = replaced(&in.Kwargs[i].Arg, name)
+		in.Kwargs[i].Arg = in.Kwargs[i].Arg.Replaced(name)
 	}
-}
-
-// replaced is an argument with other slots.
-func replaced(a *graph.Arg, name func(plan.Slot) plan.Slot) graph.Arg {
-	out := *a
-	if a.Kind == graph.ArgRef {
-		out.Ref = name(a.Ref)
-	}
-	if len(a.L) > 0 {
-		out.L = make([]graph.Arg, len(a.L))
-		for i := range a.L {
-			out.L[i] = replaced(&a.L[i], name)
-		}
-	}
-	return out
 }
 
 // ---- activations ----
@@ -193,6 +175,8 @@ func (x *activation) share(tokens []token, of *activation, from func(token) toke
 		x.places[x.classes.of[t]] = of.where(from(t))
 	}
 }
+
+func itself(t token) token { return t }
 
 // window has a row for each token.
 func (x *activation) window(rows, toks int) plan.Window {
@@ -297,19 +281,18 @@ func (w *writer) pack(like *plan.Instr, of *activation, places []place) plan.Slo
 
 // packed writes an operator on packed tensors.
 func (w *writer) packed(s *step) {
-	list := s.out.list()
-	if s.rule.same != nil && s.rule.same(w.t.use(s)) {
-		s.out.share(list, s.args[0], func(t token) token { return t })
+	list, c := s.out.list(), w.t.use(s)
+	if s.rule.same != nil && s.rule.same(c) {
+		s.out.share(list, s.args[0], itself)
 		return
 	}
-	c := w.t.use(s)
 	c.out = make([]graph.Arg, len(s.in.Args))
 	for i := range s.in.Args {
-		c.out[i] = replaced(&s.in.Args[i], func(slot plan.Slot) plan.Slot {
-			if x := s.arg(&graph.Arg{Kind: graph.ArgRef, Ref: slot}); x != nil {
-				return w.gather(s.in, x, list)
+		c.out[i] = s.in.Args[i].Replaced(func(slot plan.Slot) graph.Arg {
+			if x := s.held(slot); x != nil {
+				slot = w.gather(s.in, x, list)
 			}
-			return slot
+			return graph.Ref(slot)
 		})
 	}
 	if s.rule.args != nil {
@@ -359,16 +342,9 @@ func (w *writer) index(s *step) {
 		w.asItWas(s)
 		return
 	}
-	var tokens []token
-	for r := range x.space.rows {
-		for p := s.span.lo; p < s.span.hi; p++ {
-			tokens = append(tokens, token(r*x.space.toks+p))
-		}
-	}
-	packed := w.gather(s.in, x, tokens)
+	packed := w.gather(s.in, x, x.space.within(s.span))
 	part := w.add(s.in, plan.Instr{Op: plan.OpUnpack, Args: []graph.Arg{graph.Ref(packed)}, Window: x.window(x.space.rows, s.span.hi-s.span.lo), Fresh: x.base != nil})
 	in := *s.in
-	in.Frees = nil
 	in.Args = []graph.Arg{graph.Ref(part), shifted(&s.in.Args[1], s.span, s.span.lo)}
 	w.out.Instrs = append(w.out.Instrs, in)
 }
@@ -381,7 +357,7 @@ func (w *writer) alias(s *step) {
 	case y.whole || x.writes && x.dense != plan.NoSlot:
 		w.asItWas(s)
 	default:
-		y.share(y.list(), x, func(t token) token { return t })
+		y.share(y.list(), x, itself)
 	}
 }
 
@@ -401,20 +377,7 @@ func (w *writer) put(s *step) {
 }
 
 func (w *writer) putTokens(s *step, x, y *activation) {
-	list := y.list()
-	place := make(map[token]token, len(s.new)) // of the base: as a token of the value
-	for i, t := range s.new {
-		place[t] = s.at[i]
-	}
-	var index []int64
-	var mine, others []token
-	for _, t := range list {
-		if at, ok := place[t]; ok {
-			index, mine = append(index, int64(at)), append(mine, t)
-		} else {
-			others = append(others, t)
-		}
-	}
+	mine, index, others := s.divided()
 	if len(mine) > 0 || s.in.Want != nil {
 		value := s.in.Args[1].Ref
 		if v := s.arg(&s.in.Args[1]); v != nil {
@@ -432,5 +395,5 @@ func (w *writer) putTokens(s *step, x, y *activation) {
 		w.length[slot] = len(mine)
 		y.hold(slot, mine)
 	}
-	y.share(others, x, func(t token) token { return t })
+	y.share(others, x, itself)
 }
