@@ -201,6 +201,12 @@ class Pair:
         return int(self.hf.config.hidden_size)
 
 
+def tensor_of(pair: Pair, path: str) -> torch.Tensor:
+    """The main tensor that a module gives, in a trace of the pair's model."""
+    output = pair.model.get(path).output
+    return output[0] if isinstance(output, tuple) else output
+
+
 def pair(config: transformers.PreTrainedConfig, directory: pathlib.Path) -> Pair:
     """Writes a random model, and opens it twice."""
     hf = reference(config)

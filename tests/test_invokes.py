@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnsight_go import InputError
-from references import Pair, close, edits, in_place, main
+from references import Pair, close, edits, in_place, main, tensor_of
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
 
@@ -51,12 +51,12 @@ def test_shapes_and_strides_are_those_of_the_prompt_alone(either: Pair) -> None:
     names = [f"{either.blocks}.1", f"{either.blocks}.1.mlp", "lm_head", f"{either.blocks}.1.{either.attention}"]
     ids = either.ids(4)
     with either.model.trace(ids):
-        alone = [main_of(either, name).save() for name in names]
+        alone = [tensor_of(either, name).save() for name in names]
     with either.model.trace() as tracer:
         with tracer.invoke(either.ids(7)):
             either.model.lm_head.output.save()
         with tracer.invoke(ids):
-            beside = [main_of(either, name).save() for name in names]
+            beside = [tensor_of(either, name).save() for name in names]
             shapes = [x.shape for x in beside]
     for a, b, shape in zip(alone, beside, shapes, strict=True):
         assert a.shape == b.shape == shape
@@ -64,11 +64,6 @@ def test_shapes_and_strides_are_those_of_the_prompt_alone(either: Pair) -> None:
             n for n, size in zip(b.stride(), b.shape, strict=True) if size > 1
         ]
         close(b, a, tolerance=1e-5)
-
-
-def main_of(pair: Pair, path: str) -> torch.Tensor:
-    out = pair.model.get(path).output
-    return out[0] if isinstance(out, tuple) else out
 
 
 def test_a_value_goes_to_the_same_layer_of_a_later_invoke(either: Pair) -> None:

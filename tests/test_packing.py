@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nnsight_go import InputError, NNsight, OutOfOrderError
-from references import Pair, close, edits, main
+from references import Pair, close, edits, main, tensor_of
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
 
@@ -33,11 +33,6 @@ class Change:
             return out * self.factor
         out[:, self.where] = out[:, self.where] * (0 if self.how == "zero" else self.factor)
         return out
-
-
-def tensor_of(pair: Pair, path: str) -> torch.Tensor:
-    output = pair.model.get(path).output
-    return output[0] if isinstance(output, tuple) else output
 
 
 def write(pair: Pair, change: Change) -> None:

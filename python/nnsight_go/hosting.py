@@ -25,8 +25,6 @@ from .points import Constant, Leaf, Mapping, Sequence, Tree
 # Called where a pass comes to an access point, with its value; gives the value to go on with.
 Visit = Callable[["Spot", Any], Any]
 
-_keys = itertools.count()
-
 # Stand where a module that is not run would have given a tensor, or an object.
 ABSENT = torch.empty(0, device="meta")
 _OBJECT = object()
