@@ -70,16 +70,16 @@ def measure(setting: Setting) -> list[Row]:
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         "hooks": lambda: hooked_cache(subject.bare, ids),
         "ours": lambda: traced_cache(subject.ours, ids),
+        **subject.libraries(nnsight=lambda model: nnsight_cache(model, ids)),
     }
-    if subject.nnsight is not None:
-        ways["nnsight"] = lambda: nnsight_cache(subject.nnsight, ids)
     named = {way: run() for way, run in ways.items()}
     common = [name for name in named["ours"] if all(name in found for found in named.values())]
     error = agree({way: lambda found=found: tensors(found, common) for way, found in named.items()})
     counts = {way: f"{len(found)} there" for way, found in named.items()}
-    if subject.lens is not None:  # its values have names of their own, and not all of them are outputs of modules
-        ways["lens"] = lambda: lens_cache(subject.lens, ids)
-        counts["lens"] = f"{len(ways['lens']())} there"
+    # its values have names of their own, and not all of them are outputs of modules
+    apart = subject.libraries(lens=lambda model: lens_cache(model, ids))
+    counts |= {way: f"{len(run())} there" for way, run in apart.items()}
+    ways |= apart
     del named
     timed = interleave(ways, setting.rounds)
     case, note = f"cache of every module, {TOKENS} tokens", f"{len(common)} values compared, difference {error:.0e}"

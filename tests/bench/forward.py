@@ -99,10 +99,10 @@ def at(
     last = {"kept": lambda: bare_last(bare, ids), "last": lambda: traced_last(ours, ids)}
     logits = {"bare": lambda: bare_logits(bare, ids), "all": lambda: traced_logits(ours, ids)}
     state = {"hooks": lambda: hooked_state(bare, ids, layer), "state": lambda: traced_state(ours, ids, layer)}
-    if libraries and subject.nnsight is not None:
-        state["nnsight"] = lambda: nnsight_state(subject.nnsight, ids, layer)
-    if libraries and subject.lens is not None:
-        state["lens"] = lambda: lens_state(subject.lens, ids, layer)
+    if libraries:
+        state |= subject.libraries(
+            nnsight=lambda model: nnsight_state(model, ids, layer), lens=lambda model: lens_state(model, ids, layer)
+        )
     errors = [agree({k: lambda run=run: [run()] for k, run in w.items()}, subject.dtype) for w in (last, logits, state)]
     timed = interleave(last | logits | state, rounds)
 

@@ -80,9 +80,10 @@ def plain(subject: Subject, rounds: int, name: str = "", targets: bool = False) 
 
 def edited(subject: Subject, rounds: int) -> list[Row]:
     ids, layer = subject.ids(TOKENS), len(blocks(subject.bare)) // 2
-    ways: dict[str, Any] = {"ours": lambda: traced_steps(subject.ours, ids, NEW, layer)}
-    if subject.nnsight is not None:
-        ways["nnsight"] = lambda: nnsight_steps(subject.nnsight, ids, NEW, layer)
+    ways = {
+        "ours": lambda: traced_steps(subject.ours, ids, NEW, layer),
+        **subject.libraries(nnsight=lambda model: nnsight_steps(model, ids, NEW, layer)),
+    }
     agree(ways)
     plain = {
         "bare": lambda: bare_generate(subject.bare, ids, NEW),

@@ -6,7 +6,6 @@ it: nnsight replaces the `forward` of every module that it wraps, which the othe
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,7 +17,7 @@ from torch import nn
 from nnsight_go import NNsight
 
 from .harness import added, interleave
-from .install import NNSIGHT, NotInstalled
+from .install import NNSIGHT
 from .models import Setting
 from .rows import Row, Tensors, against, agree
 
@@ -174,9 +173,8 @@ def all_cases() -> list[Case]:
 def measure(setting: Setting) -> list[Row]:
     """A row for each case and each way that it is compared with. The module stays on the CPU."""
     nets = {way: network() for way in ("bare", "ours", "nnsight", "hooks")}
-    ours, theirs = NNsight(nets["ours"]), None
-    with contextlib.suppress(NotInstalled):
-        theirs = NNSIGHT.load().NNsight(nets["nnsight"])
+    ours, library = NNsight(nets["ours"]), NNSIGHT.available()
+    theirs = library and library.NNsight(nets["nnsight"])
     rows = []
     for case in all_cases():
         ways = {"ours": partial(case.traced, ours)}

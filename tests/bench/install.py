@@ -47,6 +47,13 @@ class Library:
             self.missing = str(e)
             raise
 
+    def available(self) -> ModuleType | None:
+        """The module, or None where it cannot be had."""
+        try:
+            return self.load()
+        except NotInstalled:
+            return None
+
     def found(self) -> str | None:
         """The version that an import would take."""
         try:

@@ -59,11 +59,11 @@ def measure(setting: Setting) -> list[Row]:
         ways = {
             "hooks": lambda ids=ids: hooked_lens(subject.bare, ids),
             "ours": lambda ids=ids: traced_lens(subject.ours, ids),
+            **subject.libraries(
+                nnsight=lambda model, ids=ids: nnsight_lens(model, ids),
+                lens=lambda model, ids=ids: lens_lens(model, ids),
+            ),
         }
-        if subject.nnsight is not None:
-            ways["nnsight"] = lambda ids=ids: nnsight_lens(subject.nnsight, ids)
-        if subject.lens is not None:
-            ways["lens"] = lambda ids=ids: lens_lens(subject.lens, ids)
         note = f"max relative difference {agree(ways):.0e}"
         timed = interleave(ways, setting.rounds)
         case = f"logit lens over all layers, {tokens} tokens"

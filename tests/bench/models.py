@@ -11,8 +11,9 @@ import dataclasses
 import os
 import pathlib
 import shutil
-from functools import cache, cached_property
-from typing import Any
+from collections.abc import Callable
+from functools import cache, cached_property, partial
+from typing import Any, TypeVar
 
 import tokenizers
 import torch
@@ -20,10 +21,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from nnsight_go import LanguageModel
 
-from .install import LENS, NNSIGHT, NotInstalled
+from .install import LENS, NNSIGHT
 
 IN_USE = 80  # traces after which the engine has packed the weights of a model that is large enough for it
 MANY = 10**7  # parameters
+
+T = TypeVar("T")
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 64, "vocab_size": 1000}
 
@@ -72,21 +75,24 @@ class Subject:
     @cached_property
     def nnsight(self) -> Any:
         """nnsight's model with `generate`, or None where nnsight is missing."""
-        try:
-            library = NNSIGHT.load()
-        except NotInstalled:
+        library = NNSIGHT.available()
+        if library is None:
             return None
         return library.TransformersModel(self._copy(), task="text-generation", tokenizer=self._tokenizer())
 
     @cached_property
     def lens(self) -> Any:
         """TransformerLens's bridge, or None where that is missing."""
-        try:
-            library = LENS.load()
-        except NotInstalled:
+        library = LENS.available()
+        if library is None:
             return None
         options = {"hf_model": self._copy(), "tokenizer": self._tokenizer(), "device": self.device}
         return library.TransformerBridge.boot_transformers(str(self.directory), **options)
+
+    def libraries(self, **does: Callable[[Any], T]) -> dict[str, Callable[[], T]]:
+        """The ways of libraries that are there, by name (`nnsight`, `lens`): what each does with its model."""
+        models = {name: getattr(self, name) for name in does}
+        return {name: partial(do, models[name]) for name, do in does.items() if models[name] is not None}
 
     def ids(self, tokens: int, rows: int = 1) -> torch.Tensor:
         """The same at each call."""

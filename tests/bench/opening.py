@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from .harness import Timing, summarize
-from .install import NNSIGHT, NotInstalled
+from .install import NNSIGHT
 from .models import Setting
 from .processes import MOST, memory_rows, run_jobs
 from .rows import Row, against
@@ -35,9 +35,7 @@ def measure(setting: Setting) -> list[Row]:
 def imports(setting: Setting) -> list[Row]:
     """Everything that the first line of a program takes, torch included."""
     lines = dict(IMPORTS)
-    try:
-        NNSIGHT.load()
-    except NotInstalled:
+    if NNSIGHT.available() is None:
         del lines["nnsight"]
     taken: dict[str, list[float]] = {who: [] for who in lines}
     for _ in range(min(setting.rounds, MOST)):

@@ -50,9 +50,8 @@ def layers(subject: Subject) -> Ways:
     ways: Ways = {
         "ours": lambda: traced_state(subject.ours, ids, last),
         "hooks": lambda: hooked_state(subject.bare, ids, last),
+        **subject.libraries(nnsight=lambda model: nnsight_state(model, ids, last)),
     }
-    if subject.nnsight is not None:
-        ways["nnsight"] = lambda: nnsight_state(subject.nnsight, ids, last)
     agree({way: lambda run=run: [run()] for way, run in ways.items()})
     return ways
 
@@ -107,9 +106,8 @@ def invokes(subject: Subject, n: int) -> Ways:
     ways: Ways = {
         "ours": lambda: traced_invokes(subject.ours, rows, layer),
         "hooks, batched": lambda: hooked_batch(subject.bare, rows, layer),
+        **subject.libraries(nnsight=lambda model: nnsight_traces(model, rows, layer)),
     }
-    if subject.nnsight is not None:
-        ways["nnsight"] = lambda: nnsight_traces(subject.nnsight, rows, layer)
     agree(ways)
     return ways
 
@@ -161,9 +159,8 @@ def saves(subject: Subject, n: int) -> Ways:
     ways: Ways = {
         "ours": lambda: traced_saves(subject.ours, ids, n),
         "hooks": lambda: hooked_saves(subject.bare, ids, n),
+        **subject.libraries(nnsight=lambda model: traced_saves(model, ids, n)),
     }
-    if subject.nnsight is not None:
-        ways["nnsight"] = lambda: traced_saves(subject.nnsight, ids, n)
     agree(ways)
     return ways
 

@@ -85,11 +85,10 @@ def measure(setting: Setting) -> list[Row]:
         "hooks": lambda: hooked_swept(subject.bare, ids, clean),
         "hooks, last": lambda: hooked_swept(subject.bare, ids, clean, logits_to_keep=1),
         "ours": lambda: swept(subject.ours, ids, clean),
+        **subject.libraries(
+            nnsight=lambda model: nnsight_swept(model, ids, clean), lens=lambda model: lens_swept(model, ids, clean)
+        ),
     }
-    if subject.nnsight is not None:
-        ways["nnsight"] = lambda: nnsight_swept(subject.nnsight, ids, clean)
-    if subject.lens is not None:
-        ways["lens"] = lambda: lens_swept(subject.lens, ids, clean)
     note = f"max relative difference {agree(ways):.0e}"
     timed = interleave(ways, setting.rounds, 2)
     case = f"patching sweep, {len(clean)} layers x {TOKENS} positions"
