@@ -10,6 +10,7 @@ package main
 import "C"
 
 import (
+	"context"
 	"encoding/json"
 	"runtime"
 	"sync"
@@ -21,6 +22,7 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
 	"github.com/nnsight-go/nnsight-go/engine/host"
+	"github.com/nnsight-go/nnsight-go/engine/remote"
 )
 
 // abi numbers the functions of nng.h and the wire form together.
@@ -147,6 +149,29 @@ func nngo_model_explain(model C.nng_model, wire *C.uint8_t, size, nconsts C.int6
 			return e
 		}
 		setBuf(out, []byte(text))
+		return nil
+	})
+}
+
+//export nngo_model_perform
+func nngo_model_perform(model C.nng_model, request *C.uint8_t, size C.int64_t, out, err *C.nng_buf) C.int {
+	return guard(err, func() error {
+		if out == nil || size < 0 || request == nil && size > 0 {
+			return missing("request or out")
+		}
+		m, e := models.get(uint64(model))
+		if e != nil {
+			return e
+		}
+		r, e := remote.Parse(unsafe.Slice((*byte)(request), int(size)), remote.Limits{}, nil)
+		if e != nil {
+			return e
+		}
+		response, e := (&remote.Performer{Model: m.Native}).Perform(context.Background(), "", r)
+		if e != nil {
+			return e
+		}
+		setBuf(out, response)
 		return nil
 	})
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/gen"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/remote"
 )
 
 // generation is a gen.Generation that one thread at a time may work on.
@@ -67,15 +68,6 @@ func withGeneration(handle C.nng_generation, f func(*gen.Generation) error) erro
 	return f(g.gen)
 }
 
-// drawn is what a caller is told of a step's tokens. The rows of a beam search are other rows each time.
-func drawn(g *gen.Generation, tokens []int64) map[string]any {
-	out := map[string]any{"tokens": tokens, "done": g.Done()}
-	if g.Searches() {
-		out["rows"] = g.Rows()
-	}
-	return out
-}
-
 //export nngo_generation_step
 func nngo_generation_step(handle C.nng_generation, wire *C.uint8_t, size C.int64_t, consts *unsafe.Pointer, nconsts C.int64_t,
 	end C.int32_t, out *C.nng_run, err *C.nng_buf) C.int {
@@ -113,7 +105,7 @@ func nngo_generation_next(handle C.nng_generation, out, err *C.nng_buf) C.int {
 			if e != nil {
 				return e
 			}
-			return setJSON(out, drawn(g, tokens))
+			return setJSON(out, remote.DrawnOf(g, tokens))
 		})
 	})
 }
@@ -156,7 +148,7 @@ func nngo_generation_choose(handle C.nng_generation, scores unsafe.Pointer, filt
 			} else {
 				left.Free()
 			}
-			return setJSON(out, drawn(g, tokens))
+			return setJSON(out, remote.DrawnOf(g, tokens))
 		})
 	})
 }

@@ -102,6 +102,10 @@ int nng_model_apart(nng_model model, int32_t on, nng_buf* err);
  * that never run, and those that are done for some of the tokens alone. Nothing runs. */
 int nng_model_explain(nng_model model, const uint8_t* graph, int64_t size, int64_t nconsts, nng_buf* out, nng_buf* err);
 
+/* Runs a request of the remote protocol (docs/remote-protocol.md), a safetensors file that is not compressed, as a
+ * server would; *out is the response. The request is read while the call lasts. */
+int nng_model_perform(nng_model model, const uint8_t* request, int64_t size, nng_buf* out, nng_buf* err);
+
 /* Closes the model: no run starts any more. Runs under way go on, and the last of them gives the
  * weights back. Tensors handed out stay valid. */
 int nng_model_close(nng_model model, nng_buf* err);

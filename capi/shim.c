@@ -72,6 +72,10 @@ int nng_model_explain(nng_model model, const uint8_t* graph, int64_t size, int64
   return forked ? refuse(err) : nngo_model_explain(model, (uint8_t*)graph, size, nconsts, out, err);
 }
 
+int nng_model_perform(nng_model model, const uint8_t* request, int64_t size, nng_buf* out, nng_buf* err) {
+  return forked ? refuse(err) : nngo_model_perform(model, (uint8_t*)request, size, out, err);
+}
+
 int nng_model_close(nng_model model, nng_buf* err) { return forked ? refuse(err) : nngo_model_close(model, err); }
 
 int nng_model_describe(nng_model model, nng_buf* out, nng_buf* err) {

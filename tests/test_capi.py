@@ -51,6 +51,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "model_train": [U64, I32],
     "model_apart": [U64, I32],
     "model_explain": [U64, STR, I64, I64, "out"],
+    "model_perform": [U64, STR, I64, "out"],
     "model_close": [U64],
     "model_describe": [U64, "out"],
     "model_param": [U64, STR, ctypes.POINTER(PTR)],

@@ -120,6 +120,40 @@ func FromFloat32s(data []float32, shape ...int64) (Tensor, error) {
 	return fromSlice(unsafe.Pointer(unsafe.SliceData(data)), len(data), "float32", shape)
 }
 
+// FromBytes copies the elements of a contiguous tensor, in this machine's order, into a new one on the CPU.
+func FromBytes(data []byte, dtype string, shape ...int64) (Tensor, error) {
+	t, err := Zeros(dtype, "cpu", shape...)
+	if err != nil {
+		return Tensor{}, err
+	}
+	if t.Bytes() != int64(len(data)) {
+		t.Free()
+		return Tensor{}, fault.New(fault.Op, "%d bytes do not fill a tensor of %s %v", len(data), dtype, shape)
+	}
+	if len(data) > 0 {
+		copy(unsafe.Slice((*byte)(t.DataPointer()), len(data)), data)
+	}
+	return t, nil
+}
+
+// AppendBytes appends the elements to out, row-major and in this machine's order.
+func (t Tensor) AppendBytes(out []byte) ([]byte, error) {
+	there, err := To(t, "cpu", t.DType())
+	if err != nil {
+		return nil, err
+	}
+	defer there.Free()
+	flat, err := run("aten::contiguous.default", TensorValue(there))
+	if err != nil {
+		return nil, err
+	}
+	defer flat.Free()
+	if n := int(flat.Bytes()); n > 0 {
+		out = append(out, unsafe.Slice((*byte)(flat.DataPointer()), n)...)
+	}
+	return out, nil
+}
+
 func fromSlice(data unsafe.Pointer, n int, dtype string, shape []int64) (Tensor, error) {
 	want := int64(1)
 	for _, s := range shape {

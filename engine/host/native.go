@@ -294,14 +294,30 @@ func (m *Native) Parameter(name string) (aten.Tensor, error) {
 	}
 	t, ok := m.params[name]
 	if !ok {
-		names := make([]string, 0, len(m.params))
-		for n := range m.params {
-			names = append(names, n)
-		}
-		return aten.Tensor{}, fault.New(fault.ModulePath, "the model has no parameter %q", name).
-			WithHint("Nearest: %v.", graph.Nearest(name, names, 3))
+		return aten.Tensor{}, m.noParameter(name)
 	}
 	m.shelf.hand(name)
+	return t.Share()
+}
+
+func (m *Native) noParameter(name string) error {
+	names := make([]string, 0, len(m.params))
+	for n := range m.params {
+		names = append(names, n)
+	}
+	return fault.New(fault.ModulePath, "the model has no parameter %q", name).
+		WithHint("Nearest: %v.", graph.Nearest(name, names, 3))
+}
+
+// Constant gives a new handle on a parameter or buffer for a run that does not write to it.
+func (m *Native) Constant(name string) (aten.Tensor, error) {
+	if err := m.Load(); err != nil {
+		return aten.Tensor{}, err
+	}
+	t, ok := m.params[name]
+	if !ok {
+		return aten.Tensor{}, m.noParameter(name)
+	}
 	return t.Share()
 }
 

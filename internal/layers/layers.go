@@ -8,7 +8,7 @@ import "strings"
 // Order is the engine's packages in import order. A package's subpackages (arch/gpt2) stand where
 // it does and may import one another. "" is the facade, package engine itself.
 var Order = []string{
-	"fault", "graph", "plan", "pack", "exec", "aten", "weights", "nn", "arch", "token", "host", "gen", "server", "",
+	"fault", "graph", "plan", "pack", "exec", "aten", "weights", "nn", "arch", "token", "host", "gen", "remote", "", "server",
 }
 
 // Pure lists the packages that hold no tensors: neither they nor what they import may use cgo.

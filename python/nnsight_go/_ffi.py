@@ -54,6 +54,7 @@ _CODED: dict[str, list[Any]] = {
     "nng_model_train": [_HANDLE, ctypes.c_int32, _BUF],
     "nng_model_apart": [_HANDLE, ctypes.c_int32, _BUF],
     "nng_model_explain": [_HANDLE, ctypes.c_char_p, _I64, _I64, _BUF, _BUF],
+    "nng_model_perform": [_HANDLE, ctypes.c_char_p, _I64, _BUF, _BUF],
     "nng_model_close": [_HANDLE, _BUF],
     "nng_model_describe": [_HANDLE, _BUF, _BUF],
     "nng_model_param": [_HANDLE, ctypes.c_char_p, _POINTERS, _BUF],

@@ -1,0 +1,405 @@
+package remote
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/nnsight-go/nnsight-go/engine/aten"
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+	"github.com/nnsight-go/nnsight-go/engine/gen"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/host"
+)
+
+// slice is for how long a run works before it looks whether it is still wanted.
+const slice = 20 * time.Millisecond
+
+// Response is what a request came to.
+type Response struct {
+	Version int          `json:"version"`
+	Steps   []StepResult `json:"steps"`
+	Random  string       `json:"random,omitempty"` // tensor that holds the generator's state afterwards
+}
+
+// StepResult is what was wanted of a step.
+type StepResult struct {
+	Step    int      `json:"step"`
+	Results string   `json:"results,omitempty"` // tensor that holds them in wire form
+	Tensors []string `json:"tensors,omitempty"` // those that the results number
+	Drawn   *Drawn   `json:"drawn,omitempty"`
+	Scores  string   `json:"scores,omitempty"`
+	Left    string   `json:"left,omitempty"`
+}
+
+// Drawn is what is told of a step's tokens. The rows of a beam search are other rows each time.
+type Drawn struct {
+	Tokens []int64   `json:"tokens"`
+	Done   bool      `json:"done"`
+	Rows   [][]int64 `json:"rows,omitempty"`
+}
+
+// DrawnOf tells of the tokens of a generation's step.
+func DrawnOf(g *gen.Generation, tokens []int64) Drawn {
+	d := Drawn{Tokens: tokens, Done: g.Done()}
+	if g.Searches() {
+		d.Rows = g.Rows()
+	}
+	return d
+}
+
+// Performer runs requests on a model. Any number of goroutines may use it.
+type Performer struct {
+	Model  *host.Native
+	Limits Limits
+	// Upload gives a tensor that was sent before, by its hash; nil where there are none.
+	Upload func(hash string) (Blob, error)
+	// Chains, if there are some, keep generations between the requests that go through them.
+	Chains *Chains
+}
+
+// generator is held by who draws from the process's generator: its state is the request's meanwhile.
+var generator sync.Mutex
+
+// Perform runs a request for somebody and gives the response. It ends early, with an error of code
+// Cancelled, where ctx does.
+func (p *Performer) Perform(ctx context.Context, owner string, r *Request) (out []byte, err error) {
+	x := &performing{Performer: p, ctx: ctx, request: r, response: Response{Version: version, Steps: []StepResult{}}}
+	if r.Random != "" {
+		back, err := x.takeGenerator()
+		if err != nil {
+			return nil, err
+		}
+		defer back()
+	}
+	if r.Kind == Trace {
+		err = x.trace()
+	} else {
+		err = x.generate(owner)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return x.file()
+}
+
+// performing is a request on its way.
+type performing struct {
+	*Performer
+	ctx      context.Context
+	request  *Request
+	response Response
+	writer   Writer
+	bytes    int64 // of results so far
+	device   string
+}
+
+// takeGenerator gives the process's generator the request's state, until back is called.
+func (x *performing) takeGenerator() (back func(), err error) {
+	given, err := x.request.file.tensor(x.request.Random)
+	if err != nil {
+		return nil, err
+	}
+	defer given.Free()
+	generator.Lock()
+	before, err := aten.RandomState("cpu")
+	if err != nil {
+		generator.Unlock()
+		return nil, err
+	}
+	if err := aten.SetRandomState("cpu", given); err != nil {
+		before.Free()
+		generator.Unlock()
+		return nil, malformed("what it gives as the state of the generator is none: %v", err)
+	}
+	return func() {
+		_ = aten.SetRandomState("cpu", before) // it was there a moment ago
+		before.Free()
+		generator.Unlock()
+	}, nil
+}
+
+func (x *performing) trace() error {
+	s, p := &x.request.Steps[0], &x.request.programs[0]
+	consts, err := x.constants(s)
+	if err != nil {
+		return err
+	}
+	var run *host.Run
+	if p.whole != nil {
+		run, err = x.Model.BeginBytes(p.whole, consts, s.End)
+	} else {
+		run, err = x.Model.Begin(p.graph, consts, s.End)
+	}
+	if err != nil {
+		return err
+	}
+	results, err := x.results(run, p.last, s)
+	x.response.Steps = append(x.response.Steps, results)
+	return err
+}
+
+// results brings a run to its end and gives what was wanted of it.
+func (x *performing) results(run *host.Run, from graph.ID, s *Step) (out StepResult, err error) {
+	defer run.Free()
+	for done := false; !done; {
+		if x.ctx.Err() != nil {
+			return out, cancelled(x.ctx)
+		}
+		if done, err = run.Step(slice); err != nil {
+			return out, err
+		}
+	}
+	results, tensors, err := run.Results()
+	if err != nil {
+		return out, err
+	}
+	defer func() {
+		for _, t := range tensors {
+			t.Free()
+		}
+	}()
+	if !slices.Contains(s.Want, wantResults) {
+		return out, nil
+	}
+	wanted := results[:0]
+	used := make([]bool, len(tensors))
+	for _, result := range results {
+		if result.Node >= from {
+			wanted = append(wanted, result)
+			result.Value.Refs(func(id graph.ID) { used[id] = true })
+		}
+	}
+	numbers := make([]graph.ID, len(tensors))
+	for i, t := range tensors {
+		if !used[i] {
+			continue
+		}
+		numbers[i] = graph.ID(len(out.Tensors))
+		name, err := x.send(t)
+		if err != nil {
+			return out, err
+		}
+		out.Tensors = append(out.Tensors, name)
+	}
+	for i := range wanted {
+		wanted[i].Value = wanted[i].Value.Replaced(func(id graph.ID) graph.Arg { return graph.Ref(numbers[id]) })
+	}
+	out.Results = fmt.Sprintf("results.%d", len(x.response.Steps))
+	x.writer.Bytes(out.Results, graph.EncodeResults(wanted))
+	return out, nil
+}
+
+// send adds a tensor to the response and gives its name there.
+func (x *performing) send(t aten.Tensor) (string, error) {
+	if x.bytes += t.Bytes(); x.Limits.Output > 0 && x.bytes > x.Limits.Output {
+		return "", fault.New(fault.Remote, "the values that the trace saves take more than the %d bytes that this server sends at once",
+			x.Limits.Output).WithHint("Save less: the positions you look at, or what you compute from them.")
+	}
+	name := fmt.Sprintf("tensor.%d", len(x.writer.entries))
+	return name, x.writer.Tensor(name, t)
+}
+
+// constants gives the tensors that the graph of a step numbers.
+func (x *performing) constants(s *Step) (out []aten.Tensor, err error) {
+	defer func() {
+		if err != nil {
+			for _, t := range out {
+				t.Free()
+			}
+			out = nil
+		}
+	}()
+	for i := range s.Constants {
+		t, err := x.constant(&s.Constants[i])
+		if err != nil {
+			return out, err
+		}
+		out = append(out, t)
+	}
+	return out, nil
+}
+
+func (x *performing) constant(c *Constant) (aten.Tensor, error) {
+	if c.Parameter != "" {
+		return x.Model.Constant(c.Parameter)
+	}
+	t, err := x.given(c)
+	if err != nil {
+		return t, err
+	}
+	if x.device == "" {
+		x.device = x.Model.Describe().Device
+	}
+	if x.device != "cpu" {
+		defer t.Free()
+		if t, err = aten.To(t, x.device, t.DType()); err != nil {
+			return t, err
+		}
+	}
+	if c.Grad {
+		defer t.Free()
+		return aten.Track(t, false)
+	}
+	return t, nil
+}
+
+// given is a constant that came from the client.
+func (x *performing) given(c *Constant) (aten.Tensor, error) {
+	if c.Hash == "" {
+		return x.request.file.tensor(c.Tensor)
+	}
+	if x.Upload == nil {
+		return aten.Tensor{}, malformed("it names an uploaded tensor, and there are none here")
+	}
+	blob, err := x.Upload(c.Hash)
+	if err != nil {
+		return aten.Tensor{}, err
+	}
+	return aten.FromBytes(blob.Data, blob.DType, blob.Shape...)
+}
+
+func (x *performing) generate(owner string) (err error) {
+	r := x.request
+	state, random, at := x.Chains.take(owner, r)
+	if state == nil {
+		if state, err = gen.New(x.Model, r.Prompt.Rows, r.Prompt.Masks, *r.Settings); err != nil {
+			return err
+		}
+	}
+	keep := false
+	defer func() {
+		if keep && err == nil {
+			err = x.keep(owner, state)
+		} else {
+			state.Free()
+		}
+	}()
+	if !random.IsZero() { // it draws on where it was
+		defer random.Free()
+		if err := aten.SetRandomState("cpu", random); err != nil {
+			return err
+		}
+	}
+	for ; at < len(r.Steps) && !state.Done(); at++ {
+		whole, err := x.step(state, at)
+		if err != nil {
+			return atStep(err, r.Kind, at)
+		}
+		keep = whole
+	}
+	keep = keep && !state.Done()
+	return nil
+}
+
+// keep lets a request that goes on find its generation.
+func (x *performing) keep(owner string, g *gen.Generation) (err error) {
+	var random aten.Tensor
+	if x.request.Random != "" {
+		if random, err = aten.RandomState("cpu"); err != nil {
+			g.Free()
+			return err
+		}
+	}
+	x.Chains.put(owner, x.request, g, random)
+	return nil
+}
+
+// step does one step of a generation, and reports whether another may follow.
+func (x *performing) step(g *gen.Generation, at int) (whole bool, err error) {
+	s, p := &x.request.Steps[at], &x.request.programs[at]
+	consts, err := x.constants(s)
+	if err != nil {
+		return false, err
+	}
+	run, err := g.Begin(p.graph, consts, s.End)
+	if err != nil {
+		return false, err
+	}
+	out, err := x.results(run, p.last, s)
+	if err != nil {
+		return false, err
+	}
+	out.Step = at
+	if s.End {
+		if whole, err = x.draw(g, s, &out); err != nil {
+			return false, err
+		}
+	}
+	if len(s.Want) > 0 {
+		x.response.Steps = append(x.response.Steps, out)
+	}
+	return whole, nil
+}
+
+// draw adds the tokens of a step, unless the client is to have a say in them.
+func (x *performing) draw(g *gen.Generation, s *Step, out *StepResult) (drawn bool, err error) {
+	scores, err := g.Scores()
+	if err != nil {
+		return false, err
+	}
+	defer func() { scores.Free() }()
+	if s.Scores == "" && slices.Contains(s.Want, wantScores) {
+		out.Scores, err = x.send(scores)
+		return false, err
+	}
+	if s.Scores != "" {
+		given, err := x.request.file.tensor(s.Scores)
+		if err != nil {
+			return false, err
+		}
+		scores.Free()
+		scores = given
+	}
+	tokens, left, err := g.Choose(scores)
+	if err != nil {
+		return false, err
+	}
+	defer left.Free()
+	if slices.Contains(s.Want, wantLeft) {
+		if out.Left, err = x.send(left); err != nil {
+			return false, err
+		}
+	}
+	if s.Ended != nil {
+		if err := g.End(s.Ended); err != nil {
+			return false, err
+		}
+	}
+	if slices.Contains(s.Want, wantDrawn) {
+		d := DrawnOf(g, slices.Clone(tokens))
+		out.Drawn = &d
+	}
+	return true, nil
+}
+
+// file gives the response as it travels.
+func (x *performing) file() ([]byte, error) {
+	if x.request.Random != "" {
+		state, err := aten.RandomState("cpu")
+		if err != nil {
+			return nil, err
+		}
+		defer state.Free()
+		if x.response.Random, err = x.send(state); err != nil {
+			return nil, err
+		}
+	}
+	text, err := json.Marshal(x.response)
+	if err != nil {
+		return nil, err
+	}
+	x.writer.Bytes("response", text)
+	return x.writer.File()
+}
+
+// cancelled is the error of a request that is no longer wanted, or took too long.
+func cancelled(ctx context.Context) error {
+	if cause := context.Cause(ctx); cause != nil && cause != context.Canceled {
+		return fault.As(cause)
+	}
+	return fault.New(fault.Cancelled, "the job was cancelled")
+}

@@ -1,0 +1,335 @@
+package remote
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/nnsight-go/nnsight-go/engine/aten"
+	"github.com/nnsight-go/nnsight-go/engine/enginetest"
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+	"github.com/nnsight-go/nnsight-go/engine/gen"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/host"
+	"github.com/stretchr/testify/require"
+)
+
+func open(t *testing.T) *host.Native {
+	m, err := host.Open(enginetest.Directory(t, enginetest.GPT2, 1), host.Options{Prepack: -1})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, m.Close()) })
+	return m
+}
+
+// wire is the file of a request: its JSON and other tensors.
+func wire(t *testing.T, request any, parts map[string][]byte, tensors map[string]aten.Tensor) []byte {
+	var w Writer
+	text, err := json.Marshal(request)
+	require.NoError(t, err)
+	w.Bytes("request", text)
+	for name, part := range parts {
+		w.Bytes(name, part)
+	}
+	for name, tensor := range tensors {
+		require.NoError(t, w.Tensor(name, tensor))
+	}
+	out, err := w.File()
+	require.NoError(t, err)
+	return out
+}
+
+// doubled is a trace that saves what the second block gives, twice it, and a constant times it.
+func doubled() *graph.Graph {
+	read := graph.Node{Kind: graph.KindRead, Path: "transformer.h.1", Port: graph.PortOutput, Leaf: "0", Pos: -1}
+	call := func(op string, args ...graph.Arg) graph.Node {
+		return graph.Node{Kind: graph.KindCall, Op: op, Args: args, Pos: -1}
+	}
+	save := func(id graph.ID) graph.Node {
+		return graph.Node{Kind: graph.KindSave, Args: []graph.Arg{graph.Ref(id)}, Pos: -1}
+	}
+	return &graph.Graph{
+		Invokes: []graph.Invoke{{Rows: [][]int64{{1, 2, 3}}}},
+		Nodes: []graph.Node{read, call("aten::add.Tensor", graph.Ref(0), graph.Ref(0)), {Kind: graph.KindConst, Pos: -1},
+			call("aten::mul.Tensor", graph.Ref(0), graph.Ref(2)), save(0), save(1), save(3)},
+	}
+}
+
+// response reads what came back of each step: the tensors of its results.
+func response(t *testing.T, data []byte) (Response, [][][]float32) {
+	f, err := readFile(data)
+	require.NoError(t, err)
+	text, err := f.text("response")
+	require.NoError(t, err)
+	var r Response
+	require.NoError(t, json.Unmarshal(text, &r))
+	var all [][][]float32
+	for _, s := range r.Steps {
+		var values [][]float32
+		if s.Results != "" {
+			raw, err := f.text(s.Results)
+			require.NoError(t, err)
+			results, err := graph.DecodeResults(raw, len(s.Tensors))
+			require.NoError(t, err)
+			for _, result := range results {
+				tensor, err := f.tensor(s.Tensors[result.Value.Ref])
+				require.NoError(t, err)
+				numbers, err := tensor.Float32s()
+				tensor.Free()
+				require.NoError(t, err)
+				values = append(values, numbers)
+			}
+		}
+		all = append(all, values)
+	}
+	return r, all
+}
+
+func trace(step Step) Request {
+	return Request{Version: 1, Model: "m", Kind: Trace, Steps: []Step{step}}
+}
+
+func perform(t *testing.T, p *Performer, data []byte) ([]byte, error) {
+	r, err := Parse(data, p.Limits, nil)
+	if err != nil {
+		return nil, err
+	}
+	return p.Perform(t.Context(), "somebody", r)
+}
+
+func TestATraceThatArrivesEqualsOneThatIsHere(t *testing.T) {
+	m := open(t)
+	three, err := aten.FromFloat32s([]float32{3})
+	require.NoError(t, err)
+	defer three.Free()
+	p := &Performer{Model: m}
+	request := trace(Step{Program: []string{"g"}, Constants: []Constant{{Tensor: "c"}}, End: true, Want: []string{"results"}})
+	live := aten.Live()
+	for range 3 { // planned anew, and known
+		out, err := perform(t, p, wire(t, request, map[string][]byte{"g": graph.Encode(doubled())}, map[string]aten.Tensor{"c": three}))
+		require.NoError(t, err)
+		_, values := response(t, out)
+		require.Len(t, values[0], 3)
+		for i, x := range values[0][0] {
+			require.Equal(t, 2*x, values[0][1][i])
+			require.InDelta(t, 3*x, values[0][2][i], 1e-6)
+		}
+	}
+	loaded := aten.Live()
+	_, err = perform(t, p, wire(t, request, map[string][]byte{"g": graph.Encode(doubled())}, map[string]aten.Tensor{"c": three}))
+	require.NoError(t, err)
+	require.Equal(t, loaded, aten.Live())
+	require.Greater(t, loaded, live)
+}
+
+func TestParametersAndUploads(t *testing.T) {
+	m := open(t)
+	weight, err := m.Constant("transformer.ln_f.weight")
+	require.NoError(t, err)
+	defer weight.Free()
+	want, err := weight.Float32s()
+	require.NoError(t, err)
+	var asked string
+	p := &Performer{Model: m, Upload: func(hash string) (Blob, error) {
+		asked = hash
+		data, err := weight.AppendBytes(nil)
+		return Blob{DType: "float32", Shape: weight.Shape(), Data: data}, err
+	}}
+	for name, c := range map[string]Constant{"parameter": {Parameter: "transformer.ln_f.weight"}, "upload": {Hash: "abc", Grad: true}} {
+		out, err := perform(t, p, wire(t, trace(Step{Program: []string{"g"}, Constants: []Constant{c}, End: true, Want: []string{"results"}}),
+			map[string][]byte{"g": graph.Encode(doubled())}, nil))
+		require.NoError(t, err, name)
+		_, values := response(t, out)
+		require.InDelta(t, want[0]*values[0][0][0], values[0][2][0], 1e-6, name)
+	}
+	require.Equal(t, "abc", asked)
+	_, err = perform(t, p, wire(t, trace(Step{Program: []string{"g"}, Constants: []Constant{{Parameter: "transformer.ln_f.wait"}}, End: true}),
+		map[string][]byte{"g": graph.Encode(doubled())}, nil))
+	require.ErrorContains(t, err, "transformer.ln_f.weight")
+}
+
+// generation is a request for a number of steps, of which the last tells all.
+func generation(t *testing.T, steps int, chain string, sample bool) Request {
+	s := gen.Settings{MaxNewTokens: 6, Pad: 0, Sample: sample, Temperature: 1, LengthPenalty: 1, EarlyStopping: "false"}
+	r := Request{Version: 1, Model: "m", Kind: Generate, Prompt: &Prompt{Rows: [][]int64{{1, 2, 3}}}, Settings: &s, Chain: chain}
+	for range steps {
+		r.Steps = append(r.Steps, Step{End: true})
+	}
+	r.Steps[steps-1].Want = []string{wantDrawn, wantResults}
+	if sample {
+		r.Random = "random"
+	}
+	return r
+}
+
+func TestAGenerationGoesOn(t *testing.T) {
+	m := open(t)
+	require.NoError(t, m.Load())
+	random, err := aten.RandomState("cpu")
+	require.NoError(t, err)
+	defer random.Free()
+	live := aten.Live()
+	for _, sample := range []bool{false, true} {
+		var want []int64
+		for _, chains := range []*Chains{nil, NewChains(4, time.Minute)} {
+			p := &Performer{Model: m, Chains: chains}
+			var got []int64
+			for k := 1; k <= 6; k++ {
+				out, err := perform(t, p, wire(t, generation(t, k, "c", sample), nil, map[string]aten.Tensor{"random": random}))
+				require.NoError(t, err)
+				r, _ := response(t, out)
+				require.Len(t, r.Steps, 1)
+				require.Equal(t, k-1, r.Steps[0].Step)
+				require.Equal(t, k == 6, r.Steps[0].Drawn.Done)
+				got = append(got, r.Steps[0].Drawn.Tokens...)
+			}
+			if want == nil {
+				want = got
+			}
+			require.Equal(t, want, got, "kept between requests or begun anew, the tokens are the same")
+			if chains != nil {
+				require.Empty(t, chains.kept, "the last step ends it")
+				out, err := perform(t, p, wire(t, generation(t, 2, "d", sample), nil, map[string]aten.Tensor{"random": random}))
+				require.NoError(t, err)
+				require.NotEmpty(t, out)
+				require.Len(t, chains.kept, 1)
+				chains.Close()
+				require.Empty(t, chains.kept)
+			}
+		}
+	}
+	require.Equal(t, live, aten.Live())
+}
+
+func TestAGenerationNobodyAsksForIsForgotten(t *testing.T) {
+	m := open(t)
+	chains := NewChains(4, time.Millisecond)
+	_, err := perform(t, &Performer{Model: m, Chains: chains}, wire(t, generation(t, 1, "c", false), nil, nil))
+	require.NoError(t, err)
+	require.Eventually(t, func() bool {
+		chains.mu.Lock()
+		defer chains.mu.Unlock()
+		return len(chains.kept) == 0
+	}, 10*time.Second, time.Millisecond)
+}
+
+func TestScoresAreTheClientsToChange(t *testing.T) {
+	m := open(t)
+	p := &Performer{Model: m}
+	r := generation(t, 1, "", false)
+	r.Steps[0].Want = []string{wantScores}
+	out, err := perform(t, p, wire(t, r, nil, nil))
+	require.NoError(t, err)
+	answer, _ := response(t, out)
+	f, err := readFile(out)
+	require.NoError(t, err)
+	scores, err := f.tensor(answer.Steps[0].Scores)
+	require.NoError(t, err)
+	defer scores.Free()
+	numbers, err := scores.Float32s()
+	require.NoError(t, err)
+	for i := range numbers {
+		numbers[i] = 0
+	}
+	numbers[17] = 1
+	changed, err := aten.FromFloat32s(numbers, scores.Shape()...)
+	require.NoError(t, err)
+	defer changed.Free()
+	r.Steps[0].Want, r.Steps[0].Scores = []string{wantDrawn, wantLeft}, "s"
+	out, err = perform(t, p, wire(t, r, nil, map[string]aten.Tensor{"s": changed}))
+	require.NoError(t, err)
+	answer, _ = response(t, out)
+	require.Equal(t, []int64{17}, answer.Steps[0].Drawn.Tokens)
+	require.NotEmpty(t, answer.Steps[0].Left)
+}
+
+func TestBadRequests(t *testing.T) {
+	m := open(t)
+	require.NoError(t, m.Load())
+	g := map[string][]byte{"g": graph.Encode(doubled())}
+	step := Step{Program: []string{"g"}, Constants: []Constant{{Tensor: "c"}}, End: true, Want: []string{"results"}}
+	one, err := aten.FromFloat32s([]float32{1})
+	require.NoError(t, err)
+	defer one.Free()
+	c := map[string]aten.Tensor{"c": one}
+	live := aten.Live()
+	later := trace(step)
+	later.Version = 2
+	several := trace(step)
+	several.Steps = append(several.Steps, step)
+	odd := trace(step)
+	odd.Kind = "magic"
+	without := generation(t, 1, "", false)
+	without.Settings = nil
+	much := generation(t, 1, "", false)
+	much.Settings.MaxNewTokens = 1 << 30
+	wide := generation(t, 1, "", false)
+	wide.Settings.Beams = 1 << 20
+	drawn := generation(t, 1, "", true)
+	drawn.Random = "nothing"
+	unended := generation(t, 2, "", false)
+	unended.Steps[0].End = false
+	for says, data := range map[string][]byte{
+		"too few for a header":          {1, 2, 3},
+		"version 1":                     wire(t, later, g, c),
+		"one step":                      wire(t, several, g, c),
+		`no kind "magic"`:               wire(t, odd, g, c),
+		`unknown field "pickle"`:        wire(t, map[string]any{"pickle": "gASV"}, g, c),
+		`no tensor "g"`:                 wire(t, trace(step), nil, c),
+		`no tensor "c"`:                 wire(t, trace(step), g, nil),
+		"not bytes":                     wire(t, trace(Step{Program: []string{"c"}}), nil, c),
+		"the graph cannot be read":      wire(t, trace(step), map[string][]byte{"g": {1}}, c),
+		"a prompt and settings":         wire(t, without, nil, nil),
+		"new tokens were asked for":     wire(t, much, nil, nil),
+		"rows of each prompt":           wire(t, wide, nil, nil),
+		`no tensor "nothing"`:           wire(t, drawn, nil, nil),
+		"step 0 has no end":             wire(t, unended, nil, nil),
+		"this server takes 2 at once":   nil,
+		"this server sends at once":     nil,
+		"there are none here":           wire(t, trace(Step{Program: []string{"g"}, Constants: []Constant{{Hash: "x"}}, End: true}), g, nil),
+		"file cannot be read: its head": bytes.Repeat([]byte{0xff}, 64),
+	} {
+		p := &Performer{Model: m, Limits: Limits{NewTokens: 100}}
+		switch says {
+		case "this server takes 2 at once":
+			p.Limits.Tokens, data = 2, wire(t, trace(step), g, c)
+		case "this server sends at once":
+			p.Limits.Output, data = 16, wire(t, trace(step), g, c)
+		}
+		_, err := perform(t, p, data)
+		require.ErrorContains(t, err, says)
+		require.Contains(t, []fault.Code{fault.Remote, fault.Graph}, fault.As(err).Code, says)
+		require.Equal(t, live, aten.Live(), says)
+	}
+}
+
+func TestAGraphIsLookedAtFirst(t *testing.T) {
+	no := errors.New("not this one")
+	_, err := Parse(wire(t, trace(Step{Program: []string{"g"}}), map[string][]byte{"g": graph.Encode(doubled())}, nil), Limits{},
+		func(*graph.Graph) error { return no })
+	require.ErrorIs(t, err, no)
+}
+
+func TestWhatIsCancelledEnds(t *testing.T) {
+	m := open(t)
+	one, err := aten.FromFloat32s([]float32{1})
+	require.NoError(t, err)
+	defer one.Free()
+	require.NoError(t, m.Load())
+	live := aten.Live()
+	r, err := Parse(wire(t, trace(Step{Program: []string{"g"}, Constants: []Constant{{Tensor: "c"}}, End: true}),
+		map[string][]byte{"g": graph.Encode(doubled())}, map[string]aten.Tensor{"c": one}), Limits{}, nil)
+	require.NoError(t, err)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err = (&Performer{Model: m}).Perform(ctx, "", r)
+	require.Equal(t, fault.Cancelled, fault.As(err).Code)
+	late, stop := context.WithTimeoutCause(t.Context(), 0, fault.New(fault.Remote, "it took too long"))
+	defer stop()
+	<-late.Done()
+	_, err = (&Performer{Model: m}).Perform(late, "", r)
+	require.ErrorContains(t, err, "too long")
+	require.Equal(t, live, aten.Live())
+}

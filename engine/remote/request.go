@@ -1,0 +1,207 @@
+// Package remote runs traces that arrive as data: the requests of the remote protocol
+// (docs/remote-protocol.md), which server and clients share.
+//
+// [Parse] reads a request, which may come from anyone; a [Performer] runs it on a model and gives the
+// response. Nothing in a request is code. Both are files of tensors with a JSON object among them.
+package remote
+
+import (
+	"bytes"
+	"encoding/json"
+
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+	"github.com/nnsight-go/nnsight-go/engine/gen"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+)
+
+// version numbers the protocol.
+const version = 1
+
+// Kinds of requests.
+const (
+	Trace    = "trace"
+	Generate = "generate"
+)
+
+// What a step may be asked to give.
+const (
+	wantResults = "results"
+	wantDrawn   = "drawn"
+	wantScores  = "scores"
+	wantLeft    = "left"
+)
+
+// MaxSteps is the most steps of a request.
+const MaxSteps = 1 << 16
+
+// Request is what a client asks for.
+type Request struct {
+	Version  int           `json:"version"`
+	Model    string        `json:"model"`
+	Kind     string        `json:"kind"`
+	Steps    []Step        `json:"steps"`
+	Prompt   *Prompt       `json:"prompt,omitempty"`
+	Settings *gen.Settings `json:"settings,omitempty"`
+	Chain    string        `json:"chain,omitempty"`  // requests that continue one another have the same
+	Random   string        `json:"random,omitempty"` // tensor that holds the generator's state
+
+	file     file
+	programs []program // of the steps
+}
+
+// Step is one forward pass of the model and what the program does at it.
+type Step struct {
+	Program   []string   `json:"program"` // tensors that hold the parts of its graph
+	Constants []Constant `json:"constants"`
+	End       bool       `json:"end"`  // its program is complete
+	Want      []string   `json:"want"` // what of it is to come back
+	Scores    string     `json:"scores,omitempty"`
+	Ended     []bool     `json:"ended,omitempty"`
+}
+
+// Constant says where a tensor that a graph numbers is: in the file, uploaded before, or in the model.
+type Constant struct {
+	Tensor    string `json:"tensor,omitempty"`
+	Hash      string `json:"hash,omitempty"`
+	Parameter string `json:"parameter,omitempty"`
+	Grad      bool   `json:"grad,omitempty"` // autograd follows it
+}
+
+// Prompt is what a generation goes on from.
+type Prompt struct {
+	Rows  [][]int64 `json:"rows"`
+	Masks [][]int64 `json:"masks"`
+}
+
+// program is the graph of a step, and its last part.
+type program struct {
+	graph *graph.Graph
+	whole []byte // of a graph in one part
+	last  graph.ID
+}
+
+// Limits bound what a request may ask for; a zero means no limit.
+type Limits struct {
+	Tokens    int // of all rows of a request, and new ones in a generation, together
+	NewTokens int // of each row
+	Steps     int
+	Output    int64 // bytes of a response
+}
+
+// Parse reads a request. The bytes may come from anyone, and must stay as they are while it is in use.
+// check looks at each graph.
+func Parse(data []byte, l Limits, check func(*graph.Graph) error) (*Request, error) {
+	f, err := readFile(data)
+	if err != nil {
+		return nil, err
+	}
+	text, err := f.text("request")
+	if err != nil {
+		return nil, err
+	}
+	r := &Request{file: f}
+	d := json.NewDecoder(bytes.NewReader(text))
+	d.DisallowUnknownFields()
+	if err := d.Decode(r); err != nil {
+		return nil, malformed("%v", err)
+	}
+	if err := r.check(l); err != nil {
+		return nil, err
+	}
+	tokens := 0
+	for i := range r.Steps {
+		p, err := r.program(&r.Steps[i])
+		if err != nil {
+			return nil, atStep(err, r.Kind, i)
+		}
+		if check != nil {
+			if err := check(p.graph); err != nil {
+				return nil, atStep(err, r.Kind, i)
+			}
+		}
+		for _, in := range p.graph.Invokes {
+			tokens += count(in.Rows)
+		}
+		r.programs = append(r.programs, p)
+	}
+	if r.Kind == Generate {
+		tokens += (count(r.Prompt.Rows) + len(r.Prompt.Rows)*r.Settings.MaxNewTokens) * max(r.Settings.Returned, r.Settings.Beams, 1)
+	}
+	if l.Tokens > 0 && tokens > l.Tokens {
+		return nil, fault.New(fault.Remote, "the request has %d tokens, and this server takes %d at once", tokens, l.Tokens).
+			WithHint("Split it into several.")
+	}
+	return r, nil
+}
+
+func count(rows [][]int64) (tokens int) {
+	for _, row := range rows {
+		tokens += len(row)
+	}
+	return tokens
+}
+
+func (r *Request) check(l Limits) error {
+	switch {
+	case r.Version != version:
+		return malformed("it is of version %d, and this is version %d", r.Version, version)
+	case r.Kind == Trace && len(r.Steps) != 1:
+		return malformed("a trace has one step, and not %d", len(r.Steps))
+	case r.Kind != Trace && r.Kind != Generate:
+		return malformed("there is no kind %q", r.Kind)
+	case len(r.Steps) == 0 || len(r.Steps) > MaxSteps:
+		return malformed("it has %d steps", len(r.Steps))
+	case r.Kind == Generate && (r.Prompt == nil || r.Settings == nil):
+		return malformed("a generation has a prompt and settings")
+	case r.Kind == Generate && r.Settings.Sample && r.Random == "":
+		return malformed("a generation that draws sends the state of its generator")
+	}
+	if r.Kind == Generate {
+		s := r.Settings
+		if l.NewTokens > 0 && s.MaxNewTokens > l.NewTokens {
+			return fault.New(fault.Remote, "%d new tokens were asked for, and this server gives %d at once", s.MaxNewTokens, l.NewTokens)
+		}
+		if most := 1024; s.Returned > most || s.Beams > most {
+			return fault.New(fault.Remote, "%d rows of each prompt were asked for, and a server gives %d", max(s.Returned, s.Beams), most)
+		}
+		for i := range r.Steps[:len(r.Steps)-1] {
+			if !r.Steps[i].End {
+				return malformed("step %d has no end, and others follow it", i)
+			}
+		}
+	}
+	return nil
+}
+
+// program reads the graph of a step.
+func (r *Request) program(s *Step) (p program, err error) {
+	p.graph = &graph.Graph{Nodes: []graph.Node{}, Invokes: []graph.Invoke{}, Positions: []fault.Pos{}}
+	for i, name := range s.Program {
+		data, err := r.file.text(name)
+		if err != nil {
+			return p, err
+		}
+		if len(s.Program) == 1 {
+			p.whole = data
+		}
+		p.last = graph.ID(len(p.graph.Nodes))
+		if i == 0 {
+			p.graph, err = graph.Decode(data)
+		} else {
+			err = graph.DecodeMore(p.graph, data)
+		}
+		if err != nil {
+			return p, err
+		}
+	}
+	return p, nil
+}
+
+// atStep notes the step of a generation that an error is of.
+func atStep(err error, kind string, step int) error {
+	e := fault.As(err)
+	if kind == Generate {
+		e.Step = step
+	}
+	return e
+}
