@@ -1,0 +1,66 @@
+// Package jobs keeps the jobs of a server and their queue: in NATS JetStream, so that they outlive the
+// processes that made them, and so that any number of workers may take them.
+//
+// [Open] a [Store] over a connection; [Store.Submit] queues a request; a worker takes it from
+// [Store.Queue], tells how it goes, and stores what came of it; [Store.Result] gives that to its owner.
+// A job belongs to one owner, and no other can learn that it exists.
+package jobs
+
+import (
+	"time"
+
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+)
+
+// State is how far a job has come.
+type State string
+
+// The states, in the order in which a job goes through them. The last three are final.
+const (
+	Received  State = "RECEIVED"
+	Queued    State = "QUEUED"
+	Running   State = "RUNNING"
+	Completed State = "COMPLETED"
+	Failed    State = "ERROR"
+	Cancelled State = "CANCELLED"
+)
+
+// Final reports whether nothing more happens to a job.
+func (s State) Final() bool { return s == Completed || s == Failed || s == Cancelled }
+
+// Priority says which jobs are taken first.
+type Priority string
+
+// The priorities, the first of them first.
+const (
+	High   Priority = "high"
+	Normal Priority = "normal"
+	Low    Priority = "low"
+)
+
+// Priorities are all of them, the first of them first.
+var Priorities = []Priority{High, Normal, Low}
+
+// Job is what is known of a job.
+type Job struct {
+	ID       string       `json:"id"`
+	Model    string       `json:"model"`
+	Kind     string       `json:"kind"` // of the request: "trace" or "generate"
+	State    State        `json:"state"`
+	Position int          `json:"position,omitempty"` // jobs that are taken before it, while it is queued
+	Created  time.Time    `json:"created"`
+	Started  *time.Time   `json:"started,omitempty"`
+	Ended    *time.Time   `json:"ended,omitempty"`
+	Bytes    int64        `json:"bytes,omitempty"` // of the result
+	Error    *fault.Error `json:"error,omitempty"`
+}
+
+// record is a job as it is stored.
+type record struct {
+	Job
+	Owner    string `json:"owner"`
+	Attempts int    `json:"attempts"` // how often a worker has begun it
+	Sequence uint64 `json:"sequence"` // of its message in the queue
+	Class    string `json:"class"`    // the queue's subject, which its consumer has
+	revision uint64
+}

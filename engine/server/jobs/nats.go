@@ -1,0 +1,66 @@
+package jobs
+
+import (
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+)
+
+// Embedded is a NATS server inside this process.
+type Embedded struct{ server *server.Server }
+
+// Embed starts a NATS server that keeps everything in a directory. With an address, "host:port", workers
+// in other processes can reach it, with the token if there is one.
+func Embed(dir, host string, port int, token string) (*Embedded, error) {
+	o := &server.Options{ServerName: "nnsight-go", JetStream: true, StoreDir: dir, DontListen: host == "",
+		Host: host, Port: port, Authorization: token, NoSigs: true, NoLog: true}
+	s, err := server.NewServer(o)
+	if err != nil {
+		return nil, fault.New(fault.Remote, "the queue cannot be started: %v", err)
+	}
+	s.Start()
+	if !s.ReadyForConnections(30 * time.Second) {
+		s.Shutdown()
+		return nil, fault.New(fault.Remote, "the queue in %s does not start", dir).
+			WithHint("Is another server at work in that directory, or on that port?")
+	}
+	return &Embedded{s}, nil
+}
+
+// Connect connects to the server inside this process.
+func (e *Embedded) Connect(token string) (*nats.Conn, error) {
+	return nats.Connect("", nats.InProcessServer(e.server), nats.Token(token), nats.MaxReconnects(-1))
+}
+
+// URL is where other processes reach it.
+func (e *Embedded) URL() string { return e.server.ClientURL() }
+
+// Close stops the server. What it keeps is on disk.
+func (e *Embedded) Close() {
+	e.server.Shutdown()
+	e.server.WaitForShutdown()
+}
+
+// Connect connects to a NATS server or cluster.
+func Connect(urls string) (*nats.Conn, error) {
+	nc, err := nats.Connect(urls, nats.MaxReconnects(-1), nats.ReconnectWait(500*time.Millisecond))
+	if err != nil {
+		return nil, fault.New(fault.Remote, "the queue at %s cannot be reached: %v", redacted(urls), err)
+	}
+	return nc, nil
+}
+
+// redacted is a list of addresses without what they hold of passwords.
+func redacted(urls string) string {
+	var out []string
+	for one := range strings.SplitSeq(urls, ",") {
+		if u, err := url.Parse(strings.TrimSpace(one)); err == nil {
+			out = append(out, u.Redacted())
+		}
+	}
+	return strings.Join(out, ",")
+}

@@ -1,0 +1,427 @@
+package jobs
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+)
+
+const (
+	// lease is how long a worker may be silent before others take its jobs.
+	lease = 12 * time.Second
+	// attempts is how often a job is begun: one that ends its worker that often is a danger to all others.
+	attempts = 3
+)
+
+func streamOf(model string) string { return "WORK-" + token(model) }
+
+// AddModel makes the queue of a model, if there is none yet, and keeps its description for clients.
+func (s *Store) AddModel(ctx context.Context, name string, description []byte) error {
+	_, err := s.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
+		Name: streamOf(name), Subjects: []string{"work." + token(name) + ".>"}, Retention: jetstream.WorkQueuePolicy,
+		Storage: jetstream.FileStorage, Replicas: s.options.Replicas, MaxAge: s.options.Keep, MaxBytes: s.options.Storage,
+		Discard: jetstream.DiscardNew, Duplicates: 2 * time.Minute})
+	if err != nil {
+		return unreachable(err)
+	}
+	for _, p := range Priorities {
+		if _, err := s.js.CreateOrUpdateConsumer(ctx, streamOf(name), jetstream.ConsumerConfig{
+			Durable: string(p), FilterSubject: "work." + token(name) + "." + string(p) + ".>", AckPolicy: jetstream.AckExplicitPolicy,
+			AckWait: lease, MaxAckPending: 4096}); err != nil {
+			return unreachable(err)
+		}
+	}
+	meta := jetstream.ObjectMeta{Name: token(name), Description: name}
+	if known, err := s.models.GetBytes(ctx, meta.Name); err == nil && string(known) == string(description) {
+		return nil
+	}
+	if _, err := s.models.Put(ctx, meta, bytes.NewReader(description)); err != nil {
+		return unreachable(err)
+	}
+	return nil
+}
+
+// Model gives the description of a model.
+func (s *Store) Model(ctx context.Context, name string) ([]byte, error) {
+	data, err := s.models.GetBytes(ctx, token(name))
+	if errors.Is(err, jetstream.ErrObjectNotFound) {
+		return nil, NoModel(name)
+	} else if err != nil {
+		return nil, unreachable(err)
+	}
+	return data, nil
+}
+
+// Models gives the names of all models that have a queue.
+func (s *Store) Models(ctx context.Context) ([]string, error) {
+	infos, err := s.models.List(ctx)
+	if errors.Is(err, jetstream.ErrNoObjectsFound) {
+		return nil, nil
+	} else if err != nil {
+		return nil, unreachable(err)
+	}
+	var names []string
+	for _, info := range infos {
+		names = append(names, info.Description)
+	}
+	return names, nil
+}
+
+// Depth is how many jobs wait for a model, those under way included.
+func (s *Store) Depth(ctx context.Context, model string) (int, error) {
+	stream, err := s.js.Stream(ctx, streamOf(model))
+	if err != nil {
+		return 0, unreachable(err)
+	}
+	return int(stream.CachedInfo().State.Msgs), nil
+}
+
+// Task is a job that a worker has taken. Whoever takes it ends it with Complete, Fail or Release.
+type Task struct {
+	Owner   string
+	ID      string
+	Request []byte
+
+	store *Store
+	msg   jetstream.Msg
+	once  sync.Once
+	stop  chan struct{}
+	r     record
+}
+
+// Queue gives the tasks of a model, each to one worker, those of a higher priority first, and among the
+// owners in turn. Close it.
+type Queue struct {
+	store  *Store
+	model  string
+	window int
+	mu     sync.Mutex
+	ready  chan struct{} // has an element where tasks may be there
+	tasks  map[string]*line
+	held   int
+	room   *sync.Cond
+	closed bool
+	iters  []jetstream.MessagesContext
+	done   sync.WaitGroup
+}
+
+// line is the tasks of a priority, by owner, the owners in turn.
+type line struct {
+	owners []string
+	tasks  map[string][]*Task
+}
+
+// Queue opens the queue of a model. It holds so many tasks at most that nobody has taken yet.
+func (s *Store) Queue(ctx context.Context, model string, window int) (*Queue, error) {
+	q := &Queue{store: s, model: model, window: window, ready: make(chan struct{}, 1), tasks: map[string]*line{}}
+	q.room = sync.NewCond(&q.mu)
+	for _, p := range Priorities {
+		consumer, err := s.js.Consumer(ctx, streamOf(model), string(p))
+		if err != nil {
+			q.Close()
+			return nil, unreachable(err)
+		}
+		iter, err := consumer.Messages(jetstream.PullMaxMessages(1))
+		if err != nil {
+			q.Close()
+			return nil, unreachable(err)
+		}
+		q.tasks[string(p)] = &line{tasks: map[string][]*Task{}}
+		q.iters = append(q.iters, iter)
+		q.done.Go(func() { q.pull(string(p), iter) })
+	}
+	return q, nil
+}
+
+// pull takes messages of a priority while there is room.
+func (q *Queue) pull(class string, iter jetstream.MessagesContext) {
+	for {
+		q.mu.Lock()
+		for q.held >= q.window && !q.closed {
+			q.room.Wait()
+		}
+		closed := q.closed
+		q.mu.Unlock()
+		if closed {
+			return
+		}
+		msg, err := iter.Next()
+		if errors.Is(err, jetstream.ErrMsgIteratorClosed) {
+			return
+		} else if err != nil {
+			time.Sleep(100 * time.Millisecond) // the connection is gone, and comes back by itself
+			continue
+		}
+		t := &Task{store: q.store, msg: msg, Owner: msg.Headers().Get("Owner"), ID: msg.Headers().Get("Job"), stop: make(chan struct{})}
+		t.beat()
+		q.mu.Lock()
+		l := q.tasks[class]
+		if len(l.tasks[t.Owner]) == 0 {
+			l.owners = append(l.owners, t.Owner)
+		}
+		l.tasks[t.Owner] = append(l.tasks[t.Owner], t)
+		q.held++
+		closed = q.closed
+		q.mu.Unlock()
+		q.wake()
+		if closed {
+			return
+		}
+	}
+}
+
+func (q *Queue) wake() {
+	select {
+	case q.ready <- struct{}{}:
+	default:
+	}
+}
+
+// Take gives a task that has been begun, once there is one, or nil when ctx ends. A job that is final, or
+// that has ended its worker too often, is not given.
+func (q *Queue) Take(ctx context.Context) *Task {
+	for {
+		if t := q.pop(); t != nil {
+			if t.begin(ctx) {
+				return t
+			}
+			continue
+		}
+		select {
+		case <-q.ready:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// TryTake is Take of a task that is there now.
+func (q *Queue) TryTake(ctx context.Context) *Task {
+	for t := q.pop(); t != nil; t = q.pop() {
+		if t.begin(ctx) {
+			return t
+		}
+	}
+	return nil
+}
+
+func (q *Queue) pop() *Task {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, p := range Priorities {
+		l := q.tasks[string(p)]
+		if l == nil || len(l.owners) == 0 {
+			continue
+		}
+		owner := l.owners[0]
+		t := l.tasks[owner][0]
+		l.owners = l.owners[1:]
+		if l.tasks[owner] = l.tasks[owner][1:]; len(l.tasks[owner]) > 0 {
+			l.owners = append(l.owners, owner)
+		} else {
+			delete(l.tasks, owner)
+		}
+		q.held--
+		q.room.Broadcast()
+		return t
+	}
+	return nil
+}
+
+// Close gives back what nobody has taken.
+func (q *Queue) Close() {
+	q.mu.Lock()
+	q.closed = true
+	q.room.Broadcast()
+	q.mu.Unlock()
+	for _, iter := range q.iters {
+		iter.Stop()
+	}
+	q.done.Wait()
+	for t := q.pop(); t != nil; t = q.pop() {
+		t.Release()
+	}
+}
+
+// beat keeps the task ours until it is ended.
+func (t *Task) beat() {
+	go func() {
+		tick := time.NewTicker(lease / 4)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				_ = t.msg.InProgress()
+			case <-t.stop:
+				return
+			}
+		}
+	}()
+}
+
+// begin notes that the job runs, and reads its request.
+func (t *Task) begin(ctx context.Context) bool {
+	for {
+		r, err := t.store.get(ctx, t.Owner, t.ID)
+		if err == ErrNone || err == nil && r.State.Final() {
+			t.ack()
+			return false
+		} else if err != nil {
+			t.Release()
+			return false
+		}
+		if t.r = r; r.Attempts >= attempts {
+			t.Fail(ctx, fault.New(fault.Remote, "the job has ended %d workers", r.Attempts).
+				WithHint("Something in it stops the process that runs it: tell who runs the server."))
+			return false
+		}
+		if t.Request, err = t.payload(ctx); err != nil {
+			t.Fail(ctx, err)
+			return false
+		}
+		now := time.Now()
+		t.r.State, t.r.Started, t.r.Attempts = Running, &now, r.Attempts+1
+		switch err := t.store.change(ctx, &t.r); {
+		case err == errRaced: // cancelled
+		case err != nil:
+			t.Release()
+			return false
+		default:
+			return true
+		}
+	}
+}
+
+func (t *Task) payload(ctx context.Context) ([]byte, error) {
+	if t.msg.Headers().Get("Object") == "" {
+		return t.msg.Data(), nil
+	}
+	data, err := t.store.payloads.GetBytes(ctx, t.Owner+"."+t.ID)
+	if err != nil {
+		return nil, fault.New(fault.Remote, "the request of the job is no longer kept: %v", err)
+	}
+	return data, nil
+}
+
+// Cancelled is closed once the job's owner does not want it any more. Call stop when the job has ended.
+func (t *Task) Cancelled() (cancelled <-chan struct{}, stop func()) {
+	c := make(chan struct{})
+	var once sync.Once
+	sub, err := t.store.nc.Subscribe("cancel."+t.Owner+"."+t.ID, func(*nats.Msg) { once.Do(func() { close(c) }) })
+	if err != nil {
+		return c, func() {}
+	}
+	return c, func() { _ = sub.Unsubscribe() }
+}
+
+// Complete stores the result, and ends the task. One that was cancelled, or that another worker has
+// ended meanwhile, stays as it is.
+func (t *Task) Complete(ctx context.Context, result []byte) {
+	if err := t.store.storeResult(ctx, &t.r, result); err != nil {
+		t.Fail(ctx, err)
+		return
+	}
+	t.r.Bytes = int64(len(result))
+	t.end(ctx, Completed, nil)
+}
+
+// Fail ends the task with an error that its owner will read.
+func (t *Task) Fail(ctx context.Context, err error) { t.end(ctx, Failed, fault.As(err)) }
+
+func (t *Task) end(ctx context.Context, state State, failed *fault.Error) {
+	now := time.Now()
+	t.r.State, t.r.Error, t.r.Ended = state, failed, &now
+	if err := t.store.change(ctx, &t.r); err != nil && err != errRaced {
+		t.Release() // another tries again
+		return
+	}
+	if t.msg.Headers().Get("Object") != "" {
+		_ = t.store.payloads.Delete(ctx, t.Owner+"."+t.ID)
+	}
+	t.ack()
+}
+
+// Release gives the task back, for another worker or a later time.
+func (t *Task) Release() {
+	t.once.Do(func() { close(t.stop); _ = t.msg.Nak() })
+}
+
+// Retry gives a task back whose worker stops, as if it had not been begun.
+func (t *Task) Retry(ctx context.Context) {
+	t.r.State, t.r.Started = Queued, nil
+	t.r.Attempts--
+	_ = t.store.change(ctx, &t.r) // who cancelled it meanwhile has the last word
+	t.Release()
+}
+
+func (t *Task) ack() {
+	t.once.Do(func() { close(t.stop); _ = t.msg.Ack() })
+}
+
+// Upload gives a tensor that the task's owner has uploaded.
+func (t *Task) Upload(ctx context.Context, hash string) ([]byte, error) {
+	data, err := t.store.Uploaded(ctx, t.Owner, hash)
+	if err == nil && data == nil {
+		err = fault.New(fault.Remote, "the request names an uploaded tensor %s that is not there", hash).
+			WithHint("PUT it to /v1/tensors/%s.", hash)
+	}
+	return data, err
+}
+
+// Worker is a process that takes jobs, as others see it.
+type Worker struct {
+	ID      string    `json:"id"`
+	Models  []string  `json:"models"`
+	Running int       `json:"running"`
+	Done    int64     `json:"done"`
+	Seen    time.Time `json:"seen"`
+}
+
+// present is how long a worker is thought to be there without a word of it.
+const present = 15 * time.Second
+
+// Announce tells that a worker is there, by a message that nobody keeps.
+func (s *Store) Announce(w Worker) {
+	w.Seen = time.Now()
+	if data, err := json.Marshal(w); err == nil {
+		_ = s.nc.Publish("worker."+w.ID, data)
+	}
+}
+
+// Workers listens to workers. The function gives those that are there, until the store's connection ends.
+func (s *Store) Workers() (func() []Worker, error) {
+	var mu sync.Mutex
+	known := map[string]Worker{}
+	_, err := s.nc.Subscribe("worker.*", func(m *nats.Msg) {
+		var w Worker
+		if json.Unmarshal(m.Data, &w) == nil {
+			mu.Lock()
+			known[w.ID] = w
+			mu.Unlock()
+		}
+	})
+	if err != nil {
+		return nil, fmt.Errorf("workers cannot be listened to: %w", err)
+	}
+	return func() []Worker {
+		mu.Lock()
+		defer mu.Unlock()
+		out := []Worker{}
+		for id, w := range known {
+			if time.Since(w.Seen) > present {
+				delete(known, id)
+			} else {
+				out = append(out, w)
+			}
+		}
+		return out
+	}, nil
+}

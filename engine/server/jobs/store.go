@@ -1,0 +1,349 @@
+package jobs
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base32"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+)
+
+// inline is the most bytes of a request or result that travel in one message; larger ones are objects.
+const inline = 512 << 10
+
+// Options say how jobs are kept.
+type Options struct {
+	Keep     time.Duration // jobs and results, from their last change on; 0 is a day
+	Replicas int           // of everything, in a cluster; 0 is one
+	MaxQueue int           // jobs of one owner that wait for one model; 0 is 64
+	Storage  int64         // bytes on disk of each queue, of requests, uploads and results; 0 is as much as there is
+}
+
+// Store keeps jobs. Any number of goroutines may use it.
+type Store struct {
+	options  Options
+	nc       *nats.Conn
+	js       jetstream.JetStream
+	jobs     jetstream.KeyValue // owner.id -> record
+	waiting  jetstream.KeyValue // owner.model.id: jobs that are not final, to count them
+	models   jetstream.ObjectStore
+	uploads  jetstream.ObjectStore
+	payloads jetstream.ObjectStore
+	results  jetstream.ObjectStore
+	answers  jetstream.Stream // small results
+}
+
+// Open finds the store of a NATS server or cluster, or makes it there.
+func Open(ctx context.Context, nc *nats.Conn, o Options) (*Store, error) {
+	if o.Keep == 0 {
+		o.Keep = 24 * time.Hour
+	}
+	if o.Replicas == 0 {
+		o.Replicas = 1
+	}
+	if o.MaxQueue == 0 {
+		o.MaxQueue = 64
+	}
+	if o.Storage == 0 {
+		o.Storage = -1
+	}
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{options: o, nc: nc, js: js}
+	for _, b := range []struct {
+		to   *jetstream.KeyValue
+		name string
+	}{{&s.jobs, "jobs"}, {&s.waiting, "waiting"}} {
+		if *b.to, err = js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
+			Bucket: b.name, TTL: o.Keep, Storage: jetstream.FileStorage, Replicas: o.Replicas, History: 1}); err != nil {
+			return nil, unreachable(err)
+		}
+	}
+	for _, b := range []struct {
+		to   *jetstream.ObjectStore
+		name string
+		keep time.Duration
+	}{{&s.models, "models", 0}, {&s.uploads, "uploads", o.Keep}, {&s.payloads, "payloads", o.Keep}, {&s.results, "results", o.Keep}} {
+		if *b.to, err = js.CreateOrUpdateObjectStore(ctx, jetstream.ObjectStoreConfig{
+			Bucket: b.name, TTL: b.keep, Storage: jetstream.FileStorage, Replicas: o.Replicas, MaxBytes: o.Storage}); err != nil {
+			return nil, unreachable(err)
+		}
+	}
+	s.answers, err = js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
+		Name: "ANSWERS", Subjects: []string{"answer.>"}, MaxAge: o.Keep, MaxMsgsPerSubject: 1, MaxBytes: o.Storage,
+		Discard: jetstream.DiscardOld, Storage: jetstream.FileStorage, Replicas: o.Replicas, AllowDirect: true})
+	if err != nil {
+		return nil, unreachable(err)
+	}
+	return s, nil
+}
+
+// token is a name as part of a subject.
+func token(name string) string {
+	sum := sha256.Sum256([]byte(name))
+	return strings.ToLower(base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(sum[:10]))
+}
+
+func (o record) key() string { return o.Owner + "." + o.ID }
+
+func (o record) waitingKey() string { return o.Owner + "." + token(o.Model) + "." + o.ID }
+
+// unreachable is the error of a queue that cannot be asked.
+func unreachable(err error) error {
+	return fault.New(fault.Remote, "the queue of the server does not answer: %v", err).WithCause(err).
+		WithHint("Try again in a moment.")
+}
+
+// ErrNone is the error of a job that is not there, or is another's.
+var ErrNone = fault.New(fault.Remote, "there is no such job").WithHint("Jobs are kept for a day, and seen by the key that sent them.")
+
+// get reads a job.
+func (s *Store) get(ctx context.Context, owner, id string) (r record, err error) {
+	if !wellFormed(id) {
+		return r, ErrNone
+	}
+	return s.read(ctx, owner+"."+id)
+}
+
+func (s *Store) read(ctx context.Context, key string) (r record, err error) {
+	entry, err := s.jobs.Get(ctx, key)
+	if errors.Is(err, jetstream.ErrKeyNotFound) {
+		return r, ErrNone
+	} else if err != nil {
+		return r, unreachable(err)
+	}
+	if err := json.Unmarshal(entry.Value(), &r); err != nil {
+		return r, err
+	}
+	r.revision = entry.Revision()
+	return r, nil
+}
+
+// wellFormed reports whether a string can be the id of a job.
+func wellFormed(id string) bool {
+	return len(id) == idLength && strings.Trim(id, "abcdefghijklmnopqrstuvwxyz234567") == ""
+}
+
+// errRaced is the error of a change to a job that somebody else has changed meanwhile.
+var errRaced = errors.New("the job has changed")
+
+// change stores a job that was read before, unless it has changed since, and tells who waits for it.
+func (s *Store) change(ctx context.Context, r *record) error {
+	data, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	revision, err := s.jobs.Update(ctx, r.key(), data, r.revision)
+	if errors.Is(err, jetstream.ErrKeyExists) {
+		return errRaced
+	} else if err != nil {
+		return unreachable(err)
+	}
+	r.revision = revision
+	if r.State.Final() {
+		_ = s.waiting.Delete(ctx, r.waitingKey()) // what stays is gone with the job
+	}
+	s.tell(r)
+	return nil
+}
+
+// tell publishes the state of a job to those that wait for it now; whoever comes later reads it.
+func (s *Store) tell(r *record) {
+	if data, err := json.Marshal(r.Job); err == nil {
+		_ = s.nc.Publish("event."+r.key(), data)
+	}
+}
+
+// Get gives a job to its owner, with its position in the queue.
+func (s *Store) Get(ctx context.Context, owner, id string) (*Job, error) {
+	r, err := s.get(ctx, owner, id)
+	if err != nil {
+		return nil, err
+	}
+	if r.State == Queued {
+		r.Position = s.position(ctx, &r)
+	}
+	return &r.Job, nil
+}
+
+// position counts the jobs that are taken before a queued one, as far as that can be known.
+func (s *Store) position(ctx context.Context, r *record) int {
+	consumer, err := s.js.Consumer(ctx, streamOf(r.Model), r.Class)
+	if err != nil {
+		return 0
+	}
+	info, err := consumer.Info(ctx)
+	if err != nil || r.Sequence <= info.AckFloor.Stream {
+		return 0
+	}
+	return int(min(r.Sequence-info.AckFloor.Stream, uint64(info.NumAckPending)+info.NumPending))
+}
+
+// List gives an owner's jobs, the latest first, so many at most.
+func (s *Store) List(ctx context.Context, owner string, most int) ([]*Job, error) {
+	keys, err := s.jobs.ListKeysFiltered(ctx, owner+".>")
+	if err != nil {
+		return nil, unreachable(err)
+	}
+	out := []*Job{}
+	for key := range keys.Keys() {
+		r, err := s.read(ctx, key)
+		if err != nil {
+			continue // gone meanwhile
+		}
+		out = append(out, &r.Job)
+	}
+	latestFirst(out)
+	return out[:min(most, len(out))], nil
+}
+
+// Watch calls told with each state that a job goes through from now on, until ctx ends or it is final.
+// It begins with the one that the job is in.
+func (s *Store) Watch(ctx context.Context, owner, id string, told func(*Job) error) error {
+	if !wellFormed(id) {
+		return ErrNone
+	}
+	events := make(chan *nats.Msg, 16)
+	sub, err := s.nc.ChanSubscribe("event."+owner+"."+id, events)
+	if err != nil {
+		return unreachable(err)
+	}
+	defer func() { _ = sub.Unsubscribe() }()
+	again := time.NewTicker(5 * time.Second) // an event may be lost with a connection
+	defer again.Stop()
+	var last State
+	for {
+		j, err := s.Get(ctx, owner, id)
+		if err != nil {
+			return err
+		}
+		if j.State != last || j.State == Queued {
+			if err := told(j); err != nil {
+				return err
+			}
+		}
+		if last = j.State; last.Final() {
+			return nil
+		}
+		select {
+		case <-events:
+		case <-again.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// Wait gives a job once it is final, or as it is when ctx ends.
+func (s *Store) Wait(ctx context.Context, owner, id string) (*Job, error) {
+	var last *Job
+	err := s.Watch(ctx, owner, id, func(j *Job) error { last = j; return nil })
+	if last != nil && ctx.Err() != nil {
+		return last, nil
+	}
+	return last, err
+}
+
+// Cancel ends a job, if it is not final already, and gives it.
+func (s *Store) Cancel(ctx context.Context, owner, id string) (*Job, error) {
+	for {
+		r, err := s.get(ctx, owner, id)
+		if err != nil || r.State.Final() {
+			return &r.Job, err
+		}
+		now := time.Now()
+		r.State, r.Ended = Cancelled, &now
+		switch err = s.change(ctx, &r); err {
+		case nil:
+			_ = s.nc.Publish("cancel."+r.key(), nil)
+			return &r.Job, nil
+		case errRaced:
+		default:
+			return nil, err
+		}
+	}
+}
+
+// Result gives what came of a completed job.
+func (s *Store) Result(ctx context.Context, owner, id string) ([]byte, error) {
+	if !wellFormed(id) {
+		return nil, ErrNone
+	}
+	key := owner + "." + id
+	message, err := s.answers.GetLastMsgForSubject(ctx, "answer."+key)
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		return nil, fault.New(fault.Remote, "the result of job %s is no longer kept", id).WithHint("Run it again.")
+	} else if err != nil {
+		return nil, unreachable(err)
+	}
+	if message.Header.Get("Object") == "" {
+		return message.Data, nil
+	}
+	data, err := s.results.GetBytes(ctx, key)
+	if err != nil {
+		return nil, unreachable(err)
+	}
+	return data, nil
+}
+
+// storeResult keeps what came of a job.
+func (s *Store) storeResult(ctx context.Context, r *record, data []byte) error {
+	m := nats.NewMsg("answer." + r.key())
+	if len(data) <= inline {
+		m.Data = data
+	} else {
+		m.Header.Set("Object", "1")
+		if _, err := s.results.PutBytes(ctx, r.key(), data); err != nil {
+			return fault.New(fault.Remote, "the result, %d bytes, cannot be kept: %v", len(data), err)
+		}
+	}
+	_, err := s.js.PublishMsg(ctx, m)
+	return err
+}
+
+// Upload keeps a tensor that requests of its owner name by its hash.
+func (s *Store) Upload(ctx context.Context, owner, hash string, data []byte) error {
+	if _, err := s.uploads.PutBytes(ctx, owner+"."+hash, data); err != nil {
+		return unreachable(err)
+	}
+	return nil
+}
+
+// Uploaded gives such a tensor, or nil where there is none.
+func (s *Store) Uploaded(ctx context.Context, owner, hash string) ([]byte, error) {
+	data, err := s.uploads.GetBytes(ctx, owner+"."+hash)
+	if errors.Is(err, jetstream.ErrObjectNotFound) {
+		return nil, nil
+	} else if err != nil {
+		return nil, unreachable(err)
+	}
+	return data, nil
+}
+
+// Has reports whether a tensor was uploaded.
+func (s *Store) Has(ctx context.Context, owner, hash string) (bool, error) {
+	_, err := s.uploads.GetInfo(ctx, owner+"."+hash)
+	if errors.Is(err, jetstream.ErrObjectNotFound) {
+		return false, nil
+	} else if err != nil {
+		return false, unreachable(err)
+	}
+	return true, nil
+}
+
+// Ready reports whether the queue answers.
+func (s *Store) Ready(ctx context.Context) error {
+	if _, err := s.js.AccountInfo(ctx); err != nil {
+		return unreachable(fmt.Errorf("no answer: %w", err))
+	}
+	return nil
+}

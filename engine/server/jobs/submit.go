@@ -1,0 +1,129 @@
+package jobs
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base32"
+	"encoding/json"
+	"errors"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+)
+
+// idLength is how many letters the id of a job has: 160 bits that nobody can guess.
+const idLength = 32
+
+// newID gives the id of a new job. The same owner's same mark, if it has one, gives the same.
+func newID(owner, mark string) string {
+	var bits [20]byte
+	if mark == "" {
+		_, _ = rand.Read(bits[:]) // never fails
+	} else {
+		sum := sha256.Sum256([]byte(owner + "\x00" + mark))
+		copy(bits[:], sum[:])
+	}
+	return strings.ToLower(base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(bits[:]))
+}
+
+// Submission is a request on its way into the queue.
+type Submission struct {
+	Owner    string
+	Model    string
+	Kind     string
+	Priority Priority
+	Mark     string // whoever sends the same one twice has sent one job; "" is none
+	Request  []byte
+}
+
+// ErrFull is the error of an owner with too many jobs in the queue.
+var ErrFull = fault.New(fault.Remote, "too many of your jobs wait already").WithHint("Wait for some of them.")
+
+// Submit queues a request. The model must have a queue: see [Store.AddModel].
+func (s *Store) Submit(ctx context.Context, in *Submission) (*Job, error) {
+	r := record{Owner: in.Owner, Class: classOf(in.Priority), Job: Job{
+		ID: newID(in.Owner, in.Mark), Model: in.Model, Kind: in.Kind, State: Queued, Created: time.Now()}}
+	if err := s.room(ctx, &r); err != nil {
+		return nil, err
+	}
+	data, err := json.Marshal(r)
+	if err != nil {
+		return nil, err
+	}
+	if r.revision, err = s.jobs.Create(ctx, r.key(), data); errors.Is(err, jetstream.ErrKeyExists) {
+		return s.Get(ctx, in.Owner, r.ID) // it was sent before
+	} else if err != nil {
+		return nil, unreachable(err)
+	}
+	if err := s.enqueue(ctx, &r, in.Request); err != nil {
+		s.forget(ctx, &r)
+		return nil, err
+	}
+	return &r.Job, nil
+}
+
+// room reports an error where an owner has too many jobs in a queue.
+func (s *Store) room(ctx context.Context, r *record) error {
+	keys, err := s.waiting.ListKeysFiltered(ctx, r.Owner+"."+token(r.Model)+".>")
+	if err != nil {
+		return unreachable(err)
+	}
+	n := 0
+	for range keys.Keys() {
+		n++
+	}
+	if n >= s.options.MaxQueue {
+		return ErrFull
+	}
+	return nil
+}
+
+// enqueue puts a job into the queue of its model.
+func (s *Store) enqueue(ctx context.Context, r *record, request []byte) error {
+	m := nats.NewMsg("work." + token(r.Model) + "." + r.Class + "." + r.Owner)
+	m.Header.Set("Job", r.ID)
+	m.Header.Set("Owner", r.Owner)
+	if len(request) <= inline {
+		m.Data = request
+	} else {
+		m.Header.Set("Object", "1")
+		if _, err := s.payloads.PutBytes(ctx, r.key(), request); err != nil {
+			return unreachable(err)
+		}
+	}
+	if _, err := s.waiting.PutString(ctx, r.waitingKey(), ""); err != nil {
+		return unreachable(err)
+	}
+	_, err := s.js.PublishMsg(ctx, m, jetstream.WithMsgID(r.ID))
+	switch {
+	case errors.Is(err, jetstream.ErrNoStreamResponse), errors.Is(err, nats.ErrNoResponders):
+		return NoModel(r.Model)
+	case err != nil:
+		return unreachable(err)
+	}
+	return nil
+}
+
+// NoModel is the error of a model that nobody serves.
+func NoModel(name string) error {
+	return fault.New(fault.Remote, "this server has no model %q", name).WithHint("GET /v1/models lists those that it has.")
+}
+
+// forget takes back a job that never came into the queue.
+func (s *Store) forget(ctx context.Context, r *record) {
+	ctx = context.WithoutCancel(ctx)
+	_ = s.jobs.Purge(ctx, r.key())
+	_ = s.waiting.Purge(ctx, r.waitingKey())
+}
+
+func classOf(p Priority) string { return string(cmp.Or(p, Normal)) }
+
+func latestFirst(all []*Job) {
+	slices.SortFunc(all, func(a, b *Job) int { return b.Created.Compare(a.Created) })
+}
