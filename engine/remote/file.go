@@ -2,6 +2,10 @@ package remote
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
 
 	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
@@ -84,4 +88,51 @@ func (w *Writer) File() ([]byte, error) {
 func malformed(format string, args ...any) *fault.Error {
 	return fault.New(fault.Remote, "the request is not well formed: "+format, args...).
 		WithHint("Client and server must speak the same version of the protocol (docs/remote-protocol.md).")
+}
+
+// ReadUpload reads a file of one tensor, called "tensor", that requests name by its hash.
+func ReadUpload(data []byte) (Blob, error) {
+	f, err := readFile(data)
+	if err != nil {
+		return Blob{}, err
+	}
+	b, ok := f["tensor"]
+	if !ok || len(f) != 1 {
+		return Blob{}, malformed("an upload is a file of one tensor, which is called %q", "tensor")
+	}
+	return b, nil
+}
+
+// Hash is what requests name an uploaded tensor by: SHA-256 over its dtype, its sizes and its elements.
+func (b *Blob) Hash() string {
+	sizes, _ := json.Marshal(append([]int64{}, b.Shape...))
+	h := sha256.New()
+	fmt.Fprintf(h, "%s %s\n", b.DType, sizes)
+	h.Write(b.Data)
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+// Head is what a request says of itself, for whoever passes it on without running it.
+type Head struct {
+	Model string `json:"model"`
+	Kind  string `json:"kind"`
+}
+
+// ReadHead reads it. The bytes may come from anyone.
+func ReadHead(data []byte) (h Head, err error) {
+	f, err := readFile(data)
+	if err != nil {
+		return h, err
+	}
+	text, err := f.text("request")
+	if err != nil {
+		return h, err
+	}
+	if err := json.Unmarshal(text, &h); err != nil {
+		return h, malformed("%v", err)
+	}
+	if h.Model == "" || h.Kind == "" {
+		return h, malformed("it names no model, or no kind")
+	}
+	return h, nil
 }

@@ -20,6 +20,7 @@ func open(t testing.TB, dir string, o Options) (*Store, func()) {
 	require.NoError(t, err)
 	nc, err := e.Connect("")
 	require.NoError(t, err)
+	o.Lease = time.Second
 	s, err := Open(t.Context(), nc, o)
 	require.NoError(t, err)
 	require.NoError(t, s.AddModel(t.Context(), "some/model", []byte(`{"modules": []}`)))

@@ -14,12 +14,8 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 )
 
-const (
-	// lease is how long a worker may be silent before others take its jobs.
-	lease = 12 * time.Second
-	// attempts is how often a job is begun: one that ends its worker that often is a danger to all others.
-	attempts = 3
-)
+// attempts is how often a job is begun: one that ends its worker that often is a danger to all others.
+const attempts = 3
 
 func streamOf(model string) string { return "WORK-" + token(model) }
 
@@ -35,7 +31,7 @@ func (s *Store) AddModel(ctx context.Context, name string, description []byte) e
 	for _, p := range Priorities {
 		if _, err := s.js.CreateOrUpdateConsumer(ctx, streamOf(name), jetstream.ConsumerConfig{
 			Durable: string(p), FilterSubject: "work." + token(name) + "." + string(p) + ".>", AckPolicy: jetstream.AckExplicitPolicy,
-			AckWait: lease, MaxAckPending: 4096}); err != nil {
+			AckWait: s.options.Lease, MaxAckPending: 4096}); err != nil {
 			return unreachable(err)
 		}
 	}
@@ -148,11 +144,7 @@ func (q *Queue) pull(class string, iter jetstream.MessagesContext) {
 		for q.held >= q.window && !q.closed {
 			q.room.Wait()
 		}
-		closed := q.closed
 		q.mu.Unlock()
-		if closed {
-			return
-		}
 		msg, err := iter.Next()
 		if errors.Is(err, jetstream.ErrMsgIteratorClosed) {
 			return
@@ -169,12 +161,8 @@ func (q *Queue) pull(class string, iter jetstream.MessagesContext) {
 		}
 		l.tasks[t.Owner] = append(l.tasks[t.Owner], t)
 		q.held++
-		closed = q.closed
 		q.mu.Unlock()
 		q.wake()
-		if closed {
-			return
-		}
 	}
 }
 
@@ -243,18 +231,19 @@ func (q *Queue) Close() {
 	q.room.Broadcast()
 	q.mu.Unlock()
 	for _, iter := range q.iters {
-		iter.Stop()
+		iter.Drain() // what has come already is pulled, and given back below
 	}
 	q.done.Wait()
 	for t := q.pop(); t != nil; t = q.pop() {
 		t.Release()
 	}
+	_ = q.store.nc.FlushTimeout(time.Second)
 }
 
 // beat keeps the task ours until it is ended.
 func (t *Task) beat() {
 	go func() {
-		tick := time.NewTicker(lease / 4)
+		tick := time.NewTicker(t.store.options.Lease / 4)
 		defer tick.Stop()
 		for {
 			select {

@@ -21,6 +21,7 @@ const inline = 512 << 10
 // Options say how jobs are kept.
 type Options struct {
 	Keep     time.Duration // jobs and results, from their last change on; 0 is a day
+	Lease    time.Duration // how long a worker may be silent before others take its jobs; 0 is 12 seconds
 	Replicas int           // of everything, in a cluster; 0 is one
 	MaxQueue int           // jobs of one owner that wait for one model; 0 is 64
 	Storage  int64         // bytes on disk of each queue, of requests, uploads and results; 0 is as much as there is
@@ -44,6 +45,9 @@ type Store struct {
 func Open(ctx context.Context, nc *nats.Conn, o Options) (*Store, error) {
 	if o.Keep == 0 {
 		o.Keep = 24 * time.Hour
+	}
+	if o.Lease == 0 {
+		o.Lease = 12 * time.Second
 	}
 	if o.Replicas == 0 {
 		o.Replicas = 1

@@ -1,0 +1,40 @@
+package server
+
+import (
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+// rates hold each owner to a number of jobs a second, with room for a burst of twice as many.
+type rates struct {
+	mu      sync.Mutex
+	general float64
+	known   map[string]*rate.Limiter
+}
+
+func newRates(general float64) *rates {
+	return &rates{general: general, known: map[string]*rate.Limiter{}}
+}
+
+// take notes a job, and gives how long its owner has to wait first: then it was not noted.
+func (r *rates) take(a *asked) time.Duration {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	limiter := r.known[a.owner]
+	if limiter == nil {
+		own := r.general
+		if a.key != nil && a.key.Rate > 0 {
+			own = a.key.Rate
+		}
+		limiter = rate.NewLimiter(rate.Limit(own), max(1, int(2*own)))
+		r.known[a.owner] = limiter
+	}
+	reserved := limiter.Reserve()
+	wait := reserved.Delay()
+	if wait > 0 {
+		reserved.Cancel()
+	}
+	return wait
+}
