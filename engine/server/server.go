@@ -176,6 +176,8 @@ func statusOf(err error) int {
 		return http.StatusRequestEntityTooLarge
 	case errors.Is(err, jobs.ErrNone):
 		return http.StatusNotFound
+	case errors.Is(err, jobs.ErrNoModel):
+		return http.StatusNotFound
 	case errors.Is(err, jobs.ErrFull):
 		return http.StatusTooManyRequests
 	case fault.As(err).Code == fault.Internal:
@@ -291,9 +293,6 @@ func (s *Server) submit(a *asked) error {
 	head, err := remote.ReadHead(data)
 	if err != nil {
 		return refusal{http.StatusBadRequest, err}
-	}
-	if _, err := s.store.Model(a.ctx, head.Model); err != nil {
-		return refusal{http.StatusNotFound, err}
 	}
 	in := &jobs.Submission{Owner: a.owner, Model: head.Model, Kind: head.Kind, Mark: mark, Request: data}
 	if a.key != nil {
@@ -463,7 +462,7 @@ func (s *Server) models(a *asked) error {
 func (s *Server) model(a *asked) error {
 	data, err := s.store.Model(a.ctx, a.r.PathValue("name"))
 	if err != nil {
-		return refusal{http.StatusNotFound, err}
+		return err
 	}
 	plain(a.w, "application/json", data)
 	return nil

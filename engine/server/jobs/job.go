@@ -60,7 +60,6 @@ type record struct {
 	Job
 	Owner    string `json:"owner"`
 	Attempts int    `json:"attempts"` // how often a worker has begun it
-	Sequence uint64 `json:"sequence"` // of its message in the queue
-	Class    string `json:"class"`    // the queue's subject, which its consumer has
+	Class    string `json:"class"`    // its priority, which is a consumer of the queue
 	revision uint64
 }

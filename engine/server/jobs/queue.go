@@ -73,11 +73,15 @@ func (s *Store) Models(ctx context.Context) ([]string, error) {
 
 // Depth is how many jobs wait for a model, those under way included.
 func (s *Store) Depth(ctx context.Context, model string) (int, error) {
-	stream, err := s.js.Stream(ctx, streamOf(model))
+	stream, err := s.queueOf(ctx, model)
+	if err != nil {
+		return 0, err
+	}
+	info, err := stream.Info(ctx)
 	if err != nil {
 		return 0, unreachable(err)
 	}
-	return int(stream.CachedInfo().State.Msgs), nil
+	return int(info.State.Msgs), nil
 }
 
 // Task is a job that a worker has taken. Whoever takes it ends it with Complete, Fail or Release.

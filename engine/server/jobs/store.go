@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -33,12 +34,12 @@ type Store struct {
 	nc       *nats.Conn
 	js       jetstream.JetStream
 	jobs     jetstream.KeyValue // owner.id -> record
-	waiting  jetstream.KeyValue // owner.model.id: jobs that are not final, to count them
 	models   jetstream.ObjectStore
 	uploads  jetstream.ObjectStore
 	payloads jetstream.ObjectStore
 	results  jetstream.ObjectStore
 	answers  jetstream.Stream // small results
+	queues   sync.Map         // name -> jetstream.Stream, as far as they were used
 }
 
 // Open finds the store of a NATS server or cluster, or makes it there.
@@ -63,14 +64,9 @@ func Open(ctx context.Context, nc *nats.Conn, o Options) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{options: o, nc: nc, js: js}
-	for _, b := range []struct {
-		to   *jetstream.KeyValue
-		name string
-	}{{&s.jobs, "jobs"}, {&s.waiting, "waiting"}} {
-		if *b.to, err = js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
-			Bucket: b.name, TTL: o.Keep, Storage: jetstream.FileStorage, Replicas: o.Replicas, History: 1}); err != nil {
-			return nil, unreachable(err)
-		}
+	if s.jobs, err = js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
+		Bucket: "jobs", TTL: o.Keep, Storage: jetstream.FileStorage, Replicas: o.Replicas, History: 1}); err != nil {
+		return nil, unreachable(err)
 	}
 	for _, b := range []struct {
 		to   *jetstream.ObjectStore
@@ -99,7 +95,10 @@ func token(name string) string {
 
 func (o record) key() string { return o.Owner + "." + o.ID }
 
-func (o record) waitingKey() string { return o.Owner + "." + token(o.Model) + "." + o.ID }
+// subject is where its message stands in the queue, alone.
+func (o record) subject() string {
+	return "work." + token(o.Model) + "." + o.Class + "." + o.Owner + "." + o.ID
+}
 
 // unreachable is the error of a queue that cannot be asked.
 func unreachable(err error) error {
@@ -153,9 +152,6 @@ func (s *Store) change(ctx context.Context, r *record) error {
 		return unreachable(err)
 	}
 	r.revision = revision
-	if r.State.Final() {
-		_ = s.waiting.Delete(ctx, r.waitingKey()) // what stays is gone with the job
-	}
 	s.tell(r)
 	return nil
 }
@@ -181,15 +177,37 @@ func (s *Store) Get(ctx context.Context, owner, id string) (*Job, error) {
 
 // position counts the jobs that are taken before a queued one, as far as that can be known.
 func (s *Store) position(ctx context.Context, r *record) int {
-	consumer, err := s.js.Consumer(ctx, streamOf(r.Model), r.Class)
+	stream, err := s.queueOf(ctx, r.Model)
 	if err != nil {
 		return 0
 	}
-	info, err := consumer.Info(ctx)
-	if err != nil || r.Sequence <= info.AckFloor.Stream {
+	message, err := stream.GetLastMsgForSubject(ctx, r.subject())
+	if err != nil {
 		return 0
 	}
-	return int(min(r.Sequence-info.AckFloor.Stream, uint64(info.NumAckPending)+info.NumPending))
+	consumer, err := stream.Consumer(ctx, r.Class)
+	if err != nil {
+		return 0
+	}
+	info := consumer.CachedInfo()
+	ahead := min(message.Sequence-min(message.Sequence, info.AckFloor.Stream), uint64(info.NumAckPending)+info.NumPending)
+	return int(ahead)
+}
+
+// queueOf finds the queue of a model.
+func (s *Store) queueOf(ctx context.Context, model string) (jetstream.Stream, error) {
+	name := streamOf(model)
+	if known, ok := s.queues.Load(name); ok {
+		return known.(jetstream.Stream), nil
+	}
+	stream, err := s.js.Stream(ctx, name)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		return nil, NoModel(model)
+	} else if err != nil {
+		return nil, unreachable(err)
+	}
+	s.queues.Store(name, stream)
+	return stream, nil
 }
 
 // List gives an owner's jobs, the latest first, so many at most.
@@ -269,11 +287,23 @@ func (s *Store) Cancel(ctx context.Context, owner, id string) (*Job, error) {
 		switch err = s.change(ctx, &r); err {
 		case nil:
 			_ = s.nc.Publish("cancel."+r.key(), nil)
+			s.dequeue(ctx, &r)
 			return &r.Job, nil
 		case errRaced:
 		default:
 			return nil, err
 		}
+	}
+}
+
+// dequeue takes the message of a job that nobody will run out of the queue.
+func (s *Store) dequeue(ctx context.Context, r *record) {
+	stream, err := s.queueOf(ctx, r.Model)
+	if err != nil {
+		return
+	}
+	if message, err := stream.GetLastMsgForSubject(ctx, r.subject()); err == nil {
+		_ = stream.DeleteMsg(ctx, message.Sequence) // else a worker finds that the job is final
 	}
 }
 

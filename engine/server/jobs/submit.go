@@ -70,15 +70,15 @@ func (s *Store) Submit(ctx context.Context, in *Submission) (*Job, error) {
 
 // room reports an error where an owner has too many jobs in a queue.
 func (s *Store) room(ctx context.Context, r *record) error {
-	keys, err := s.waiting.ListKeysFiltered(ctx, r.Owner+"."+token(r.Model)+".>")
+	stream, err := s.queueOf(ctx, r.Model)
+	if err != nil {
+		return err
+	}
+	info, err := stream.Info(ctx, jetstream.WithSubjectFilter("work."+token(r.Model)+".*."+r.Owner+".*"))
 	if err != nil {
 		return unreachable(err)
 	}
-	n := 0
-	for range keys.Keys() {
-		n++
-	}
-	if n >= s.options.MaxQueue {
+	if len(info.State.Subjects) >= s.options.MaxQueue {
 		return ErrFull
 	}
 	return nil
@@ -86,7 +86,7 @@ func (s *Store) room(ctx context.Context, r *record) error {
 
 // enqueue puts a job into the queue of its model.
 func (s *Store) enqueue(ctx context.Context, r *record, request []byte) error {
-	m := nats.NewMsg("work." + token(r.Model) + "." + r.Class + "." + r.Owner)
+	m := nats.NewMsg(r.subject())
 	m.Header.Set("Job", r.ID)
 	m.Header.Set("Owner", r.Owner)
 	if len(request) <= inline {
@@ -96,9 +96,6 @@ func (s *Store) enqueue(ctx context.Context, r *record, request []byte) error {
 		if _, err := s.payloads.PutBytes(ctx, r.key(), request); err != nil {
 			return unreachable(err)
 		}
-	}
-	if _, err := s.waiting.PutString(ctx, r.waitingKey(), ""); err != nil {
-		return unreachable(err)
 	}
 	_, err := s.js.PublishMsg(ctx, m, jetstream.WithMsgID(r.ID))
 	switch {
@@ -110,16 +107,19 @@ func (s *Store) enqueue(ctx context.Context, r *record, request []byte) error {
 	return nil
 }
 
-// NoModel is the error of a model that nobody serves.
+// ErrNoModel is the cause of the error of a model that nobody serves.
+var ErrNoModel = errors.New("no such model")
+
+// NoModel is that error.
 func NoModel(name string) error {
-	return fault.New(fault.Remote, "this server has no model %q", name).WithHint("GET /v1/models lists those that it has.")
+	return fault.New(fault.Remote, "this server has no model %q", name).WithCause(ErrNoModel).
+		WithHint("nnsight_go.status() lists those that it has.")
 }
 
 // forget takes back a job that never came into the queue.
 func (s *Store) forget(ctx context.Context, r *record) {
 	ctx = context.WithoutCancel(ctx)
 	_ = s.jobs.Purge(ctx, r.key())
-	_ = s.waiting.Purge(ctx, r.waitingKey())
 }
 
 func classOf(p Priority) string { return string(cmp.Or(p, Normal)) }
