@@ -7,6 +7,7 @@ Run with the Python whose torch the libraries are for. Into ``python/nnsight_go/
     libnng_py.so      pybind/pyobj.cc: Python objects and tensors (for this Python's version)
     libtokenizers.a   the Rust half of engine/token; Go programs link it
     libnnsight_go.so  the Go engine, from capi/
+    nnsight-go        the command, from cmd/nnsight-go: the server of remote traces
 
 The first four are kept in a cache of the user, ``$XDG_CACHE_HOME/nnsight-go/<name>/<hash>/``, where
 the hash covers all that goes into them: sources, flags, compiler, torch. A new clone takes them from
@@ -266,43 +267,49 @@ def tokenizers() -> pathlib.Path:
     return cached("tokenizers", key, build) / "libtokenizers.a"
 
 
-def go_sources() -> list[pathlib.Path]:
-    """Every file that may go into the Go library: all Go packages, and what lies beside their files."""
+def go_sources(*tops: str) -> list[pathlib.Path]:
+    """Every file that may go into what is built from some folders: all Go packages, and what lies beside their files."""
     found: list[pathlib.Path] = []
-    for top in ("capi", "engine", "internal", "pybind", "go.mod", "go.sum"):
+    for top in (*tops, "engine", "internal", "pybind", "go.mod", "go.sum"):
         for path in [ROOT / top, *(ROOT / top).rglob("*")]:
-            beside = top in ("capi", "engine", "internal") and "testdata" not in path.parts
+            beside = top != "pybind" and "testdata" not in path.parts
             if (beside or path.suffix in (".go", ".h", ".mod", ".sum")) and path.is_file():
                 found.append(path)
     return [p for p in found if not p.name.endswith("_test.go")]
 
 
-def nnsight_go() -> None:
-    """The Go engine as a C library. Needs the others. Go's cache decides what is compiled."""
+def go_built(name: str, folder: str, mode: list[str], link: str, inputs: list[pathlib.Path]) -> None:
+    """What Go builds from a folder. Needs the other libraries. Go's cache decides what is compiled."""
     tools = ROOT / "tools" / "build"
     env = json.loads(run([tools / "env.sh", "--python", sys.executable, "--json"]))
     env["NNSIGHT_GO_CC"] = run(["go", "env", "CC"], cwd=ROOT).strip()
-    extld = f"-Wl,--gc-sections -Wl,-z,defs -Wl,--version-script={tools / 'exports.map'}"
-    flags = [
-        "-trimpath",
-        "-buildmode=c-shared",
-        "-ldflags",
-        f"-s -w '-extld={tools / 'link.sh'}' -extldflags '{extld}'",
-    ]
+    flags = ["-trimpath", *mode, "-ldflags", f"-s -w '-extld={tools / 'link.sh'}' -extldflags '-Wl,--gc-sections {link}'"]
 
     # go build takes two seconds to find that nothing changed; this takes none.
-    files = [*go_sources(), tools / "link.sh", tools / "exports.map"]
+    files = [*go_sources(folder.split("/")[0]), tools / "link.sh", *inputs]
     texts = [run(["go", "version"], cwd=ROOT), os.environ.get("GOFLAGS", ""), *flags, json.dumps(env, sort_keys=True)]
     key = digest(texts, [(str(p.relative_to(ROOT)), p) for p in files])
-    out, stamp = SCRATCH / "go" / "libnnsight_go.so", SCRATCH / "go" / "key"
+    out, stamp = SCRATCH / "go" / name, SCRATCH / "go" / f"{name}.key"
     if not (out.is_file() and stamp.is_file() and stamp.read_text() == key):
-        say("nnsight_go ...")
+        say(f"{name} ...")
         start = time.monotonic()
         stamp.unlink(missing_ok=True)
-        run(["go", "build", *flags, "-o", out, "./capi"], cwd=ROOT, env={**os.environ, **env})
+        run(["go", "build", *flags, "-o", out, f"./{folder}"], cwd=ROOT, env={**os.environ, **env})
         stamp.write_text(key)
-        say(f"nnsight_go built in {time.monotonic() - start:.0f} s")
-    put(out, LIB / out.name)
+        say(f"{name} built in {time.monotonic() - start:.0f} s")
+    put(out, LIB / name)
+
+
+def nnsight_go() -> None:
+    """The Go engine as a C library."""
+    exports = ROOT / "tools" / "build" / "exports.map"
+    link = f"-Wl,-z,defs -Wl,--version-script={exports}"
+    go_built("libnnsight_go.so", "capi", ["-buildmode=c-shared"], link, [exports])
+
+
+def command() -> None:
+    """The command, which serves models without Python."""
+    go_built("nnsight-go", "cmd/nnsight-go", [], "", [])
 
 
 def keep_archive(archive: pathlib.Path) -> None:
@@ -322,7 +329,7 @@ def keep_archive(archive: pathlib.Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Builds the engine's libraries into python/nnsight_go/_lib.")
-    names = ["cgotorch", "nng_aten", "nng_py", "tokenizers", "nnsight_go"]
+    names = ["cgotorch", "nng_aten", "nng_py", "tokenizers", "nnsight_go", "command"]
     parser.add_argument("--only", choices=names, help="only this one")
     only = parser.parse_args().only
     start = time.monotonic()
@@ -336,6 +343,8 @@ def main() -> int:
                 keep_archive(tokenizers())
             if only in (None, "nnsight_go"):
                 nnsight_go()
+            if only in (None, "command"):
+                command()
     except BuildError as e:
         say(f"FAILED: {e}")
         return 1

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"log/slog"
+	"runtime"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -131,6 +132,8 @@ func (w *Worker) announce(ctx context.Context) {
 func (w *Worker) serve(taking, running context.Context, s *served) {
 	defer s.chains.Close()
 	defer s.queue.Close()
+	runtime.LockOSThread() // torch's threads belong to the one that computes: another would have to make them anew
+	defer runtime.UnlockOSThread()
 	for t := s.queue.Take(taking); t != nil; t = s.queue.Take(taking) {
 		w.running.Add(1)
 		w.job(running, s, t)
