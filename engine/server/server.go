@@ -135,7 +135,10 @@ func (s *Server) keyed(h func(*asked) error) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		a := &asked{w: w, r: r, ctx: r.Context(), owner: nobody}
 		if s.options.Keys != nil {
-			given, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+			scheme, given, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+			if !strings.EqualFold(scheme, "Bearer") {
+				given = ""
+			}
 			key, err := s.options.Keys.Find(given)
 			if err != nil {
 				s.options.Log.Error("keys", "error", err)
