@@ -107,7 +107,7 @@ func (r *running) open() (models map[string]*engine.Model, closeAll func(), err 
 
 // work runs jobs until ctx ends.
 func (r *running) work(ctx context.Context, store *jobs.Store, models map[string]*engine.Model, log *slog.Logger, m *server.Metrics) (stop func(), err error) {
-	o := work.Options{Limits: r.limits, Seconds: r.seconds, Log: log}
+	o := work.Options{Limits: r.limits, Time: r.seconds, Log: log}
 	if m != nil {
 		o.Done = m.Done
 	}

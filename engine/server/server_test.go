@@ -334,7 +334,7 @@ func endless(t *testing.T) []byte {
 }
 
 func TestWhatTakesTooLongOrIsNotWantedEnds(t *testing.T) {
-	s := start(t, server.Options{}, work.Options{Seconds: 200 * time.Millisecond})
+	s := start(t, server.Options{}, work.Options{Time: 200 * time.Millisecond})
 	s.refused(422, "as long as this server lets one", "POST", "/v1/jobs?wait=60", endless(t))
 
 	s = start(t, server.Options{}, work.Options{})
@@ -369,7 +369,7 @@ func TestAWorkerThatStopsGivesItsJobsBack(t *testing.T) {
 	j, err := s.store.Get(t.Context(), "everybody", job.ID)
 	require.NoError(t, err)
 	require.Equal(t, jobs.Queued, j.State)
-	other, err := work.Start(t.Context(), s.store, map[string]*engine.Model{name: s.model}, work.Options{Seconds: 100 * time.Millisecond})
+	other, err := work.Start(t.Context(), s.store, map[string]*engine.Model{name: s.model}, work.Options{Time: 100 * time.Millisecond})
 	require.NoError(t, err)
 	defer other.Close(t.Context())
 	s.refused(422, "as long as", "GET", "/v1/jobs/"+job.ID+"/result?wait=60", nil)

@@ -22,11 +22,11 @@ import (
 
 // Options say how a worker runs jobs.
 type Options struct {
-	Limits  remote.Limits
-	Seconds time.Duration            // that a job may run; 0 is five minutes
-	Check   func(*graph.Graph) error // looks at each graph before it runs
-	Log     *slog.Logger             // is told of jobs, never of what is in them
-	Done    func(model string, state jobs.State, took time.Duration)
+	Limits remote.Limits
+	Time   time.Duration            // that a job may run; 0 is five minutes
+	Check  func(*graph.Graph) error // looks at each graph before it runs
+	Log    *slog.Logger             // is told of jobs, never of what is in them
+	Done   func(model string, state jobs.State, took time.Duration)
 }
 
 // Worker runs the jobs of its models, one of each model at a time.
@@ -62,8 +62,8 @@ var errStopped = fault.New(fault.Cancelled, "the worker stops")
 
 // Start begins to run the jobs of models, which stay the caller's.
 func Start(ctx context.Context, store *jobs.Store, models map[string]*engine.Model, o Options) (*Worker, error) {
-	if o.Seconds == 0 {
-		o.Seconds = 5 * time.Minute
+	if o.Time == 0 {
+		o.Time = 5 * time.Minute
 	}
 	var id [6]byte
 	_, _ = rand.Read(id[:]) // never fails
@@ -145,9 +145,9 @@ func (w *Worker) serve(taking, running context.Context, s *served) {
 // job runs one, and tells what came of it.
 func (w *Worker) job(running context.Context, s *served, t *jobs.Task) {
 	begun := time.Now()
-	late := fault.New(fault.Remote, "the job has run for %v, which is as long as this server lets one", w.options.Seconds).
+	late := fault.New(fault.Remote, "the job has run for %v, which is as long as this server lets one", w.options.Time).
 		WithHint("Split it, or make it smaller.")
-	ctx, cancel := context.WithTimeoutCause(running, w.options.Seconds, late)
+	ctx, cancel := context.WithTimeoutCause(running, w.options.Time, late)
 	defer cancel()
 	cancelled, stop := t.Cancelled()
 	defer stop()
