@@ -24,7 +24,8 @@ from .wire import Kind, argument
 if TYPE_CHECKING:
     from .edits import Edit
     from .gradients import Gradients
-    from .native import Native, Run
+    from .native import Native
+    from .runners import Runner, Running
     from .sessions import Living
 
 # A tensor from outside up to this many bytes is copied when the block uses it; a larger one is used
@@ -120,6 +121,7 @@ class Recorder:
 
     def __init__(self, native: Native) -> None:
         self.native = native
+        self.runner: Runner = native  # where the graph runs: here, or elsewhere
         self.default_dtype, self.autocast = torch.get_default_dtype(), torch._C._is_any_autocast_enabled()
         self.nodes: list[tuple[Any, ...]] = []
         self.made: list[tuple[Callable[..., Any], Any, Any] | None] = []
@@ -154,7 +156,7 @@ class Recorder:
         self._failed: dict[int, NnsightError] = {}
         self.gradients: Gradients | None = None  # what the block says of them, if it does
         self.mode = mode_now()  # that the model runs under
-        self._run: Run | None = None  # what the engine does of this trace, once a value was needed
+        self._run: Running | None = None  # what the engine does of this trace, once a value was needed
         self._sent = _NOTHING
 
     # ---- invokes ----
@@ -570,8 +572,8 @@ class Recorder:
             if end:
                 self._free()
 
-    def _begin(self, data: bytes, constants: list[torch.Tensor], end: bool) -> Run:
-        return self.native.begin(data, constants, end)
+    def _begin(self, data: bytes, constants: list[torch.Tensor], end: bool) -> Running:
+        return self.runner.begin(data, constants, end)
 
     def _free(self) -> None:
         """Ends the run, if there is one; what is asked for next starts from the beginning."""
