@@ -13,13 +13,15 @@ from typing import Any, Literal, Self, overload
 import torch
 
 from . import _ffi, envoy, foreign, hub, positions, renaming, tracebacks
+from . import remote as remotely
 from .continuation import Continuation
 from .edits import Editable, Editing, EditRecorder
 from .envoy import Envoy
-from .errors import InputError, ModelLoadError, NnsightError, RemoteError
+from .errors import InputError, ModelLoadError, NnsightError
 from .generating import Generating, Generator
 from .native import Native
 from .positions import here
+from .runners import Runner
 from .scanning import ScanRecorder
 from .sessions import Session
 from .streaming import TextStream
@@ -154,12 +156,14 @@ class LanguageModel(Envoy, Editable):
     # ---- tracing ----
 
     @overload
-    def trace(self, *inputs: Any, remote: bool | str = ..., trace: Literal[True] = ..., **kwargs: Any) -> Tracer: ...
+    def trace(
+        self, *inputs: Any, remote: bool | str | None = ..., trace: Literal[True] = ..., **kwargs: Any
+    ) -> Tracer: ...
 
     @overload
-    def trace(self, *inputs: Any, remote: bool | str = ..., trace: Literal[False], **kwargs: Any) -> Any: ...
+    def trace(self, *inputs: Any, remote: bool | str | None = ..., trace: Literal[False], **kwargs: Any) -> Any: ...
 
-    def trace(self, *inputs: Any, remote: bool | str = False, trace: bool = True, **kwargs: Any) -> Any:
+    def trace(self, *inputs: Any, remote: bool | str | None = None, trace: bool = True, **kwargs: Any) -> Any:
         """Begins a trace: ``with model.trace("Hello"):``, or ``with model.trace() as tracer:`` for invokes.
 
         Args:
@@ -174,14 +178,18 @@ class LanguageModel(Envoy, Editable):
         Raises:
             InputError: the input cannot be used.
         """
-        _local(remote)
+        runner = self._runner(remote)
         foreign.options("a trace", kwargs, foreign.TRACE)
-        tracer = Tracer(self, inputs, kwargs)
+        tracer = Tracer(self, inputs, kwargs, runner=runner)
         if trace:
             return tracer
         with tracer:
             out = self.output.save()
         return out
+
+    def _runner(self, remote: bool | str | None) -> Runner | None:
+        """What runs a trace: None for the engine here."""
+        return remotely.runner(self, remote)
 
     @property
     def share_tokens(self) -> bool:
@@ -196,7 +204,7 @@ class LanguageModel(Envoy, Editable):
     def share_tokens(self, on: bool) -> None:
         self._native.share(on)
 
-    def generate(self, *inputs: Any, **settings: Any) -> Generating:
+    def generate(self, *inputs: Any, remote: bool | str | None = None, **settings: Any) -> Generating:
         """Generates text, with every step open: ``with model.generate("Hello", max_new_tokens=5) as tracer:``.
 
         Args:
@@ -216,16 +224,22 @@ class LanguageModel(Envoy, Editable):
         Raises:
             InputError: the input or a setting cannot be used, or there is no room for so many tokens.
         """
-        return Generating(self, inputs, settings)
+        return Generating(self, inputs, settings, self._runner(remote))
 
     def _inputs_of(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Takes the inputs by name out of what ``generate`` was given."""
         return {k: settings.pop(k) for k in ("input_ids", "attention_mask") if k in settings}
 
-    def _continue(self, args: tuple[Any, ...], by_name: dict[str, Any], settings: dict[str, Any]) -> Continuation:
-        return Continuation(self, args, by_name, settings)
+    def _continue(
+        self,
+        args: tuple[Any, ...],
+        by_name: dict[str, Any],
+        settings: dict[str, Any],
+        runner: Runner | None = None,
+    ) -> Continuation:
+        return Continuation(self, args, by_name, settings, runner)
 
-    def stream(self, *inputs: Any, **settings: Any) -> TextStream:
+    def stream(self, *inputs: Any, remote: bool | str | None = None, **settings: Any) -> TextStream:
         """Writes text behind a prompt, in pieces: ``for piece in model.stream("Once", max_new_tokens=50):``.
 
         A piece is what became certain, at least one character. Closing the stream frees the generation.
@@ -237,7 +251,7 @@ class LanguageModel(Envoy, Editable):
         Raises:
             InputError: the input or a setting cannot be used, or there is no room for so many tokens.
         """
-        return TextStream(self, inputs, settings)
+        return TextStream(self, inputs, settings, self._runner(remote))
 
     @property
     def generator(self) -> Generator:
@@ -255,7 +269,7 @@ class LanguageModel(Envoy, Editable):
         foreign.options("a scan", kwargs, foreign.TRACE)
         return Tracer(self, inputs, kwargs, ScanRecorder)
 
-    def session(self, remote: bool | str = False, **kwargs: Any) -> Session:
+    def session(self, remote: bool | str | None = None, **kwargs: Any) -> Session:
         """Several traces in which values flow from one to the next without being saved.
 
         ::
@@ -267,11 +281,10 @@ class LanguageModel(Envoy, Editable):
                     model.transformer.h[5].output[0][:, -1] = h[:, -1]
                     logits = model.lm_head.output.save()
         """
-        _local(remote)
         foreign.options("a session", kwargs, foreign.TRACE)
         if kwargs:
             raise TypeError(f"a session does not take {', '.join(sorted(kwargs))}")
-        return Session()
+        return Session(remote)
 
     def edit(self, inplace: bool = False) -> Editing[Self]:
         """Records interventions that every later trace brings along: ``with model.edit() as edited:``.
@@ -393,15 +406,6 @@ def _is_hosted(name: Any, options: dict[str, Any]) -> tuple[bool, Path | None]:
         return False, directory
     known = isinstance(architectures, list) and bool(architectures)
     return known and architectures[0] not in _ffi.version()["architectures"], directory
-
-
-def _local(remote: bool | str) -> None:
-    if remote:
-        raise RemoteError(
-            "remote traces are not available in this version",
-            hint="Leave `remote` out.",
-            **positions.fields(here()),
-        )
 
 
 def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:

@@ -64,6 +64,7 @@ class Native:
         self.training = False
         self.shares = True  # tokens that are equal, or that nobody looks at, are not computed each
         self._parameters: dict[str, torch.nn.Parameter | torch.Tensor] = {}
+        self._stand_ins: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()
 
     @functools.cached_property
@@ -125,6 +126,21 @@ class Native:
                     known.__class__ = torch.nn.Parameter
                 self._parameters[name] = known
             return known
+
+    def stand_in(self, name: str) -> torch.Tensor:
+        """A tensor without values that means a parameter or buffer where there are no weights: always the same one."""
+        with self._lock:
+            known = self._stand_ins.get(name)
+            if known is None:
+                info = self.parameter_info[name]
+                dtype = getattr(torch, info["dtype"])
+                known = self._stand_ins[name] = torch.empty(info["shape"], dtype=dtype, device="meta")
+            return known
+
+    def name_of(self, tensor: torch.Tensor) -> str | None:
+        """The parameter or buffer that a tensor is, or stands for; None where it is none."""
+        known = (self._stand_ins if tensor.is_meta else self._parameters).items()
+        return next((name for name, parameter in known if parameter is tensor), None)
 
     def begin(self, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> Run:
         """Starts a run of a graph in wire form on this thread.

@@ -314,16 +314,16 @@ class Recorder:
         if node is None:
             node = self._add(_CONST, (shapes.meta_of, (known.sent,), None), known.index)
             self._const_nodes[owner, known.index] = node
-            if tensor.device != self.native.device and tensor.dim() > 0:
+            if tensor.device != self.native.device and tensor.dim() > 0 and not tensor.is_meta:
                 self.moved[node] = tensor.device
         return node
 
     def _capture(self, tensor: torch.Tensor, version: int) -> _Capture:
-        if tensor.is_meta:
+        if tensor.is_meta and not (self.elsewhere and self.native.name_of(tensor)):
             raise InputError("a tensor on the meta device has no values that a trace could use")
         small = tensor.numel() * tensor.element_size() <= COPY_BYTES or tensor.is_inference()
         with torch._C.DisableTorchFunction():
-            sent = tensor.detach().clone() if small and not tensor.requires_grad else tensor
+            sent = tensor.detach().clone() if small and not tensor.requires_grad and not tensor.is_meta else tensor
         capture = _Capture(tensor, version, sent, len(self.captures), here())
         self.captures.append(capture)
         return capture
@@ -331,6 +331,15 @@ class Recorder:
     def constant(self, tensor: torch.Tensor) -> Proxy:
         """A proxy for a tensor from outside."""
         return Proxy._make(self, self._constant(tensor))
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the graph runs on a server, which has weights of its own."""
+        return self.runner is not self.native
+
+    def parameter(self, name: str) -> Proxy:
+        """A parameter or buffer of the model that runs elsewhere."""
+        return self.constant(self.native.stand_in(name))
 
     # ---- access points ----
 

@@ -22,6 +22,7 @@ from .stored import Facts, Recording
 if TYPE_CHECKING:
     from .envoy import Envoy
     from .model import LanguageModel
+    from .runners import Runner
 
 
 class Tracer:
@@ -33,12 +34,19 @@ class Tracer:
     _mode = torchmap.Mode()  # has no state: one does for all
 
     def __init__(
-        self, model: LanguageModel, args: tuple[Any, ...], kwargs: dict[str, Any], kind: type[Recorder] = Recorder
+        self,
+        model: LanguageModel,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kind: type[Recorder] = Recorder,
+        runner: Runner | None = None,
     ) -> None:
         self.model = model
         self._input = inputs.read(model._tokenizer_for_text, args, kwargs) if args or kwargs else None
         self._recorder = kind(model._native)
         self._recorder.edits = model._edits
+        if runner is not None:
+            self._recorder.runner = runner
         self._used = False
 
     @property
