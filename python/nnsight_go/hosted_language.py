@@ -95,7 +95,14 @@ class HostedLanguageModel(NNsight, LanguageModel):
 
     # ---- tracing ----
 
-    def trace(self, *inputs: Any, remote: bool | str | None = None, trace: bool = True, **kwargs: Any) -> Any:
+    def trace(
+        self,
+        *inputs: Any,
+        remote: bool | str | None = None,
+        blocking: bool = True,
+        trace: bool = True,
+        **kwargs: Any,
+    ) -> Any:
         """Begins a trace, as of other language models; keywords are also those of the module's forward."""
         self._runner(remote)
         tracer = LanguageTracer(self, inputs, kwargs)
@@ -106,7 +113,7 @@ class HostedLanguageModel(NNsight, LanguageModel):
         args, named = tracer._given or ((), {})
         return self._module(*args, **named)
 
-    def _runner(self, remote: bool | str | None) -> None:
+    def _runner(self, remote: bool | str | None, blocking: bool = True) -> None:
         """Nothing: such a model is computed here."""
         remotely.refuse(remote)
 

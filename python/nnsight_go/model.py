@@ -157,20 +157,42 @@ class LanguageModel(Envoy, Editable):
 
     @overload
     def trace(
-        self, *inputs: Any, remote: bool | str | None = ..., trace: Literal[True] = ..., **kwargs: Any
+        self,
+        *inputs: Any,
+        remote: bool | str | None = ...,
+        blocking: bool = ...,
+        trace: Literal[True] = ...,
+        **kwargs: Any,
     ) -> Tracer: ...
 
     @overload
-    def trace(self, *inputs: Any, remote: bool | str | None = ..., trace: Literal[False], **kwargs: Any) -> Any: ...
+    def trace(
+        self,
+        *inputs: Any,
+        remote: bool | str | None = ...,
+        blocking: bool = ...,
+        trace: Literal[False],
+        **kwargs: Any,
+    ) -> Any: ...
 
-    def trace(self, *inputs: Any, remote: bool | str | None = None, trace: bool = True, **kwargs: Any) -> Any:
+    def trace(
+        self,
+        *inputs: Any,
+        remote: bool | str | None = None,
+        blocking: bool = True,
+        trace: bool = True,
+        **kwargs: Any,
+    ) -> Any:
         """Begins a trace: ``with model.trace("Hello"):``, or ``with model.trace() as tracer:`` for invokes.
 
         Args:
             inputs: one input: a text, a list of texts, token ids (a list, a list of lists, or an integer
                 tensor ``[seq]`` or ``[batch, seq]``), or what a tokenizer gives. A list of rows of
                 different lengths is padded on the left.
-            remote: not available yet.
+            remote: where it runs: True on the server of ``CONFIG.API.HOST``, ``"https://..."`` on another one,
+                ``"local"`` in this process, but with everything written and read that would travel. A server has
+                weights of its own: those here are not used.
+            blocking: False leaves a remote trace with the server when the block ends: ``tracer.job``.
             trace: False runs the model at once, and returns what it gives.
             kwargs: the same by name, ``input_ids=`` and ``attention_mask=``; how text is tokenized,
                 ``add_special_tokens=``, ``truncation=`` and ``max_length=``.
@@ -178,7 +200,7 @@ class LanguageModel(Envoy, Editable):
         Raises:
             InputError: the input cannot be used.
         """
-        runner = self._runner(remote)
+        runner = self._runner(remote, blocking)
         foreign.options("a trace", kwargs, foreign.TRACE)
         tracer = Tracer(self, inputs, kwargs, runner=runner)
         if trace:
@@ -187,9 +209,9 @@ class LanguageModel(Envoy, Editable):
             out = self.output.save()
         return out
 
-    def _runner(self, remote: bool | str | None) -> Runner | None:
+    def _runner(self, remote: bool | str | None, blocking: bool = True) -> Runner | None:
         """What runs a trace: None for the engine here."""
-        return remotely.runner(self, remote)
+        return remotely.runner(self, remote, blocking)
 
     @property
     def share_tokens(self) -> bool:

@@ -40,6 +40,7 @@ class Native:
             asks for, or the architecture is not one of the engine's.
     """
 
+    job = None  # values are there when a run has ended
     by_input = False  # which access points there are does not depend on the input
 
     def __init__(

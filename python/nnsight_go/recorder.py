@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from . import positions, shapes, skipping, wire
-from .errors import InputError, NnsightError, NotSavedError, OutOfOrderError
+from .errors import InputError, NnsightError, NotSavedError, OutOfOrderError, RemoteError
 from .points import Leaf, Point
 from .positions import Place, here
 from .proxy import Proxy
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .edits import Edit
     from .gradients import Gradients
     from .native import Native
+    from .remote.jobs import Job
     from .runners import Runner, Running
     from .sessions import Living
 
@@ -137,6 +138,7 @@ class Recorder:
         self.forced: Place = None  # a line that used values
         self.bound: dict[tuple[int, str, int], Any] = {}
         self.closed: str | None = None
+        self.job: Job | None = None  # that saved values wait for
         self.stopped = False  # a line has ended the block by `tracer.stop()`
         self.at_end: list[Callable[[], None]] = []  # checks and last reads, before the graph runs
         self.when_done: list[Callable[[], None]] = []  # what is to be done once the saved values are there
@@ -650,9 +652,22 @@ class Recorder:
             count = len(self.nodes)
             self._go_on([p._id for p in saved], end=True, adopt=saved)
             self.kept = list(range(count, len(self.nodes)))
-        self.close("it was not saved")
+        self.job = self.runner.job
+        if self.job is not None:
+            self.job._then(len(saved), self._done, self._failed_later)
+            self.close("the job of its trace has not been waited for")
+        else:
+            self.close("it was not saved")
+            self._done()
+
+    def _done(self) -> None:
+        """Does what is to be done once the saved values are there."""
+        self.job, self.closed = None, "it was not saved"
         for act in self.when_done:
             act()
+
+    def _failed_later(self, error: NnsightError) -> None:
+        self.job, self.closed = None, f"the job of its trace failed with {type(error).__name__}"
 
     def must_run(self) -> bool:
         """Whether the graph runs though nothing is saved: backward passes fill what leaves keep."""
@@ -683,6 +698,11 @@ class Recorder:
             raise NnsightError(
                 f"{name} belongs to another trace, which is still being recorded",
                 hint="Save it there, and use it once that trace has ended.",
+            )
+        if self.job is not None:
+            raise RemoteError(
+                f"{name} is not there yet: {self.closed}",
+                hint="Wait for it: `tracer.job.result()`, or `await tracer.job`.",
             )
         raise NotSavedError(
             f"{name} cannot be used after its trace: {self.closed}",

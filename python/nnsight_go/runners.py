@@ -9,6 +9,7 @@ import torch
 
 if TYPE_CHECKING:
     from .proxy import Proxy
+    from .remote.jobs import Job
 
 Rows = list[list[int]]
 
@@ -76,6 +77,10 @@ class Continuing(Protocol):
 
 class Runner(Protocol):
     """Where recordings run: a model here, or one elsewhere."""
+
+    @property
+    def job(self) -> Job | None:
+        """What the trace that ended last waits for, where its values are not there yet."""
 
     def begin(self, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> Running:
         """Starts a run of a graph in wire form; ``end``: nothing will be added to it."""

@@ -1,23 +1,35 @@
 """Traces that run elsewhere: ``model.trace(prompt, remote=True)``.
 
 What a block records is a graph, which is data: it goes to a server as it would go to the engine. ``runs`` and
-``generations`` stand where the engine stands for a recorder; ``messages`` and ``file`` are what travels.
+``generations`` stand where the engine stands for a recorder; ``messages`` and ``file`` are what travels; ``server``
+is the way there, and ``local`` one that leads back to this process.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import positions, sessions
 from ..errors import InputError
 from ..positions import here
 from .local import InProcess
-from .runs import Remote
+from .runs import Remote, Transport
 
 if TYPE_CHECKING:
     from ..model import LanguageModel
+    from ..runners import Runner
+    from .jobs import Job
+
+__all__ = ["Job", "is_model_running", "refuse", "runner", "status", "waits"]
 
 LOCAL = "local"
+
+
+def _wanted(remote: bool | str | None) -> bool | str:
+    """What the user asked for, or else the session that is open."""
+    if remote is None and sessions.opened.session is not None:
+        remote = sessions.opened.session.remote
+    return remote or False
 
 
 def refuse(remote: bool | str | None) -> None:
@@ -30,22 +42,16 @@ def refuse(remote: bool | str | None) -> None:
         )
 
 
-def _wanted(remote: bool | str | None) -> bool | str:
-    """What the user asked for, or else the session that is open."""
-    if remote is None and sessions.opened.session is not None:
-        remote = sessions.opened.session.remote
-    return remote or False
-
-
-def runner(model: LanguageModel, remote: bool | str | None) -> Remote | None:
+def runner(model: LanguageModel, remote: bool | str | None, blocking: bool = True) -> Remote | None:
     """What runs the traces of a model: None for the engine here.
 
     Args:
         model: which.
-        remote: what the user asked for; None: what the session that is open says, or else the model.
+        remote: what the user asked for; None: what the session that is open says.
+        blocking: wait for values.
 
     Raises:
-        InputError: it says nothing about where.
+        InputError: it says nothing about where, or the model here is in training.
     """
     remote = _wanted(remote)
     if not remote:
@@ -56,6 +62,57 @@ def runner(model: LanguageModel, remote: bool | str | None) -> Remote | None:
             hint="Call model.eval() first.",
             **positions.fields(here()),
         )
+    return Remote(model._native, model.name_or_path, _transport(model, remote), blocking)
+
+
+def _transport(model: LanguageModel, remote: bool | str) -> Transport:
     if remote == LOCAL:
-        return Remote(model._native, model.name_or_path, InProcess(model._native))
-    raise InputError(f"remote={remote!r}", **positions.fields(here()))
+        return InProcess(model._native)
+    from .server import Server
+
+    return Server(remote if isinstance(remote, str) else None)
+
+
+def waits(runner: Runner, what: str) -> None:
+    """Raises where values are needed at once, and nobody is to wait for them."""
+    if isinstance(runner, Remote) and not runner.blocking:
+        raise InputError(
+            f"{what} is waited for, since what follows uses its values",
+            hint="Leave blocking=False out.",
+            **positions.fields(here()),
+        )
+
+
+def status(host: str | None = None) -> dict[str, dict[str, Any]]:
+    """The models that a server has, by name: ``loaded``, ``dtype``, ``architecture``.
+
+    Args:
+        host: ``https://...``; by default ``CONFIG.API.HOST``.
+
+    Raises:
+        RemoteError: it cannot be reached, or refuses.
+    """
+    from .server import Server
+
+    return {str(m.get("name")): m for m in Server(host).models()}
+
+
+def is_model_running(name: str, host: str | None = None) -> bool:
+    """Whether a server has a model.
+
+    Args:
+        name: of the model.
+        host: ``https://...``; by default ``CONFIG.API.HOST``.
+
+    Raises:
+        RemoteError: it cannot be reached, or refuses.
+    """
+    return name in status(host)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Job":  # it brings in an HTTP client, which takes its time
+        from .jobs import Job
+
+        return Job
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

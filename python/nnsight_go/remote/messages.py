@@ -210,6 +210,10 @@ class Answer:
         tensors = {i: self._tensor(found.tensors[i]) for i in set(numbers)}
         return [tensors[i] for i in numbers]
 
+    def all_results(self) -> list[torch.Tensor]:
+        """The values of all steps, in the order in which they were saved."""
+        return [x for number in sorted(self._steps) if self._steps[number].results for x in self.results(number)]
+
     def drawn(self, step: int) -> Drawn:
         """The tokens of a step."""
         drawn = self._step(step).drawn
@@ -231,9 +235,3 @@ class Answer:
 
     def _tensor(self, name: str) -> torch.Tensor:
         return self._file[name].to(self._device)
-
-
-def tensors(data: bytearray) -> list[torch.Tensor]:
-    """All saved values of a response, in the order in which they were saved."""
-    answer = Answer(data, torch.device("cpu"))
-    return [x for step in sorted(answer._steps) if answer._steps[step].results for x in answer.results(step)]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..native import Native
     from ..proxy import Proxy
     from .generations import RemoteGeneration
+    from .jobs import Job
 
 
 class Transport(Protocol):
@@ -35,6 +36,9 @@ class Transport(Protocol):
             NnsightError: it failed, with the user's line where that is known; or there is no way.
         """
 
+    def submit(self, request: bytes, adopt: Sequence[Proxy], device: torch.device) -> Job:
+        """Leaves a request there without waiting for it; these proxies become its values, on a device."""
+
 
 class Remote:
     """A model that is computed elsewhere; the one here knows what its modules are.
@@ -43,10 +47,15 @@ class Remote:
         native: the one here, whose weights are not used.
         name: what the other one is called there.
         transport: the way there.
+        blocking: wait for the values of a trace at its end.
+
+    Attributes:
+        job: that of the trace, where nobody waits for its values.
     """
 
-    def __init__(self, native: Native, name: str, transport: Transport) -> None:
-        self.native, self.name, self.transport = native, name, transport
+    def __init__(self, native: Native, name: str, transport: Transport, blocking: bool = True) -> None:
+        self.native, self.name, self.transport, self.blocking = native, name, transport, blocking
+        self.job: Job | None = None
 
     def begin(self, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> RemoteRun:
         """Starts a run of a graph in wire form; ``end``: nothing will be added to it."""
@@ -100,10 +109,11 @@ class RemoteRun(Program):
 
     def results(self, adopt: Sequence[Proxy] | None) -> list[torch.Tensor]:
         """The values that were asked for last, or, with ``adopt``, nothing: these proxies become them."""
-        return given(self._remote.answer(self.request()).results(0), adopt)
-
-    def request(self) -> bytes:
-        """All of it as a request."""
-        message = self._remote.message()
+        remote = self._remote
+        message = remote.message()
         self.part.want = ["results"]
-        return message.encode(Request(self._remote.name, "trace", [message.step(self.part)]))
+        request = message.encode(Request(remote.name, "trace", [message.step(self.part)]))
+        if adopt is not None and not remote.blocking:
+            remote.job = remote.transport.submit(request, adopt, remote.native.device)
+            return []
+        return given(remote.answer(request).results(0), adopt)
