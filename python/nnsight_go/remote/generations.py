@@ -32,8 +32,9 @@ class RemoteGeneration:
         each = max(settings["num_return_sequences"], settings["num_beams"])
         self._ended = [False] * (len(rows) * each)
         self._done = False
-        # The state of the generator that tokens are drawn from, before the first step.
+        # The states of the generator that tokens are drawn from: before the first of them, and after the last.
         self._random: torch.Tensor | None = None
+        self._after: torch.Tensor | None = None
 
     def step(self, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> RemoteStep:
         """Starts the run of the next step."""
@@ -42,18 +43,23 @@ class RemoteGeneration:
 
     def perform(self, part: Part) -> Answer:
         """Has the next step done, or so much of it as is known."""
-        sampled = self._settings["do_sample"]
-        if sampled and self._random is None:
+        draws = self._settings["do_sample"]
+        if draws and self._random is None:
             self._random = torch.get_rng_state()
+        elif draws and "drawn" in part.want:
+            now = torch.get_rng_state()
+            if self._after is None or not torch.equal(now, self._after):
+                part.random = now  # the program has drawn, too
         message = self.remote.message()
         steps = [message.step(p) for p in (*self._steps, part)]
-        random = message.random(self._random) if self._random is not None else ""
+        random = message.maybe("random", self._random)
         request = Request(
             self.remote.name, "generate", steps, self._prompt, self._settings, chain=self._chain, random=random
         )
         answer = self.remote.answer(message.encode(request))
-        if sampled and "drawn" in part.want:
-            torch.set_rng_state(answer.random())
+        if draws and "drawn" in part.want:
+            self._after = answer.random()
+            torch.set_rng_state(self._after)
         return answer
 
     def run(self, part: Part) -> Answer:
@@ -103,8 +109,6 @@ class RemoteGeneration:
 
     def end(self, rows: list[bool]) -> bool:
         """Ends rows, and tells whether all have ended."""
-        if any(new and not old for new, old in zip(rows, self._ended, strict=True)):
-            self._chain = secrets.token_hex(16)  # what a server keeps goes on with these rows
         self._steps[-1].ended = rows
         self._ended = [new or old for new, old in zip(rows, self._ended, strict=True)]
         self._done = self._done or all(self._ended)

@@ -45,6 +45,7 @@ class Step(msgspec.Struct, omit_defaults=True):
     want: list[str]
     scores: str = ""
     ended: list[bool] | None = None
+    random: str = ""
 
 
 class Prompt(msgspec.Struct):
@@ -92,7 +93,17 @@ _responses = msgspec.json.Decoder(_Response)
 
 
 class Part(msgspec.Struct):
-    """What a program says at a step: parts of its graph, and the tensors that these number."""
+    """What a program says at a step.
+
+    Attributes:
+        graphs: parts of its graph.
+        constants: the tensors that these number.
+        end: nothing will be added to it.
+        want: what of it is to come back.
+        scores: what its tokens are drawn from, in place of its own.
+        ended: rows that the program ends after it.
+        random: the state of the generator that its tokens are drawn from, where that is not what the step before left.
+    """
 
     graphs: list[bytes]
     constants: list[torch.Tensor]
@@ -100,6 +111,7 @@ class Part(msgspec.Struct):
     want: list[str] = []
     scores: torch.Tensor | None = None
     ended: list[bool] | None = None
+    random: torch.Tensor | None = None
 
 
 class Message:
@@ -119,12 +131,12 @@ class Message:
         """Adds what a step needs."""
         program = [self._add("graph", graph) for graph in part.graphs]
         constants = [self._constant(tensor) for tensor in part.constants]
-        scores = "" if part.scores is None else self._add("scores", part.scores)
-        return Step(program, constants, part.end, part.want, scores, part.ended)
+        scores, random = self.maybe("scores", part.scores), self.maybe("random", part.random)
+        return Step(program, constants, part.end, part.want, scores, part.ended, random)
 
-    def random(self, state: torch.Tensor) -> str:
-        """Adds the state of the generator."""
-        return self._add("random", state)
+    def maybe(self, kind: str, tensor: torch.Tensor | None) -> str:
+        """Adds a tensor, if there is one, and gives its name."""
+        return "" if tensor is None else self._add(kind, tensor)
 
     def encode(self, request: Request) -> bytes:
         """The whole as a file."""
