@@ -430,3 +430,48 @@ def test_how_a_job_goes_is_shown(model: LanguageModel, server: Server, monkeypat
         shown = terminal.getvalue()
         assert ("queued, 2 before it, 0 s" in shown and shown.endswith("\r")) == logging
         assert bool(shown) == logging
+
+
+# ---- models whose weights are elsewhere ----
+
+
+@pytest.fixture
+def bare(model: LanguageModel, tmp_path: pathlib.Path) -> pathlib.Path:
+    """The model's directory without its weights."""
+    for file in model.directory.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def test_a_model_without_weights(model: LanguageModel, server: Server, bare: pathlib.Path) -> None:
+    there = LanguageModel(bare, remote=server.host)
+    assert torch.allclose(logits(there), logits(model), atol=1e-5)
+    assert len(server.jobs) == 1 and not there.dispatched
+    assert "".join(there.stream(PROMPT, max_new_tokens=3)) == "".join(model.stream(PROMPT, max_new_tokens=3))
+    with there.edit() as edited:
+        edited.transformer.h[1].output[0][:] = 0
+    assert not torch.allclose(logits(edited), logits(model))
+    with there.scan(PROMPT):
+        shape = there.lm_head.output.save().shape
+    assert shape[0] == 1
+    with pytest.raises(nnsight_go.ModelLoadError, match="without weights"):
+        logits(there, False)
+    with pytest.raises(nnsight_go.ModelLoadError, match="without weights"):
+        _ = there.lm_head.weight
+    with pytest.raises(nnsight_go.ModelLoadError, match="no safetensors weights"):
+        LanguageModel(bare)
+
+
+def test_a_model_that_only_the_server_knows(model: LanguageModel, server: Server) -> None:
+    there = LanguageModel("somebody/something", remote=server.host, local_files_only=True)
+    assert there.dtype == torch.float32 and there.config == model.config | {"dtype": "float32"}
+    with there.trace([1, 2, 3]):
+        got = there.lm_head.output.save()
+    with model.trace([1, 2, 3]):
+        want = model.lm_head.output.save()
+    assert torch.allclose(got, want, atol=1e-5)
+    with pytest.raises(InputError, match="without a tokenizer|tokenizer"):
+        there.trace("text")
+    server.faults["GET"].append(status(404, {"error": {"code": "RemoteError", "message": "no such model"}}))
+    with pytest.raises(nnsight_go.ModelLoadError, match="no such model"):
+        LanguageModel("somebody/something", remote=server.host, local_files_only=True)

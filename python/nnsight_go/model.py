@@ -86,6 +86,9 @@ class LanguageModel(Envoy, Editable):
             engine cannot. By default the engine does what it can, and transformers the rest.
         prepack: weights that are used again and again on the CPU get a copy in a layout that multiplies faster:
             True for up to 2 GiB of copies, a number for so many bytes, False for none.
+        remote: where the model's traces run unless they say otherwise, as ``trace`` takes it. With a server, no
+            weights are looked for or downloaded here, and the model runs nowhere else; where its config is not to be
+            had either, the server tells what it is, and prompts are token ids.
         options: what programs written for nnsight give: taken where it changes nothing here
             (``trust_remote_code``, ``task="text-generation"``, ...).
 
@@ -109,8 +112,13 @@ class LanguageModel(Envoy, Editable):
         model.__dict__["_found"] = directory
         return model
 
+    _remote: bool | str | None = None  # where traces run unless they say otherwise
+
     def _locate(self, name: Any, *where: Any) -> Path:
         """The directory of a model, which is looked for once."""
+        if remotely.is_server(self._remote):
+            self._described = remotely.Described(name, self._remote, *where)  # which lives as long
+            return self._described.path
         return self.__dict__.pop("_found", None) or hub.resolve(name, *where)
 
     def __init__(
@@ -129,6 +137,7 @@ class LanguageModel(Envoy, Editable):
         torch_dtype: torch.dtype | str | None = None,
         native: bool | None = None,
         prepack: bool | int = True,
+        remote: bool | str | None = None,
         **options: Any,
     ) -> None:
         foreign.options("LanguageModel(...)", options, foreign.OPENING)
@@ -140,9 +149,11 @@ class LanguageModel(Envoy, Editable):
                 hint="Save it with save_pretrained(directory), and open that directory.",
                 **positions.fields(here()),
             )
+        self._remote, bare = remote, remotely.is_server(remote)
         directory = self._locate(name, revision, token, cache_dir, local_files_only)
-        of = _dtype(dtype if dtype is not None else torch_dtype)
-        engine = Native(directory, of, _device(device_map), dispatch, prepack)
+        given = dtype if dtype is not None else torch_dtype
+        of = _dtype(remotely.dtype(directory) if bare and given in (None, "auto") else given)
+        engine = Native(directory, of, _device(device_map), dispatch, prepack, bare)
         super().__init__(engine, "", engine.description["modules"][0])
         self._directory = directory
         self._name_or_path = os.fspath(name)
@@ -323,7 +334,15 @@ class LanguageModel(Envoy, Editable):
     def _view(self) -> LanguageModel:
         view = LanguageModel.__new__(type(self))
         Envoy.__init__(view, self._native, "", self._native.description["modules"][0])
-        for name in ("_directory", "_name_or_path", "_tokenizer_given", "_tokenizer_lock", "_tokenizer", "_edits"):
+        for name in (
+            "_directory",
+            "_name_or_path",
+            "_remote",
+            "_tokenizer_given",
+            "_tokenizer_lock",
+            "_tokenizer",
+            "_edits",
+        ):
             setattr(view, name, getattr(self, name))
         envoy.grow(view, self._native.description["modules"])
         view._rename = self._rename
@@ -415,7 +434,7 @@ def _is_hosted(name: Any, options: dict[str, Any]) -> tuple[bool, Path | None]:
     """
     if isinstance(name, torch.nn.Module) or options.get("native") is False:
         return True, None
-    if options.get("native") or not isinstance(name, str | os.PathLike):
+    if options.get("native") or remotely.is_server(options.get("remote")) or not isinstance(name, str | os.PathLike):
         return False, None
     where = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
     try:

@@ -34,6 +34,7 @@ class Native:
         device: where the model computes.
         load: map the weights now, rather than before the first run.
         prepack: packed copies of weights: whether to make them, or how many bytes of them.
+        bare: there need be no weights: the model is computed elsewhere.
 
     Raises:
         ModelLoadError: a file is missing or spoilt, a tensor has another shape than the architecture
@@ -50,9 +51,10 @@ class Native:
         device: torch.device,
         load: bool = False,
         prepack: bool | int = True,
+        bare: bool = False,
     ) -> None:
         room = 0 if prepack is True else prepack or -1  # to the engine 0 is its default
-        options: dict[str, Any] = {"device": str(device), "load": load, "prepack": room}
+        options: dict[str, Any] = {"device": str(device), "load": load, "prepack": room, "bare": bare}
         if dtype is not None:
             options["dtype"] = str(dtype).removeprefix("torch.")
         handle = ctypes.c_uint64()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import positions, sessions
 from ..errors import InputError
 from ..positions import here
+from .describing import Described, dtype
 from .local import InProcess
 from .runs import Remote, Transport
 
@@ -20,16 +21,21 @@ if TYPE_CHECKING:
     from ..runners import Runner
     from .jobs import Job
 
-__all__ = ["Job", "is_model_running", "refuse", "runner", "status", "waits"]
+__all__ = ["Described", "Job", "dtype", "is_model_running", "is_server", "refuse", "runner", "status", "waits"]
 
 LOCAL = "local"
 
 
-def _wanted(remote: bool | str | None) -> bool | str:
-    """What the user asked for, or else the session that is open."""
+def _wanted(remote: bool | str | None, otherwise: bool | str | None = None) -> bool | str:
+    """What the user asked for, or else the session that is open, or else the model."""
     if remote is None and sessions.opened.session is not None:
         remote = sessions.opened.session.remote
-    return remote or False
+    return (otherwise if remote is None else remote) or False
+
+
+def is_server(remote: bool | str | None) -> bool:
+    """Whether it means another process."""
+    return bool(remote) and remote != LOCAL
 
 
 def refuse(remote: bool | str | None) -> None:
@@ -47,13 +53,13 @@ def runner(model: LanguageModel, remote: bool | str | None, blocking: bool = Tru
 
     Args:
         model: which.
-        remote: what the user asked for; None: what the session that is open says.
+        remote: what the user asked for; None: what the session that is open says, or else the model.
         blocking: wait for values.
 
     Raises:
         InputError: it says nothing about where, or the model here is in training.
     """
-    remote = _wanted(remote)
+    remote = _wanted(remote, model._remote)
     if not remote:
         return None
     if model._native.training:
