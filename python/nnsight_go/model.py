@@ -334,15 +334,8 @@ class LanguageModel(Envoy, Editable):
     def _view(self) -> LanguageModel:
         view = LanguageModel.__new__(type(self))
         Envoy.__init__(view, self._native, "", self._native.description["modules"][0])
-        for name in (
-            "_directory",
-            "_name_or_path",
-            "_remote",
-            "_tokenizer_given",
-            "_tokenizer_lock",
-            "_tokenizer",
-            "_edits",
-        ):
+        names = "_directory _name_or_path _remote _tokenizer_given _tokenizer_lock _tokenizer _edits"
+        for name in names.split():
             setattr(view, name, getattr(self, name))
         envoy.grow(view, self._native.description["modules"])
         view._rename = self._rename

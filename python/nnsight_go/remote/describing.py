@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from .. import hub
 from ..errors import ModelLoadError, NnsightError
@@ -18,16 +17,27 @@ class Described:
     Args:
         name: of the model, or its directory.
         remote: the server that has it.
-        where: revision, token, cache and whether to download, as ``hub.resolve`` takes them.
+        revision: this and what follows as ``hub.resolve`` takes it.
+        token: likewise.
+        cache_dir: likewise.
+        local_files_only: likewise.
 
     Raises:
         ModelLoadError: neither its files are to be had, nor does the server know it.
     """
 
-    def __init__(self, name: str | os.PathLike[str], remote: bool | str | None, *where: Any) -> None:
+    def __init__(
+        self,
+        name: str | os.PathLike[str],
+        remote: bool | str | None,
+        revision: str | None,
+        token: str | bool | None,
+        cache_dir: str | os.PathLike[str] | None,
+        local_files_only: bool,
+    ) -> None:
         self._own: tempfile.TemporaryDirectory[str] | None = None
         try:
-            self.path = hub.resolve(name, *where, weights=False)
+            self.path = hub.resolve(name, revision, token, cache_dir, local_files_only, weights=False)
         except ModelLoadError as error:
             self.path = self._asked(os.fspath(name), remote, error)
 
