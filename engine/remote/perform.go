@@ -250,7 +250,7 @@ func (x *performing) constant(c *Constant) (aten.Tensor, error) {
 	}
 	if c.Grad {
 		defer t.Free()
-		return aten.Track(t, false)
+		return aten.Leaf(t)
 	}
 	return t, nil
 }

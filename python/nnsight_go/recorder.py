@@ -649,9 +649,14 @@ class Recorder:
         for p in saved:
             self.alive(p)
         if saved or self.must_run():
+            brought: list[Proxy] = []
+            if self.elsewhere and self.gradients is not None:
+                brought, put = self.gradients.brought(saved)
+                self.when_done.append(put)
             count = len(self.nodes)
-            self._go_on([p._id for p in saved], end=True, adopt=saved)
-            self.kept = list(range(count, len(self.nodes)))
+            wanted = saved + brought
+            self._go_on([p._id for p in wanted], end=True, adopt=wanted)
+            self.kept = list(range(count, count + len(saved)))
         self.job = self.runner.job
         if self.job is not None:
             self.job._then(len(saved), self._done, self._failed_later)
