@@ -78,6 +78,7 @@ func nngo_model_open(dir, options *C.char, out *C.nng_model, err *C.nng_buf) C.i
 			DType  string `json:"dtype"`
 			Device string `json:"device"`
 			Load   bool   `json:"load"`
+			Bare   bool   `json:"bare"`
 
 			Prepack int64 `json:"prepack"`
 		}
@@ -86,7 +87,8 @@ func nngo_model_open(dir, options *C.char, out *C.nng_model, err *C.nng_buf) C.i
 				return fault.New(fault.Input, "the options are not JSON: %v", e)
 			}
 		}
-		m, e := engine.Open(C.GoString(dir), engine.Options{DType: o.DType, Device: o.Device, Load: o.Load, Prepack: o.Prepack})
+		m, e := engine.Open(C.GoString(dir), engine.Options{
+			DType: o.DType, Device: o.Device, Load: o.Load, Bare: o.Bare, Prepack: o.Prepack})
 		if e != nil {
 			return e
 		}

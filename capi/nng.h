@@ -73,7 +73,8 @@ int nng_counters(nng_buf* out, nng_buf* err);
 
 /* Opens a model directory: reads the config and the headers of its weights, not the weights.
  * options is JSON: {"dtype": "float32" | "float16" | "bfloat16" | null (as stored),
- * "device": "cpu" | "cuda:0", "load": bool (map the weights now), "prepack": int (bytes of packed weights that
+ * "device": "cpu" | "cuda:0", "load": bool (map the weights now), "bare": bool (there need be no weights: the
+ * model is described, and never runs), "prepack": int (bytes of packed weights that
  * are kept to multiply with; 0: 2 GiB; negative: none)}. */
 int nng_model_open(const char* dir, const char* options, nng_model* out, nng_buf* err);
 

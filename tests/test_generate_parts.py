@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nnsight_go import InputError, LanguageModel, NotSavedError, OutOfOrderError, StepLoopError
-from nnsight_go.generation import Handle
+from nnsight_go.native import Handle
 from test_generate import IDS, RAGGED, Made, blocks, close, made, of_the_engine, theirs_generate
 
 __all__ = ["made"]  # the fixture

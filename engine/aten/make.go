@@ -57,6 +57,11 @@ func DetachInPlace(t Tensor) {
 	}
 }
 
+// Leaf makes t a tensor whose gradient backward passes fill, and gives it.
+func Leaf(t Tensor) (Tensor, error) {
+	return run("aten::requires_grad_.default", TensorValue(t), BoolValue(true))
+}
+
 // Clone copies a tensor, keeping the order of its axes in memory.
 func Clone(t Tensor) (Tensor, error) { return run("aten::clone.default", TensorValue(t)) }
 

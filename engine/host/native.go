@@ -29,6 +29,7 @@ type Options struct {
 	DType  string // torch's name; "" keeps what the checkpoint holds
 	Device string // "cpu", "cuda:0"; "" is the CPU
 	Load   bool   // map the weights at once, rather than before the first run
+	Bare   bool   // there need be no weights: the model is described, and runs elsewhere
 
 	// Prepack is how many bytes of packed weights are kept to multiply with: 0 for DefaultPrepack,
 	// negative for none.
@@ -80,6 +81,12 @@ func Open(dir string, o Options) (*Native, error) {
 	}
 	if m.device == "" {
 		m.device = "cpu"
+	}
+	if o.Bare {
+		if m.dtype == "" {
+			m.dtype = "float32"
+		}
+		return m, nil
 	}
 	if m.checkpoint, err = weights.Open(dir); err != nil {
 		return nil, err
@@ -149,6 +156,10 @@ func (m *Native) load() error {
 	}
 	if m.closed {
 		return errClosed()
+	}
+	if m.checkpoint == nil {
+		return fault.New(fault.ModelLoad, "%s was opened without weights, so the model does not run here", m.dir).
+			WithHint("Run it on a server, or open it without remote=.")
 	}
 	defer plainMode()()
 	params := map[string]aten.Tensor{}

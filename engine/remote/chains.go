@@ -1,6 +1,7 @@
 package remote
 
 import (
+	"slices"
 	"sync"
 	"time"
 
@@ -26,6 +27,7 @@ type chain struct {
 	generation *gen.Generation
 	random     aten.Tensor // the state of the generator that it drew from
 	steps      int
+	scored     bool // the tokens of the last step wait for scores of the client's
 	forget     *time.Timer
 }
 
@@ -40,35 +42,44 @@ func NewChains(most int, idle time.Duration) *Chains {
 }
 
 // take gives the generation that a request continues, the state of its generator and the number of the
-// step that comes next, or nil.
-func (c *Chains) take(owner string, r *Request) (*gen.Generation, aten.Tensor, int) {
+// step that comes next, or nil. scored: that step has run, and its tokens are to be drawn from the request's scores.
+func (c *Chains) take(owner string, r *Request) (g *gen.Generation, random aten.Tensor, at int, scored bool) {
 	none := aten.Tensor{}
 	if c == nil || r.Chain == "" {
-		return nil, none, 0
+		return nil, none, 0, false
 	}
 	key := chainKey{owner, r.Chain}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	known := c.kept[key]
 	if known == nil {
-		return nil, none, 0
+		return nil, none, 0, false
 	}
 	delete(c.kept, key)
 	known.forget.Stop()
-	fits := known.steps < len(r.Steps)
-	for i := 0; fits && i < known.steps; i++ {
+	at = known.steps
+	if known.scored {
+		at--
+	}
+	fits := at < len(r.Steps)
+	for i := 0; fits && i < at; i++ {
 		fits = len(r.Steps[i].Want) == 0 // what is wanted of it must be computed
+	}
+	if fits && known.scored {
+		s := &r.Steps[at]
+		fits = s.Scores != "" && !slices.Contains(s.Want, wantResults)
 	}
 	if !fits {
 		known.free()
-		return nil, none, 0
+		return nil, none, 0, false
 	}
-	return known.generation, known.random, known.steps
+	return known.generation, known.random, at, known.scored
 }
 
-// put keeps a generation that has done all steps of a request. It takes both over.
-func (c *Chains) put(owner string, r *Request, g *gen.Generation, random aten.Tensor) {
-	one := &chain{generation: g, random: random, steps: len(r.Steps)}
+// put keeps a generation that has done all steps of a request. It takes both over. scored: the tokens of the last one
+// wait for scores of the client's.
+func (c *Chains) put(owner string, r *Request, g *gen.Generation, random aten.Tensor, scored bool) {
+	one := &chain{generation: g, random: random, steps: len(r.Steps), scored: scored}
 	if c == nil || r.Chain == "" {
 		one.free()
 		return

@@ -99,27 +99,35 @@ type performing struct {
 
 // takeGenerator gives the process's generator the request's state, until back is called.
 func (x *performing) takeGenerator() (back func(), err error) {
-	given, err := x.request.file.tensor(x.request.Random)
-	if err != nil {
-		return nil, err
-	}
-	defer given.Free()
 	generator.Lock()
 	before, err := aten.RandomState("cpu")
 	if err != nil {
 		generator.Unlock()
 		return nil, err
 	}
-	if err := aten.SetRandomState("cpu", given); err != nil {
+	if err := x.setGenerator(x.request.Random); err != nil {
 		before.Free()
 		generator.Unlock()
-		return nil, malformed("what it gives as the state of the generator is none: %v", err)
+		return nil, err
 	}
 	return func() {
 		_ = aten.SetRandomState("cpu", before) // it was there a moment ago
 		before.Free()
 		generator.Unlock()
 	}, nil
+}
+
+// setGenerator gives the process's generator a state that the request has.
+func (x *performing) setGenerator(name string) error {
+	given, err := x.request.file.tensor(name)
+	if err != nil {
+		return err
+	}
+	defer given.Free()
+	if err := aten.SetRandomState("cpu", given); err != nil {
+		return malformed("what it gives as the state of the generator is none: %v", err)
+	}
+	return nil
 }
 
 func (x *performing) trace() error {
@@ -242,7 +250,7 @@ func (x *performing) constant(c *Constant) (aten.Tensor, error) {
 	}
 	if c.Grad {
 		defer t.Free()
-		return aten.Track(t, false)
+		return aten.Leaf(t)
 	}
 	return t, nil
 }
@@ -264,7 +272,7 @@ func (x *performing) given(c *Constant) (aten.Tensor, error) {
 
 func (x *performing) generate(owner string) (err error) {
 	r := x.request
-	state, random, at := x.Chains.take(owner, r)
+	state, random, at, scored := x.Chains.take(owner, r)
 	if state == nil {
 		if state, err = gen.New(x.Model, r.Prompt.Rows, r.Prompt.Masks, *r.Settings); err != nil {
 			return err
@@ -273,7 +281,7 @@ func (x *performing) generate(owner string) (err error) {
 	keep := false
 	defer func() {
 		if keep && err == nil {
-			err = x.keep(owner, state)
+			err = x.keep(owner, state, scored)
 		} else {
 			state.Free()
 		}
@@ -284,19 +292,23 @@ func (x *performing) generate(owner string) (err error) {
 			return err
 		}
 	}
+	if at > 0 && r.Steps[at-1].Ended != nil { // the client has said so since
+		if err := state.End(r.Steps[at-1].Ended); err != nil {
+			return atStep(err, r.Kind, at-1)
+		}
+	}
 	for ; at < len(r.Steps) && !state.Done(); at++ {
-		whole, err := x.step(state, at)
-		if err != nil {
+		if scored, err = x.step(state, at, scored); err != nil {
 			return atStep(err, r.Kind, at)
 		}
-		keep = whole
+		keep = r.Steps[at].End
 	}
 	keep = keep && !state.Done()
 	return nil
 }
 
-// keep lets a request that goes on find its generation.
-func (x *performing) keep(owner string, g *gen.Generation) (err error) {
+// keep lets a request that goes on find its generation. scored: the last step's tokens wait for the client's scores.
+func (x *performing) keep(owner string, g *gen.Generation, scored bool) (err error) {
 	var random aten.Tensor
 	if x.request.Random != "" {
 		if random, err = aten.RandomState("cpu"); err != nil {
@@ -304,47 +316,52 @@ func (x *performing) keep(owner string, g *gen.Generation) (err error) {
 			return err
 		}
 	}
-	x.Chains.put(owner, x.request, g, random)
+	x.Chains.put(owner, x.request, g, random, scored)
 	return nil
 }
 
-// step does one step of a generation, and reports whether another may follow.
-func (x *performing) step(g *gen.Generation, at int) (whole bool, err error) {
+// step does one step of a generation. ran: it has run before, and its tokens are to be drawn. scored: they wait for
+// scores of the client's.
+func (x *performing) step(g *gen.Generation, at int, ran bool) (scored bool, err error) {
 	s, p := &x.request.Steps[at], &x.request.programs[at]
-	consts, err := x.constants(s)
-	if err != nil {
-		return false, err
-	}
-	run, err := g.Begin(p.graph, consts, s.End)
-	if err != nil {
-		return false, err
-	}
-	out, err := x.results(run, p.last, s)
-	if err != nil {
-		return false, err
+	var out StepResult
+	if !ran {
+		consts, err := x.constants(s)
+		if err != nil {
+			return false, err
+		}
+		run, err := g.Begin(p.graph, consts, s.End)
+		if err != nil {
+			return false, err
+		}
+		if out, err = x.results(run, p.last, s); err != nil {
+			return false, err
+		}
 	}
 	out.Step = at
 	if s.End {
-		if whole, err = x.draw(g, s, &out); err != nil {
+		if scored, err = x.draw(g, s, &out, ran); err != nil {
 			return false, err
 		}
 	}
 	if len(s.Want) > 0 {
 		x.response.Steps = append(x.response.Steps, out)
 	}
-	return whole, nil
+	return scored, nil
 }
 
-// draw adds the tokens of a step, unless the client is to have a say in them.
-func (x *performing) draw(g *gen.Generation, s *Step, out *StepResult) (drawn bool, err error) {
-	scores, err := g.Scores()
-	if err != nil {
-		return false, err
-	}
+// draw adds the tokens of a step, unless they wait for scores of the client's.
+func (x *performing) draw(g *gen.Generation, s *Step, out *StepResult, scored bool) (waits bool, err error) {
+	var scores aten.Tensor
 	defer func() { scores.Free() }()
+	if !scored {
+		if scores, err = g.Scores(); err != nil {
+			return false, err
+		}
+	}
 	if s.Scores == "" && slices.Contains(s.Want, wantScores) {
 		out.Scores, err = x.send(scores)
-		return false, err
+		return true, err
 	}
 	if s.Scores != "" {
 		given, err := x.request.file.tensor(s.Scores)
@@ -353,6 +370,11 @@ func (x *performing) draw(g *gen.Generation, s *Step, out *StepResult) (drawn bo
 		}
 		scores.Free()
 		scores = given
+	}
+	if s.Random != "" {
+		if err := x.setGenerator(s.Random); err != nil {
+			return false, err
+		}
 	}
 	tokens, left, err := g.Choose(scores)
 	if err != nil {
@@ -373,7 +395,7 @@ func (x *performing) draw(g *gen.Generation, s *Step, out *StepResult) (drawn bo
 		d := DrawnOf(g, slices.Clone(tokens))
 		out.Drawn = &d
 	}
-	return true, nil
+	return false, nil
 }
 
 // file gives the response as it travels.

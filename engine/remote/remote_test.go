@@ -245,6 +245,64 @@ func TestScoresAreTheClientsToChange(t *testing.T) {
 	require.NotEmpty(t, answer.Steps[0].Left)
 }
 
+func TestWhatTheClientSaysOfAStepLater(t *testing.T) {
+	m := open(t)
+	require.NoError(t, m.Load())
+	random, err := aten.RandomState("cpu")
+	require.NoError(t, err)
+	defer random.Free()
+	live := aten.Live()
+	var want [][]int64
+	for _, chains := range []*Chains{nil, NewChains(4, time.Minute)} {
+		p := &Performer{Model: m, Chains: chains}
+		ask := func(r Request, tensors map[string]aten.Tensor) (Response, file) {
+			tensors["random"] = random
+			out, err := perform(t, p, wire(t, r, nil, tensors))
+			require.NoError(t, err)
+			answer, _ := response(t, out)
+			f, err := readFile(out)
+			require.NoError(t, err)
+			return answer, f
+		}
+		var got [][]int64
+		r := generation(t, 1, "c", true)
+		r.Prompt.Rows, r.Settings.EOS, r.Settings.Pad = [][]int64{{1, 2, 3}, {3, 2, 1}}, []int64{0}, 5
+		sent := map[string]aten.Tensor{}
+		for k := range 4 {
+			last := &r.Steps[k]
+			last.Want = []string{wantScores}
+			answer, f := ask(r, sent) // the scores come back ...
+			if chains != nil {
+				require.Len(t, chains.kept, 1, "the step is kept")
+			}
+			scores, err := f.tensor(answer.Steps[0].Scores)
+			require.NoError(t, err)
+			defer scores.Free()
+			last.Want, last.Scores = []string{wantDrawn}, string(rune('a'+k))
+			sent[last.Scores] = scores
+			if k == 2 { // something else has drawn in between
+				last.Random = "random"
+			}
+			answer, _ = ask(r, sent) // ... and tokens are drawn from them
+			got = append(got, answer.Steps[0].Drawn.Tokens)
+			last.Want = nil
+			if k == 1 {
+				last.Ended = []bool{true, false}
+			}
+			r.Steps = append(r.Steps, Step{End: true})
+		}
+		require.Equal(t, int64(5), got[2][0], "a row that has ended is filled up")
+		if want == nil {
+			want = got
+		}
+		require.Equal(t, want, got)
+		if chains != nil {
+			chains.Close()
+		}
+	}
+	require.LessOrEqual(t, aten.Live(), live+8) // the scores of this test
+}
+
 func TestBadRequests(t *testing.T) {
 	m := open(t)
 	require.NoError(t, m.Load())
@@ -269,6 +327,10 @@ func TestBadRequests(t *testing.T) {
 	wide.Settings.Beams = 1 << 20
 	drawn := generation(t, 1, "", true)
 	drawn.Random = "nothing"
+	scored := generation(t, 2, "", false)
+	scored.Steps[0].Want = []string{wantScores}
+	alone := generation(t, 1, "", false)
+	alone.Steps[0].Random = "c"
 	unended := generation(t, 2, "", false)
 	unended.Steps[0].End = false
 	for says, data := range map[string][]byte{
@@ -286,6 +348,8 @@ func TestBadRequests(t *testing.T) {
 		"rows of each prompt":           wire(t, wide, nil, nil),
 		`no tensor "nothing"`:           wire(t, drawn, nil, nil),
 		"step 0 has no end":             wire(t, unended, nil, nil),
+		"wait for scores":               wire(t, scored, nil, nil),
+		"and the request none":          wire(t, alone, nil, c),
 		"this server takes 2 at once":   nil,
 		"this server sends at once":     nil,
 		"there are none here":           wire(t, trace(Step{Program: []string{"g"}, Constants: []Constant{{Hash: "x"}}, End: true}), g, nil),

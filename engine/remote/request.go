@@ -8,6 +8,7 @@ package remote
 import (
 	"bytes"
 	"encoding/json"
+	"slices"
 
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/gen"
@@ -57,6 +58,7 @@ type Step struct {
 	Want      []string   `json:"want"` // what of it is to come back
 	Scores    string     `json:"scores,omitempty"`
 	Ended     []bool     `json:"ended,omitempty"`
+	Random    string     `json:"random,omitempty"` // tensor that holds the generator's state before its tokens are drawn
 }
 
 // Constant says where a tensor that a graph numbers is: in the file, uploaded before, or in the model.
@@ -167,6 +169,16 @@ func (r *Request) check(l Limits) error {
 		for i := range r.Steps[:len(r.Steps)-1] {
 			if !r.Steps[i].End {
 				return malformed("step %d has no end, and others follow it", i)
+			}
+		}
+		for i := range r.Steps[:len(r.Steps)-1] {
+			if s := &r.Steps[i]; s.Scores == "" && slices.Contains(s.Want, wantScores) {
+				return malformed("the tokens of step %d wait for scores, and others follow it", i)
+			}
+		}
+		for i := range r.Steps {
+			if r.Steps[i].Random != "" && r.Random == "" {
+				return malformed("step %d sends a state of the generator, and the request none", i)
 			}
 		}
 	}

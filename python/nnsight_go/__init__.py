@@ -40,6 +40,7 @@ from .errors import (
 )
 from .graphs import Graph
 from .model import LanguageModel
+from .remote import is_model_running, status
 from .saving import save
 from .sessions import session
 from .tokenizer import Tokenizer
@@ -72,9 +73,11 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "__version__",
+    "is_model_running",
     "load_edit",
     "save",
     "session",
+    "status",
 ]
 
 

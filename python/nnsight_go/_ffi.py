@@ -37,6 +37,12 @@ class Buf(ctypes.Structure):
         lib().nng_free(ctypes.byref(self))
         return out
 
+    def take_array(self) -> bytearray:
+        """As ``take``, for bytes that may be a tensor's memory."""
+        out = bytearray((ctypes.c_char * self.size).from_address(self.data) if self.data else b"")
+        lib().nng_free(ctypes.byref(self))
+        return out
+
 
 _HANDLE, _BUF, _I64 = ctypes.c_uint64, ctypes.POINTER(Buf), ctypes.c_int64
 _HANDLES, _POINTERS = ctypes.POINTER(_HANDLE), ctypes.POINTER(ctypes.c_void_p)
@@ -172,6 +178,13 @@ def call(function: Any, *args: Any) -> bytes:
     out = Buf()
     check(function, *args, ctypes.byref(out))
     return out.take()
+
+
+def call_for_array(function: Any, *args: Any) -> bytearray:
+    """As ``call``, for bytes that may be a tensor's memory."""
+    out = Buf()
+    check(function, *args, ctypes.byref(out))
+    return out.take_array()
 
 
 def failure(code: int, text: bytes) -> NnsightError:

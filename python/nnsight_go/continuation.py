@@ -18,6 +18,7 @@ from .stopping import Stop
 
 if TYPE_CHECKING:
     from .model import LanguageModel
+    from .runners import Runner
 
 
 class Awaited(torch.Tensor):
@@ -61,7 +62,12 @@ class Continuation:
     """
 
     def __init__(
-        self, model: LanguageModel, args: tuple[Any, ...], by_name: dict[str, Any], options: dict[str, Any]
+        self,
+        model: LanguageModel,
+        args: tuple[Any, ...],
+        by_name: dict[str, Any],
+        options: dict[str, Any],
+        runner: Runner | None = None,
     ) -> None:
         rows, masks = inputs.read(model._tokenizer_for_text, args, by_name)
         options = dict(options)
@@ -71,7 +77,7 @@ class Continuation:
             drawing.stop_at(strings, model._tokenizer_for_text)
         if chosen["num_beams"] > 1:
             drawing.alone()
-        self.generation = Generation(model._native, rows, masks, chosen, model._edits, drawing)
+        self.generation = Generation(model._native, rows, masks, chosen, model._edits, drawing, runner)
         self.generation.input = self
         self._awaited: list[Awaited] = []
         self._tokens: torch.Tensor | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -11,27 +11,9 @@ from . import positions
 from .errors import InputError
 from .positions import here
 from .recorder import current
-
-if TYPE_CHECKING:
-    from .generation import Handle
+from .runners import Continuing, Drawn, Rows, Wants
 
 OPTIONS = frozenset({"logits_processor", "stopping_criteria", "streamer", "output_scores", "tokenizer"})
-
-Rows = list[list[int]]
-
-
-class Drawn(NamedTuple):
-    """What a step gave.
-
-    Attributes:
-        tokens: one a row.
-        done: whether it was the last step.
-        rows: in a beam search all tokens of its beams, or at the end of what it found.
-    """
-
-    tokens: list[int]
-    done: bool
-    rows: Rows | None = None
 
 
 class Drawing:
@@ -91,11 +73,13 @@ class Drawing:
             with _aside():
                 self.streamer.put(torch.tensor(rows))
 
-    def draw(self, handle: Handle, rows: Rows, device: torch.device) -> bool:
+    def draw(self, handle: Continuing, rows: Rows, device: torch.device) -> bool:
         """Draws the tokens of the step that is done, adds them to the rows, and tells whether it was the last."""
         with _aside():
-            plain = not self._processors and self.scores is None
-            drawn = handle.next() if plain else self._chosen(handle, rows, device)
+            drawn, left = self._drawn(handle, rows, device)
+            if self.scores is not None:
+                assert left is not None
+                self.scores.append(left)
             if drawn.rows is not None:
                 rows[:] = drawn.rows
             else:
@@ -114,14 +98,15 @@ class Drawing:
             with _aside():
                 self.streamer.end()
 
-    def _chosen(self, handle: Handle, rows: Rows, device: torch.device) -> Drawn:
-        scores = handle.scores()
-        if self._processors:
-            scores = self.process(torch.tensor(rows, device=device), scores)
-        drawn, left = handle.choose(scores)
-        if self.scores is not None:
-            self.scores.append(left)
-        return drawn
+    def _drawn(self, handle: Continuing, rows: Rows, device: torch.device) -> tuple[Drawn, torch.Tensor | None]:
+        if not self._processors:
+            return handle.next(left=self.scores is not None)
+        return handle.choose(self.process(torch.tensor(rows, device=device), handle.scores()))
+
+    @property
+    def wants(self) -> Wants:
+        """What it has to do with the tokens of each step."""
+        return Wants(self.processes, self.scores is not None)
 
     @property
     def processes(self) -> bool:

@@ -252,7 +252,11 @@ class Envoy(Placed):
         if name.startswith("__"):
             raise AttributeError(name)
         if name in self._params:
-            return self._native.parameter(f"{self._path}.{name}" if self._path else name)
+            whole = f"{self._path}.{name}" if self._path else name
+            rec = current.recorder
+            if rec is not None and rec.elsewhere and rec.native is self._native:
+                return rec.parameter(whole)
+            return self._native.parameter(whole)
         if name == "heads" and (f"{self._path}.heads.q", wire.OUTPUT) in self._native.points:
             from .inside import Heads
 

@@ -24,6 +24,7 @@ from .stopping import Stop
 if TYPE_CHECKING:
     from .envoy import Envoy
     from .model import LanguageModel
+    from .runners import Runner
 
 
 class Generator:
@@ -127,11 +128,13 @@ class Chosen:
 class Generating:
     """A generation. Lines outside of loops are of step 0, the prompt. Use it as a context manager, once."""
 
-    def __init__(self, model: LanguageModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.model = model
+    def __init__(
+        self, model: LanguageModel, args: tuple[Any, ...], kwargs: dict[str, Any], runner: Runner | None = None
+    ) -> None:
+        self.model, self._runner = model, runner
         by_name = model._inputs_of(kwargs)
         self._options = kwargs
-        self._own = model._continue(args, by_name, kwargs) if args or by_name else None
+        self._own = model._continue(args, by_name, kwargs, runner) if args or by_name else None
         self._at_end: list[Callable[[], None]] = []
         self._invokes = 0
         self._inside = self._used = False
@@ -294,7 +297,7 @@ class Invoker:
             raise InputError(why, hint=hint, **positions.fields(here()))
         assert self._given is not None
         (args, by_name), self._given = self._given, None
-        self._input = tracer.model._continue(args, by_name, tracer._options)
+        self._input = tracer.model._continue(args, by_name, tracer._options, tracer._runner)
         tracer._invokes += 1
         self._input.enter()
         return self

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _ffi, positions, wire
-from .drawing import Drawing, Drawn
+from . import positions, wire
+from .drawing import Drawing
 from .errors import InputError, NnsightError, OutOfOrderError, StepLoopError
-from .native import Run, _pointers, started
 from .points import Leaf
 from .positions import Place, here
 from .proxy import Proxy
@@ -25,55 +22,11 @@ if TYPE_CHECKING:
     from .edits import Edit
     from .loops import Loop
     from .native import Native
+    from .runners import Runner, Running
 
 
 # Versions of constants that are no tensors yet: values of earlier steps, and the tokens that a step sees.
 _LATER, _DRAWN = -2, -3
-
-
-class Handle:
-    """A generation in the engine."""
-
-    def __init__(self, native: Native, rows: Any, masks: Any, settings: dict[str, Any]) -> None:
-        handle = ctypes.c_uint64()
-        prompt = json.dumps({"rows": rows, "masks": masks}).encode()
-        _ffi.check(
-            _ffi.lib().nng_generation_new, native._handle, prompt, json.dumps(settings).encode(), ctypes.byref(handle)
-        )
-        self._handle = handle.value
-
-    def step(self, graph: bytes, constants: list[torch.Tensor], end: bool) -> Run:
-        """Starts the run of the next step."""
-        return Run(started(_ffi.lib().nng_generation_step, self._handle, graph, constants, end))
-
-    def next(self) -> Drawn:
-        """Draws the tokens of the step that is done."""
-        return Drawn(**json.loads(_ffi.call(_ffi.lib().nng_generation_next, self._handle)))
-
-    def scores(self) -> torch.Tensor:
-        """The scores of the step that is done, to be changed: the first half of ``next``."""
-        pointer = ctypes.c_void_p()
-        _ffi.check(_ffi.lib().nng_generation_scores, self._handle, ctypes.byref(pointer))
-        return _taken(pointer)
-
-    def choose(self, scores: torch.Tensor) -> tuple[Drawn, torch.Tensor]:
-        """The second half of ``next``: draws from scores, and gives what the filters left of them as well."""
-        left = ctypes.c_void_p()
-        with _pointers([scores]) as pointers:
-            given = (self._handle, pointers[0], ctypes.byref(left))
-            out = json.loads(_ffi.call(_ffi.lib().nng_generation_choose, *given))
-        return Drawn(**out), _taken(left)
-
-    def end(self, rows: list[bool]) -> bool:
-        """Ends rows, and tells whether all have ended."""
-        done = ctypes.c_int32()
-        given = (self._handle, (ctypes.c_int32 * len(rows))(*rows), len(rows), ctypes.byref(done))
-        _ffi.check(_ffi.lib().nng_generation_end, *given)
-        return bool(done.value)
-
-    def free(self) -> None:
-        """Gives the memory back."""
-        _ffi.check(_ffi.lib().nng_generation_free, self._handle)
 
 
 class StepRecorder(Recorder):
@@ -83,6 +36,7 @@ class StepRecorder(Recorder):
 
     def __init__(self, generation: Generation, step: int) -> None:
         super().__init__(generation.native)
+        self.runner = generation.runner
         self.generation, self.step = generation, step
         self.living = Living()
         for edit in generation.edits:
@@ -209,7 +163,7 @@ class StepRecorder(Recorder):
             )
         current.recorder = generation.recorder(step)
 
-    def _begin(self, data: bytes, constants: list[torch.Tensor], end: bool) -> Run:
+    def _begin(self, data: bytes, constants: list[torch.Tensor], end: bool) -> Running:
         return self.generation.handle.step(data, constants, end)
 
     def complete(self) -> None:
@@ -241,17 +195,19 @@ class Generation:
         settings: dict[str, Any],
         edits: Sequence[Edit] = (),
         drawing: Drawing | None = None,
+        runner: Runner | None = None,
     ) -> None:
-        self._open(native, edits, drawing or Drawing({}))
+        self._open(native, edits, drawing or Drawing({}), runner)
         each = max(settings["num_return_sequences"], settings["num_beams"])  # rows of each prompt, side by side
         self.sizes = len(rows) * each, max(map(len, rows))
         self.most: int = settings["max_new_tokens"]
         pad = settings["pad_token_id"]
         self.rows = [[pad] * (self.sizes[1] - len(row)) + row for row in rows for _ in range(each)]
-        self.handle = Handle(native, rows, masks, settings)
+        self.handle = self.runner.generation(rows, masks, settings, self.drawing.wants)
 
-    def _open(self, native: Any, edits: Sequence[Edit], drawing: Drawing) -> None:
+    def _open(self, native: Any, edits: Sequence[Edit], drawing: Drawing, runner: Runner | None = None) -> None:
         self.native, self.edits, self.drawing = native, edits, drawing
+        self.runner: Runner = runner or native
         # Each reads values at the end of a step, and gives what is to be done with them once it has run.
         self.collectors: list[Callable[[StepRecorder], Callable[[], None]]] = []
         self.ran = 0  # steps that have run
@@ -331,16 +287,6 @@ class Generation:
 
     def _free(self) -> None:
         self.handle.free()
-
-
-def _taken(pointer: ctypes.c_void_p) -> torch.Tensor:
-    """A tensor that the engine gave away."""
-    py = _ffi.py()
-    try:
-        out: torch.Tensor = py.nngpy_wrap(pointer)
-        return out
-    finally:
-        py.nngpy_tensor_free(pointer)
 
 
 def chosen(which: Any, most: int) -> list[int] | range:

@@ -14,7 +14,7 @@ import torch
 
 from . import shapes
 from .errors import GradientError, InputError
-from .positions import fields, here
+from .positions import Place, fields, here, other_fields
 from .proxy import Proxy
 from .wire import Kind
 
@@ -38,6 +38,7 @@ class Gradients:
         self.open: list[Backward] = []  # blocks that this line stands in, the innermost last
         self.filled = False  # a pass has filled the gradients that values retain
         self.passes = 0
+        self.lost: Place = None  # a line whose own backward is Python, in a trace that runs elsewhere
 
     # ---- values that autograd follows ----
 
@@ -103,6 +104,13 @@ class Gradients:
     ) -> Backward:
         """Records a backward pass, with the hooks of values in it."""
         rec = self._rec
+        if self.lost is not None:
+            raise GradientError(
+                "a custom autograd.Function is computed by Python, and no gradient flows through it in a remote trace",
+                hint="Write it in operations of torch, or run the trace here.",
+                **fields(here()),
+                **other_fields(self.lost),
+            )
         name = rec.number
         given = None if seeds is None else [1, *[None if s is None else [0, name(s)] for s in seeds]]
         retain = create_graph if retain_graph is None else retain_graph
@@ -149,6 +157,49 @@ class Gradients:
         rec._add(Kind.SET_GRAD, None, [0, id], [0, of.node], [0, rec.number(value)])
         self._read[id, of.node] = value
         self._how.setdefault(id, _READ)
+
+    # ---- a trace that runs elsewhere ----
+
+    def brought(self, saved: Sequence[Proxy]) -> tuple[list[Proxy], Callable[[], None]]:
+        """Asks for the gradients that passes elsewhere leave behind, to be put where they belong here.
+
+        Gives them, and what is to be done once they are there: tensors from outside get theirs as from a pass here,
+        which goes on in what they were computed from, and saved values that keep their gradient have it.
+        """
+        rec = self._rec
+        if not self.filled:
+            return [], lambda: None
+        outside = [c.sent for c in rec.captures if c.sent.requires_grad]
+        for tensor in outside:
+            if (name := rec.native.name_of(tensor)) is not None:
+                raise GradientError(
+                    f"{name} is a parameter of the model that runs elsewhere, which keeps its gradient there",
+                    hint="Freeze it, requires_grad_(False), or run the trace here.",
+                    **fields(here()),
+                )
+        outside = list({id(x): x for x in outside}.values())
+        kept = [p for p in saved if self.retains(p)]
+        with torch.no_grad():
+            grads = [self._left(p) for p in (*map(rec.constant, outside), *kept)]
+        found, own = grads[: len(outside)], grads[len(outside) :]
+
+        def put() -> None:
+            # one that no pass came to is zero: it had none
+            pairs = [(x, g) for x, g in zip(outside, found, strict=True) if bool(g.any())]
+            if pairs:
+                torch.autograd.backward([x for x, _ in pairs], [g.to(x.device) for x, g in pairs])
+            for value, gradient in zip(kept, own, strict=True):
+                value.requires_grad_().grad = gradient
+
+        return grads, put
+
+    def _left(self, proxy: Proxy) -> Proxy:
+        """The gradient that a value has at the end of a trace; zero where it has none."""
+        rec, same = self._rec, (shapes.same, (proxy,), None)
+        self.retain(proxy)
+        zero = Proxy._make(rec, rec.call("aten::zeros_like", (proxy,), None, same))
+        rec.call("nng::add_grad", (proxy, zero), None, same)
+        return Proxy._make(rec, rec.call("nng::grad_of", (proxy,), None, same))
 
 
 class Handle:
@@ -342,5 +393,8 @@ def custom(rec: Recorder, apply: Callable[..., Any], args: tuple[Any, ...], kwar
 
     if not torch.is_grad_enabled():
         return apply(*args, **kwargs)  # what it calls is recorded
+    if rec.elsewhere:
+        of(rec).lost = here()
+        return compute(rec, torch.no_grad()(apply), args, kwargs)
     of(rec).follow_reads()
     return compute(rec, apply, args, kwargs)

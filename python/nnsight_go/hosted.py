@@ -103,6 +103,7 @@ class Layout:
 class Hosted:
     """A module, what is known of its forward passes, and the engine's models of them."""
 
+    job = None  # values are there when a run has ended
     by_input = True  # which access points there are depends on the input
 
     def __init__(self, module: torch.nn.Module, batch_dim: int | None = None) -> None:

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import inputs, positions
+from . import remote as remotely
 from .errors import InputError, ModelLoadError
 from .hosted import Given, Layout
-from .model import LanguageModel, _device, _dtype, _local
+from .model import LanguageModel, _device, _dtype
 from .positions import here
 from .tokenizer import Tokenizer
 from .wrapping import HostedInvoker, HostedRecorder, HostedScanRecorder, HostedTracer, NNsight
 
 if TYPE_CHECKING:
     from .continuation import Continuation
+    from .runners import Runner
 
 # What a trace's keywords mean for the tokenizer; all others are the module's own.
 _TOKENIZING = ("add_special_tokens", "max_length", "truncation")
@@ -93,9 +95,16 @@ class HostedLanguageModel(NNsight, LanguageModel):
 
     # ---- tracing ----
 
-    def trace(self, *inputs: Any, remote: bool | str = False, trace: bool = True, **kwargs: Any) -> Any:
+    def trace(
+        self,
+        *inputs: Any,
+        remote: bool | str | None = None,
+        blocking: bool = True,
+        trace: bool = True,
+        **kwargs: Any,
+    ) -> Any:
         """Begins a trace, as of other language models; keywords are also those of the module's forward."""
-        _local(remote)
+        self._runner(remote)
         tracer = LanguageTracer(self, inputs, kwargs)
         if trace:
             return tracer
@@ -103,6 +112,10 @@ class HostedLanguageModel(NNsight, LanguageModel):
             return tracer._output()
         args, named = tracer._given or ((), {})
         return self._module(*args, **named)
+
+    def _runner(self, remote: bool | str | None, blocking: bool = True) -> None:
+        """Nothing: such a model is computed here."""
+        remotely.refuse(remote)
 
     def scan(self, *inputs: Any, **kwargs: Any) -> LanguageTracer:
         """A trace that runs nothing, as of other modules; it takes what ``trace`` takes."""
@@ -202,7 +215,13 @@ class HostedLanguageModel(NNsight, LanguageModel):
         names = ("input_ids", "attention_mask", "add_special_tokens", "truncation")  # max_length is the rows' here
         return {k: settings.pop(k) for k in list(settings) if k in names or isinstance(settings[k], torch.Tensor)}
 
-    def _continue(self, args: tuple[Any, ...], by_name: dict[str, Any], settings: dict[str, Any]) -> Continuation:
+    def _continue(
+        self,
+        args: tuple[Any, ...],
+        by_name: dict[str, Any],
+        settings: dict[str, Any],
+        runner: Runner | None = None,
+    ) -> Continuation:
         able = getattr(self._module, "can_generate", None)
         if able is None or not able():
             raise InputError(

@@ -55,6 +55,7 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     progress: bool = True,
+    weights: bool = True,
 ) -> Path:
     """Finds the directory of a model, downloading it if need be.
 
@@ -69,6 +70,7 @@ def resolve(
         cache_dir: root of the cache, instead of Hugging Face's own.
         local_files_only: never download.
         progress: show a progress bar while downloading.
+        weights: False for a model that is computed elsewhere, of which the small files do.
 
     Returns:
         The directory, which holds ``config.json`` unless the caller named a directory without one.
@@ -97,13 +99,13 @@ def resolve(
         )
     root = Path(cache_dir).expanduser() if cache_dir is not None else cache_root()
     found = _cached(root, text, revision)
-    if found is not None and _is_whole(found):
+    if found is not None and (_is_whole(found) if weights else _is_described(found)):
         return found
     if local_files_only or _offline():
-        if found is not None and _has_weights(found):
+        if found is not None and (_has_weights(found) if weights else (found / "config.json").exists()):
             return found
         _not_cached(text, revision, root, found, local_files_only)
-    return _Download(text, revision, token, root, progress, found).run()
+    return _Download(text, revision, token, root, progress, found, weights).run()
 
 
 def built_in_models() -> list[str]:
@@ -202,6 +204,11 @@ def _is_whole(snapshot: Path) -> bool:
         return False
 
 
+def _is_described(snapshot: Path) -> bool:
+    """Whether a snapshot has what it takes to write traces."""
+    return (snapshot / "config.json").exists() and (snapshot / _TOKENIZER).exists()
+
+
 def _has_weights(snapshot: Path) -> bool:
     if not (snapshot / "config.json").exists():
         return False
@@ -252,6 +259,7 @@ class _Download:
         root: Path,
         progress: bool,
         found: Path | None,
+        weights: bool,
     ) -> None:
         self.name = name
         self.revision = revision
@@ -259,6 +267,7 @@ class _Download:
         self.root = root
         self.progress = progress
         self.found = found
+        self.weights = weights
         # its own constant is fixed at import
         self.endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
@@ -294,8 +303,8 @@ class _Download:
             raise self._explain(error) from error
 
     def _fetch(self) -> Path:
-        snapshot = self._snapshot([*_SMALL, _SINGLE, _INDEX], self.revision)
-        if not (snapshot / _SINGLE).exists():
+        snapshot = self._snapshot([*_SMALL, *([_SINGLE, _INDEX] if self.weights else [])], self.revision)
+        if self.weights and not (snapshot / _SINGLE).exists():
             missing = [s for s in _shards(snapshot) if not (snapshot / s).exists()]
             if missing:
                 self._snapshot(missing, snapshot.name)
@@ -304,7 +313,7 @@ class _Download:
                 f"{self._what} holds no config.json, so it is not a transformers model",
                 hint=f"It holds {self._files(snapshot)}. See {self._page}.",
             )
-        if not _has_weights(snapshot):
+        if self.weights and not _has_weights(snapshot):
             raise ModelLoadError(
                 f"{self._what} holds no whole safetensors weights", hint=self._why_no_weights(snapshot)
             )

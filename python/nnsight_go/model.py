@@ -13,13 +13,15 @@ from typing import Any, Literal, Self, overload
 import torch
 
 from . import _ffi, envoy, foreign, hub, positions, renaming, tracebacks
+from . import remote as remotely
 from .continuation import Continuation
 from .edits import Editable, Editing, EditRecorder
 from .envoy import Envoy
-from .errors import InputError, ModelLoadError, NnsightError, RemoteError
+from .errors import InputError, ModelLoadError, NnsightError
 from .generating import Generating, Generator
 from .native import Native
 from .positions import here
+from .runners import Runner
 from .scanning import ScanRecorder
 from .sessions import Session
 from .streaming import TextStream
@@ -84,6 +86,9 @@ class LanguageModel(Envoy, Editable):
             engine cannot. By default the engine does what it can, and transformers the rest.
         prepack: weights that are used again and again on the CPU get a copy in a layout that multiplies faster:
             True for up to 2 GiB of copies, a number for so many bytes, False for none.
+        remote: where the model's traces run unless they say otherwise, as ``trace`` takes it. With a server, no
+            weights are looked for or downloaded here, and the model runs nowhere else; where its config is not to be
+            had either, the server tells what it is, and prompts are token ids.
         options: what programs written for nnsight give: taken where it changes nothing here
             (``trust_remote_code``, ``task="text-generation"``, ...).
 
@@ -107,8 +112,13 @@ class LanguageModel(Envoy, Editable):
         model.__dict__["_found"] = directory
         return model
 
+    _remote: bool | str | None = None  # where traces run unless they say otherwise
+
     def _locate(self, name: Any, *where: Any) -> Path:
         """The directory of a model, which is looked for once."""
+        if remotely.is_server(self._remote):
+            self._described = remotely.Described(name, self._remote, *where)  # which lives as long
+            return self._described.path
         return self.__dict__.pop("_found", None) or hub.resolve(name, *where)
 
     def __init__(
@@ -127,6 +137,7 @@ class LanguageModel(Envoy, Editable):
         torch_dtype: torch.dtype | str | None = None,
         native: bool | None = None,
         prepack: bool | int = True,
+        remote: bool | str | None = None,
         **options: Any,
     ) -> None:
         foreign.options("LanguageModel(...)", options, foreign.OPENING)
@@ -138,9 +149,11 @@ class LanguageModel(Envoy, Editable):
                 hint="Save it with save_pretrained(directory), and open that directory.",
                 **positions.fields(here()),
             )
+        self._remote, bare = remote, remotely.is_server(remote)
         directory = self._locate(name, revision, token, cache_dir, local_files_only)
-        of = _dtype(dtype if dtype is not None else torch_dtype)
-        engine = Native(directory, of, _device(device_map), dispatch, prepack)
+        given = dtype if dtype is not None else torch_dtype
+        of = _dtype(remotely.dtype(directory) if bare and given in (None, "auto") else given)
+        engine = Native(directory, of, _device(device_map), dispatch, prepack, bare)
         super().__init__(engine, "", engine.description["modules"][0])
         self._directory = directory
         self._name_or_path = os.fspath(name)
@@ -154,19 +167,43 @@ class LanguageModel(Envoy, Editable):
     # ---- tracing ----
 
     @overload
-    def trace(self, *inputs: Any, remote: bool | str = ..., trace: Literal[True] = ..., **kwargs: Any) -> Tracer: ...
+    def trace(
+        self,
+        *inputs: Any,
+        remote: bool | str | None = ...,
+        blocking: bool = ...,
+        trace: Literal[True] = ...,
+        **kwargs: Any,
+    ) -> Tracer: ...
 
     @overload
-    def trace(self, *inputs: Any, remote: bool | str = ..., trace: Literal[False], **kwargs: Any) -> Any: ...
+    def trace(
+        self,
+        *inputs: Any,
+        remote: bool | str | None = ...,
+        blocking: bool = ...,
+        trace: Literal[False],
+        **kwargs: Any,
+    ) -> Any: ...
 
-    def trace(self, *inputs: Any, remote: bool | str = False, trace: bool = True, **kwargs: Any) -> Any:
+    def trace(
+        self,
+        *inputs: Any,
+        remote: bool | str | None = None,
+        blocking: bool = True,
+        trace: bool = True,
+        **kwargs: Any,
+    ) -> Any:
         """Begins a trace: ``with model.trace("Hello"):``, or ``with model.trace() as tracer:`` for invokes.
 
         Args:
             inputs: one input: a text, a list of texts, token ids (a list, a list of lists, or an integer
                 tensor ``[seq]`` or ``[batch, seq]``), or what a tokenizer gives. A list of rows of
                 different lengths is padded on the left.
-            remote: not available yet.
+            remote: where it runs: True on the server of ``CONFIG.API.HOST``, ``"https://..."`` on another one,
+                ``"local"`` in this process, but with everything written and read that would travel. A server has
+                weights of its own: those here are not used.
+            blocking: False leaves a remote trace with the server when the block ends: ``tracer.job``.
             trace: False runs the model at once, and returns what it gives.
             kwargs: the same by name, ``input_ids=`` and ``attention_mask=``; how text is tokenized,
                 ``add_special_tokens=``, ``truncation=`` and ``max_length=``.
@@ -174,14 +211,18 @@ class LanguageModel(Envoy, Editable):
         Raises:
             InputError: the input cannot be used.
         """
-        _local(remote)
+        runner = self._runner(remote, blocking)
         foreign.options("a trace", kwargs, foreign.TRACE)
-        tracer = Tracer(self, inputs, kwargs)
+        tracer = Tracer(self, inputs, kwargs, runner=runner)
         if trace:
             return tracer
         with tracer:
             out = self.output.save()
         return out
+
+    def _runner(self, remote: bool | str | None, blocking: bool = True) -> Runner | None:
+        """What runs a trace: None for the engine here."""
+        return remotely.runner(self, remote, blocking)
 
     @property
     def share_tokens(self) -> bool:
@@ -196,7 +237,7 @@ class LanguageModel(Envoy, Editable):
     def share_tokens(self, on: bool) -> None:
         self._native.share(on)
 
-    def generate(self, *inputs: Any, **settings: Any) -> Generating:
+    def generate(self, *inputs: Any, remote: bool | str | None = None, **settings: Any) -> Generating:
         """Generates text, with every step open: ``with model.generate("Hello", max_new_tokens=5) as tracer:``.
 
         Args:
@@ -216,16 +257,22 @@ class LanguageModel(Envoy, Editable):
         Raises:
             InputError: the input or a setting cannot be used, or there is no room for so many tokens.
         """
-        return Generating(self, inputs, settings)
+        return Generating(self, inputs, settings, self._runner(remote))
 
     def _inputs_of(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Takes the inputs by name out of what ``generate`` was given."""
         return {k: settings.pop(k) for k in ("input_ids", "attention_mask") if k in settings}
 
-    def _continue(self, args: tuple[Any, ...], by_name: dict[str, Any], settings: dict[str, Any]) -> Continuation:
-        return Continuation(self, args, by_name, settings)
+    def _continue(
+        self,
+        args: tuple[Any, ...],
+        by_name: dict[str, Any],
+        settings: dict[str, Any],
+        runner: Runner | None = None,
+    ) -> Continuation:
+        return Continuation(self, args, by_name, settings, runner)
 
-    def stream(self, *inputs: Any, **settings: Any) -> TextStream:
+    def stream(self, *inputs: Any, remote: bool | str | None = None, **settings: Any) -> TextStream:
         """Writes text behind a prompt, in pieces: ``for piece in model.stream("Once", max_new_tokens=50):``.
 
         A piece is what became certain, at least one character. Closing the stream frees the generation.
@@ -237,7 +284,7 @@ class LanguageModel(Envoy, Editable):
         Raises:
             InputError: the input or a setting cannot be used, or there is no room for so many tokens.
         """
-        return TextStream(self, inputs, settings)
+        return TextStream(self, inputs, settings, self._runner(remote))
 
     @property
     def generator(self) -> Generator:
@@ -255,7 +302,7 @@ class LanguageModel(Envoy, Editable):
         foreign.options("a scan", kwargs, foreign.TRACE)
         return Tracer(self, inputs, kwargs, ScanRecorder)
 
-    def session(self, remote: bool | str = False, **kwargs: Any) -> Session:
+    def session(self, remote: bool | str | None = None, **kwargs: Any) -> Session:
         """Several traces in which values flow from one to the next without being saved.
 
         ::
@@ -267,11 +314,10 @@ class LanguageModel(Envoy, Editable):
                     model.transformer.h[5].output[0][:, -1] = h[:, -1]
                     logits = model.lm_head.output.save()
         """
-        _local(remote)
         foreign.options("a session", kwargs, foreign.TRACE)
         if kwargs:
             raise TypeError(f"a session does not take {', '.join(sorted(kwargs))}")
-        return Session()
+        return Session(remote)
 
     def edit(self, inplace: bool = False) -> Editing[Self]:
         """Records interventions that every later trace brings along: ``with model.edit() as edited:``.
@@ -288,7 +334,8 @@ class LanguageModel(Envoy, Editable):
     def _view(self) -> LanguageModel:
         view = LanguageModel.__new__(type(self))
         Envoy.__init__(view, self._native, "", self._native.description["modules"][0])
-        for name in ("_directory", "_name_or_path", "_tokenizer_given", "_tokenizer_lock", "_tokenizer", "_edits"):
+        names = "_directory _name_or_path _remote _tokenizer_given _tokenizer_lock _tokenizer _edits"
+        for name in names.split():
             setattr(view, name, getattr(self, name))
         envoy.grow(view, self._native.description["modules"])
         view._rename = self._rename
@@ -380,7 +427,7 @@ def _is_hosted(name: Any, options: dict[str, Any]) -> tuple[bool, Path | None]:
     """
     if isinstance(name, torch.nn.Module) or options.get("native") is False:
         return True, None
-    if options.get("native") or not isinstance(name, str | os.PathLike):
+    if options.get("native") or remotely.is_server(options.get("remote")) or not isinstance(name, str | os.PathLike):
         return False, None
     where = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
     try:
@@ -393,15 +440,6 @@ def _is_hosted(name: Any, options: dict[str, Any]) -> tuple[bool, Path | None]:
         return False, directory
     known = isinstance(architectures, list) and bool(architectures)
     return known and architectures[0] not in _ffi.version()["architectures"], directory
-
-
-def _local(remote: bool | str) -> None:
-    if remote:
-        raise RemoteError(
-            "remote traces are not available in this version",
-            hint="Leave `remote` out.",
-            **positions.fields(here()),
-        )
 
 
 def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:

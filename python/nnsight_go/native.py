@@ -1,4 +1,4 @@
-"""A model that the engine computes itself: its handle, its description, its parameters, its runs."""
+"""A model that the engine computes itself: its handle, its description, its parameters, its runs and generations."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 
 from . import _ffi, points, wire
 from .points import Point
+from .runners import Drawn, Rows, Wants
 
 if TYPE_CHECKING:
     from .proxy import Proxy
@@ -33,12 +34,14 @@ class Native:
         device: where the model computes.
         load: map the weights now, rather than before the first run.
         prepack: packed copies of weights: whether to make them, or how many bytes of them.
+        bare: there need be no weights: the model is computed elsewhere.
 
     Raises:
         ModelLoadError: a file is missing or spoilt, a tensor has another shape than the architecture
             asks for, or the architecture is not one of the engine's.
     """
 
+    job = None  # values are there when a run has ended
     by_input = False  # which access points there are does not depend on the input
 
     def __init__(
@@ -48,9 +51,10 @@ class Native:
         device: torch.device,
         load: bool = False,
         prepack: bool | int = True,
+        bare: bool = False,
     ) -> None:
         room = 0 if prepack is True else prepack or -1  # to the engine 0 is its default
-        options: dict[str, Any] = {"device": str(device), "load": load, "prepack": room}
+        options: dict[str, Any] = {"device": str(device), "load": load, "prepack": room, "bare": bare}
         if dtype is not None:
             options["dtype"] = str(dtype).removeprefix("torch.")
         handle = ctypes.c_uint64()
@@ -63,6 +67,7 @@ class Native:
         self.training = False
         self.shares = True  # tokens that are equal, or that nobody looks at, are not computed each
         self._parameters: dict[str, torch.nn.Parameter | torch.Tensor] = {}
+        self._stand_ins: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()
 
     @functools.cached_property
@@ -125,6 +130,21 @@ class Native:
                 self._parameters[name] = known
             return known
 
+    def stand_in(self, name: str) -> torch.Tensor:
+        """A tensor without values that means a parameter or buffer where there are no weights: always the same one."""
+        with self._lock:
+            known = self._stand_ins.get(name)
+            if known is None:
+                info = self.parameter_info[name]
+                dtype = getattr(torch, info["dtype"])
+                known = self._stand_ins[name] = torch.empty(info["shape"], dtype=dtype, device="meta")
+            return known
+
+    def name_of(self, tensor: torch.Tensor) -> str | None:
+        """The parameter or buffer that a tensor is, or stands for; None where it is none."""
+        known = (self._stand_ins if tensor.is_meta else self._parameters).items()
+        return next((name for name, parameter in known if parameter is tensor), None)
+
     def begin(self, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> Run:
         """Starts a run of a graph in wire form on this thread.
 
@@ -134,6 +154,17 @@ class Native:
             end: nothing will be added to it.
         """
         return Run(started(_ffi.lib().nng_run_new, self._handle, graph, constants, end))
+
+    def generation(self, rows: Rows, masks: Rows | None, settings: dict[str, Any], wants: Wants) -> Handle:
+        """Begins to generate.
+
+        Args:
+            rows: the prompts, as token ids.
+            masks: 0 for tokens that nothing looks at.
+            settings: as ``nng_generation_new`` takes them.
+            wants: what of each step's tokens is asked for.
+        """
+        return Handle(self, rows, masks, settings)
 
 
 class NoTensor(Exception):
@@ -195,6 +226,63 @@ class Run:
     def free(self) -> None:
         """Ends the run, finished or not."""
         _ffi.check(_ffi.lib().nng_run_free, self._handle)
+
+
+class Handle:
+    """A generation in the engine."""
+
+    def __init__(self, native: Native, rows: Rows, masks: Rows | None, settings: dict[str, Any]) -> None:
+        handle = ctypes.c_uint64()
+        prompt = json.dumps({"rows": rows, "masks": masks}).encode()
+        _ffi.check(
+            _ffi.lib().nng_generation_new, native._handle, prompt, json.dumps(settings).encode(), ctypes.byref(handle)
+        )
+        self._handle = handle.value
+
+    def step(self, graph: bytes, constants: list[torch.Tensor], end: bool) -> Run:
+        """Starts the run of the next step."""
+        return Run(started(_ffi.lib().nng_generation_step, self._handle, graph, constants, end))
+
+    def next(self, left: bool = False) -> tuple[Drawn, torch.Tensor | None]:
+        """Draws the tokens of the step that is done; with ``left`` also gives what the filters left of its scores."""
+        if left:
+            return self.choose(self.scores())
+        return Drawn(**json.loads(_ffi.call(_ffi.lib().nng_generation_next, self._handle))), None
+
+    def scores(self) -> torch.Tensor:
+        """The scores of the step that is done, to be changed: the first half of ``next``."""
+        pointer = ctypes.c_void_p()
+        _ffi.check(_ffi.lib().nng_generation_scores, self._handle, ctypes.byref(pointer))
+        return _taken(pointer)
+
+    def choose(self, scores: torch.Tensor) -> tuple[Drawn, torch.Tensor]:
+        """The second half of ``next``: draws from scores, and gives what the filters left of them as well."""
+        left = ctypes.c_void_p()
+        with _pointers([scores]) as pointers:
+            given = (self._handle, pointers[0], ctypes.byref(left))
+            out = json.loads(_ffi.call(_ffi.lib().nng_generation_choose, *given))
+        return Drawn(**out), _taken(left)
+
+    def end(self, rows: list[bool]) -> bool:
+        """Ends rows, and tells whether all have ended."""
+        done = ctypes.c_int32()
+        given = (self._handle, (ctypes.c_int32 * len(rows))(*rows), len(rows), ctypes.byref(done))
+        _ffi.check(_ffi.lib().nng_generation_end, *given)
+        return bool(done.value)
+
+    def free(self) -> None:
+        """Gives the memory back."""
+        _ffi.check(_ffi.lib().nng_generation_free, self._handle)
+
+
+def _taken(pointer: ctypes.c_void_p) -> torch.Tensor:
+    """A tensor that the engine gave away."""
+    py = _ffi.py()
+    try:
+        out: torch.Tensor = py.nngpy_wrap(pointer)
+        return out
+    finally:
+        py.nngpy_tensor_free(pointer)
 
 
 def started(function: Any, handle: int, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> int:

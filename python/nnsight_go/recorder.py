@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from . import positions, shapes, skipping, wire
-from .errors import InputError, NnsightError, NotSavedError, OutOfOrderError
+from .errors import InputError, NnsightError, NotSavedError, OutOfOrderError, RemoteError
 from .points import Leaf, Point
 from .positions import Place, here
 from .proxy import Proxy
@@ -24,7 +24,9 @@ from .wire import Kind, argument
 if TYPE_CHECKING:
     from .edits import Edit
     from .gradients import Gradients
-    from .native import Native, Run
+    from .native import Native
+    from .remote.jobs import Job
+    from .runners import Runner, Running
     from .sessions import Living
 
 # A tensor from outside up to this many bytes is copied when the block uses it; a larger one is used
@@ -120,6 +122,7 @@ class Recorder:
 
     def __init__(self, native: Native) -> None:
         self.native = native
+        self.runner: Runner = native  # where the graph runs: here, or elsewhere
         self.default_dtype, self.autocast = torch.get_default_dtype(), torch._C._is_any_autocast_enabled()
         self.nodes: list[tuple[Any, ...]] = []
         self.made: list[tuple[Callable[..., Any], Any, Any] | None] = []
@@ -135,6 +138,7 @@ class Recorder:
         self.forced: Place = None  # a line that used values
         self.bound: dict[tuple[int, str, int], Any] = {}
         self.closed: str | None = None
+        self.job: Job | None = None  # that saved values wait for
         self.stopped = False  # a line has ended the block by `tracer.stop()`
         self.at_end: list[Callable[[], None]] = []  # checks and last reads, before the graph runs
         self.when_done: list[Callable[[], None]] = []  # what is to be done once the saved values are there
@@ -154,7 +158,7 @@ class Recorder:
         self._failed: dict[int, NnsightError] = {}
         self.gradients: Gradients | None = None  # what the block says of them, if it does
         self.mode = mode_now()  # that the model runs under
-        self._run: Run | None = None  # what the engine does of this trace, once a value was needed
+        self._run: Running | None = None  # what the engine does of this trace, once a value was needed
         self._sent = _NOTHING
 
     # ---- invokes ----
@@ -312,16 +316,16 @@ class Recorder:
         if node is None:
             node = self._add(_CONST, (shapes.meta_of, (known.sent,), None), known.index)
             self._const_nodes[owner, known.index] = node
-            if tensor.device != self.native.device and tensor.dim() > 0:
+            if tensor.device != self.native.device and tensor.dim() > 0 and not tensor.is_meta:
                 self.moved[node] = tensor.device
         return node
 
     def _capture(self, tensor: torch.Tensor, version: int) -> _Capture:
-        if tensor.is_meta:
+        if tensor.is_meta and not (self.elsewhere and self.native.name_of(tensor)):
             raise InputError("a tensor on the meta device has no values that a trace could use")
         small = tensor.numel() * tensor.element_size() <= COPY_BYTES or tensor.is_inference()
         with torch._C.DisableTorchFunction():
-            sent = tensor.detach().clone() if small and not tensor.requires_grad else tensor
+            sent = tensor.detach().clone() if small and not tensor.requires_grad and not tensor.is_meta else tensor
         capture = _Capture(tensor, version, sent, len(self.captures), here())
         self.captures.append(capture)
         return capture
@@ -329,6 +333,15 @@ class Recorder:
     def constant(self, tensor: torch.Tensor) -> Proxy:
         """A proxy for a tensor from outside."""
         return Proxy._make(self, self._constant(tensor))
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the graph runs on a server, which has weights of its own."""
+        return self.runner is not self.native
+
+    def parameter(self, name: str) -> Proxy:
+        """A parameter or buffer of the model that runs elsewhere."""
+        return self.constant(self.native.stand_in(name))
 
     # ---- access points ----
 
@@ -570,8 +583,8 @@ class Recorder:
             if end:
                 self._free()
 
-    def _begin(self, data: bytes, constants: list[torch.Tensor], end: bool) -> Run:
-        return self.native.begin(data, constants, end)
+    def _begin(self, data: bytes, constants: list[torch.Tensor], end: bool) -> Running:
+        return self.runner.begin(data, constants, end)
 
     def _free(self) -> None:
         """Ends the run, if there is one; what is asked for next starts from the beginning."""
@@ -636,12 +649,30 @@ class Recorder:
         for p in saved:
             self.alive(p)
         if saved or self.must_run():
+            brought: list[Proxy] = []
+            if self.elsewhere and self.gradients is not None:
+                brought, put = self.gradients.brought(saved)
+                self.when_done.append(put)
             count = len(self.nodes)
-            self._go_on([p._id for p in saved], end=True, adopt=saved)
-            self.kept = list(range(count, len(self.nodes)))
-        self.close("it was not saved")
+            wanted = saved + brought
+            self._go_on([p._id for p in wanted], end=True, adopt=wanted)
+            self.kept = list(range(count, count + len(saved)))
+        self.job = self.runner.job
+        if self.job is not None:
+            self.job._then(len(saved), self._done, self._failed_later)
+            self.close("the job of its trace has not been waited for")
+        else:
+            self.close("it was not saved")
+            self._done()
+
+    def _done(self) -> None:
+        """Does what is to be done once the saved values are there."""
+        self.job, self.closed = None, "it was not saved"
         for act in self.when_done:
             act()
+
+    def _failed_later(self, error: NnsightError) -> None:
+        self.job, self.closed = None, f"the job of its trace failed with {type(error).__name__}"
 
     def must_run(self) -> bool:
         """Whether the graph runs though nothing is saved: backward passes fill what leaves keep."""
@@ -672,6 +703,11 @@ class Recorder:
             raise NnsightError(
                 f"{name} belongs to another trace, which is still being recorded",
                 hint="Save it there, and use it once that trace has ended.",
+            )
+        if self.job is not None:
+            raise RemoteError(
+                f"{name} is not there yet: {self.closed}",
+                hint="Wait for it: `tracer.job.result()`, or `await tracer.job`.",
             )
         raise NotSavedError(
             f"{name} cannot be used after its trace: {self.closed}",

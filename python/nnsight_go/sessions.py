@@ -26,7 +26,14 @@ opened = _Open()
 
 
 class Session:
-    """Traces that share their values: at the end of each, every value that is still in use becomes its tensor."""
+    """Traces that share their values: at the end of each, every value that is still in use becomes its tensor.
+
+    Args:
+        remote: where its traces run, unless one says otherwise.
+    """
+
+    def __init__(self, remote: bool | str | None = None) -> None:
+        self.remote = remote
 
     def __enter__(self) -> Session:
         if opened.session is not None:
@@ -46,9 +53,9 @@ class Session:
         opened.session = None
 
 
-def session() -> Session:
+def session(remote: bool | str | None = None) -> Session:
     """Several traces in which values flow from one to the next without being saved: ``model.session()``."""
-    return Session()
+    return Session(remote)
 
 
 class Living:

@@ -17,6 +17,7 @@ from .tokenizer import Tokenizer
 if TYPE_CHECKING:
     from .generation import Generation
     from .model import LanguageModel
+    from .runners import Runner
 
 
 class Decoding:
@@ -45,7 +46,9 @@ class TextStream(Iterator[str]):
     last reference) gives the generation back before its end.
     """
 
-    def __init__(self, model: LanguageModel, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def __init__(
+        self, model: LanguageModel, args: tuple[Any, ...], options: dict[str, Any], runner: Runner | None = None
+    ) -> None:
         if current.recorder is not None:
             raise InputError(
                 "text cannot be streamed inside a trace",
@@ -61,7 +64,7 @@ class TextStream(Iterator[str]):
             )
         skip = bool(options.pop("skip_special_tokens", True))
         by_name = model._inputs_of(options)
-        self._generation = model._continue(args, by_name, options).generation
+        self._generation = model._continue(args, by_name, options, runner).generation
         if len(self._generation.rows) != 1:
             self._generation.close("nothing ran")
             raise InputError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from . import foreign, inputs, positions, saving, sessions, torchmap
+from . import remote as remotely
 from .barrier import Barrier
 from .cache import Cache, conversion, gather
 from .errors import InputError
@@ -22,6 +23,8 @@ from .stored import Facts, Recording
 if TYPE_CHECKING:
     from .envoy import Envoy
     from .model import LanguageModel
+    from .remote.jobs import Job
+    from .runners import Runner
 
 
 class Tracer:
@@ -33,12 +36,19 @@ class Tracer:
     _mode = torchmap.Mode()  # has no state: one does for all
 
     def __init__(
-        self, model: LanguageModel, args: tuple[Any, ...], kwargs: dict[str, Any], kind: type[Recorder] = Recorder
+        self,
+        model: LanguageModel,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kind: type[Recorder] = Recorder,
+        runner: Runner | None = None,
     ) -> None:
         self.model = model
         self._input = inputs.read(model._tokenizer_for_text, args, kwargs) if args or kwargs else None
         self._recorder = kind(model._native)
         self._recorder.edits = model._edits
+        if runner is not None:
+            self._recorder.runner = runner
         self._used = False
 
     @property
@@ -57,6 +67,7 @@ class Tracer:
         self._used = True
         saving.mount()
         if sessions.opened.session is not None:
+            remotely.waits(self._recorder.runner, "a trace of a session")
             self._recorder.living = sessions.Living()
         if self._input is not None:
             self._recorder.open_invoke(*self._input)
@@ -96,6 +107,22 @@ class Tracer:
                 **positions.fields(here()),
             )
         raise Stop(self._recorder)
+
+    @property
+    def job(self) -> Job:
+        """The job of a trace with ``blocking=False``, once its block has ended: ``id``, ``status``, ``result()``.
+
+        Raises:
+            InputError: there is none.
+        """
+        job = self._recorder.runner.job
+        if job is None:
+            raise InputError(
+                "this trace has no job: nothing of it waits on a server",
+                hint="A block with remote=..., blocking=False that saves something has one when it has ended.",
+                **positions.fields(here()),
+            )
+        return job
 
     @property
     def result(self) -> Any:

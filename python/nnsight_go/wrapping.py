@@ -20,6 +20,7 @@ from . import (
     tracebacks,
     wire,
 )
+from . import remote as remotely
 from .edits import Edit, Editable, Editing
 from .envoy import Envoy
 from .errors import InputError, ModulePathError, NnsightError, OpError
@@ -566,21 +567,24 @@ class NNsight(ModuleEnvoy, Editable):
         view._grow(self._hosted, self._rename)
         return view
 
-    def trace(self, *args: Any, trace: bool = True, **kwargs: Any) -> Any:
+    def trace(self, *args: Any, remote: bool | str | None = None, trace: bool = True, **kwargs: Any) -> Any:
         """Begins a trace: ``with model.trace(x):``, or ``with model.trace() as tracer:`` for invokes.
 
         Args:
             args: what the module is called with.
+            remote: a wrapped module runs here only.
             trace: False runs the module at once, and returns what it gives.
             kwargs: the same by name.
         """
+        remotely.refuse(remote)
         tracer = HostedTracer(self, args, kwargs)
         if trace:
             return tracer
         return tracer._output() if self._edits else self._module(*args, **kwargs)
 
-    def session(self, remote: bool | str = False, **kwargs: Any) -> sessions.Session:
+    def session(self, remote: bool | str | None = None, **kwargs: Any) -> sessions.Session:
         """Several traces in which values flow from one to the next without being saved."""
+        remotely.refuse(remote)
         return sessions.Session()
 
     def scan(self, *args: Any, **kwargs: Any) -> HostedTracer:

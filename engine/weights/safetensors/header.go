@@ -48,7 +48,8 @@ var dtypes = map[string]struct {
 	"F64": {"float64", 8}, "F32": {"float32", 4}, "F16": {"float16", 2}, "BF16": {"bfloat16", 2},
 	"F8_E5M2": {"float8_e5m2", 1}, "F8_E4M3": {"float8_e4m3fn", 1},
 	"I64": {"int64", 8}, "I32": {"int32", 4}, "I16": {"int16", 2}, "I8": {"int8", 1}, "U8": {"uint8", 1},
-	"BOOL": {"bool", 1}, "C64": {"complex64", 8},
+	"U64": {"uint64", 8}, "U32": {"uint32", 4}, "U16": {"uint16", 2},
+	"BOOL": {"bool", 1}, "C64": {"complex64", 8}, "C128": {"complex128", 16},
 }
 
 // Read reads and checks the header of a file of size bytes. The tensors come in the order of their data.
