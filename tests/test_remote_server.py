@@ -1,0 +1,195 @@
+"""Remote traces on a real server: equal results, and nothing lost with a process."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import test_gradient_programs
+import test_gradients
+import test_invokes
+import test_programs
+import test_verbs
+from nnsight_go import LanguageModel, ModulePathError, OpError, RemoteError, command
+from nnsight_go import remote as nng_remote
+from references import Pair, tensor_of
+from servers import Process, Server
+from test_remote_local import Outcome, equal, steps_for, steps_with
+
+
+def named(pair: Pair) -> str:
+    """A model as ``--model`` names it."""
+    return f"{pair.model.name_or_path}={pair.directory}"
+
+
+@pytest.fixture(scope="module")
+def host(gpt2_pair: Pair, llama_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of both small models."""
+    data = tmp_path_factory.mktemp("server")
+    with Server(data, "--model", named(gpt2_pair), "--model", named(llama_pair), "--rate", 10000) as server:
+        yield server.host
+        assert server.end() == 0, "".join(server.said)
+
+
+@pytest.fixture
+def remote(either: Pair, host: str) -> Iterator[Pair]:
+    """Both small models; their traces run on the server."""
+    either.model._remote = host
+    yield either
+    either.model._remote = None
+
+
+@pytest.mark.parametrize("seed", range(100, 130))
+def test_random_programs(remote: Pair, seed: int) -> None:
+    failure = test_programs.outcome(test_programs.maker(remote).make(seed), remote)
+    assert failure is None, failure
+
+
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_random_programs_with_gradients(remote: Pair, seed: int) -> None:
+    failure = test_gradient_programs.outcome(test_gradient_programs.made(remote, seed), remote, seed)
+    assert failure is None, failure
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_gradients.test_the_documented_block,
+        test_gradients.test_gradients_through_edits,
+        test_gradients.test_second_order,
+        test_invokes.test_two_prompts,
+        test_invokes.test_a_forced_value_decides_about_the_next_invoke,
+        test_verbs.test_stop_leaves_the_block,
+        test_verbs.test_values_flow_through_a_session,
+    ],
+    ids=lambda test: test.__name__,
+)
+def test_as_here(remote: Pair, test: Callable[[Pair], None]) -> None:
+    test(remote)
+
+
+@pytest.mark.parametrize("program", [steps_for, steps_with], ids=lambda f: f.__name__)
+def test_generations(either: Pair, host: str, program: Callable[[Pair, Any], Outcome]) -> None:
+    here, there = program(either, None), program(either, host)
+    for name, want in here.items():
+        equal(there[name], want, name)
+
+
+def test_sampling_follows_the_seed(either: Pair, host: str) -> None:
+    found = []
+    for where in (None, host):
+        torch.manual_seed(3)
+        with either.model.generate(
+            either.ids(4), max_new_tokens=6, do_sample=True, eos_token_id=None, pad_token_id=0, remote=where or False
+        ):
+            tokens = either.model.generator.output.save()
+        found.append((tokens, torch.rand(2)))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_errors_are_those_of_here(remote: Pair) -> None:
+    """The class, and the user's own line."""
+    with pytest.raises(OpError, match="size of tensor a") as caught, remote.model.trace(remote.ids(4)):
+        hidden = tensor_of(remote, f"{remote.blocks}.1")
+        (hidden.flatten()[: hidden.flatten().sum().long() * 0 + 5] + hidden.flatten()[:3]).save()  # this line
+    assert caught.value.file == __file__
+    with pytest.raises(ModulePathError), remote.model.trace(remote.ids(4)):
+        _ = remote.model.nothing.output
+
+
+def test_a_job_that_nobody_waits_for(either: Pair, host: str) -> None:
+    ids = either.ids(5)
+    with either.model.trace(ids, remote=host, blocking=False) as tracer:
+        logits = either.model.lm_head.output.save()
+    here = nng_remote.Job(tracer.job.id, host=host).result()
+    tracer.job.result()
+    with either.model.trace(ids):
+        want = either.model.lm_head.output.save()
+    equal(logits, want, "logits")
+    equal(here[0], want, "those that another process sees")
+    assert tracer.job.status == "COMPLETED"
+
+
+def test_another_model(gpt2_pair: Pair, host: str) -> None:
+    model = LanguageModel(str(gpt2_pair.directory), tokenizer=False)
+    model._name_or_path = "no/such"
+    with pytest.raises(RemoteError, match='no model "no/such"'), model.trace([1, 2], remote=host):
+        model.lm_head.output.save()
+
+
+def test_keys(gpt2_pair: Pair, tmp_path: pathlib.Path) -> None:
+    def key(*words: str) -> str:
+        given = [str(command.program()), "key", "--data", str(tmp_path), *words]
+        return subprocess.run(given, env=command.environment(), check=True, capture_output=True, text=True).stdout
+
+    ada = key("create", "Ada").strip()
+    with Server(tmp_path, "--model", named(gpt2_pair)) as server:
+        trace = {"remote": server.host}
+        with pytest.raises(RemoteError, match="API key"), gpt2_pair.model.trace([1, 2], **trace):
+            gpt2_pair.model.lm_head.output.save()
+        request = urllib.request.Request(server.host + "/v1/models", headers={"Authorization": f"Bearer {ada}"})
+        with urllib.request.urlopen(request) as answer:
+            assert json.load(answer)["models"][0]["workers"] == 1
+        key("revoke", key("list").split()[0])
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(request)
+        assert ada not in "".join(server.said)
+
+
+def submitted(pair: Pair, host: str, jobs: int) -> list[tuple[Any, torch.Tensor, list[int]]]:
+    """Jobs that nobody waits for yet, with what each saves."""
+    out = []
+    for i in range(jobs):
+        ids = pair.ids(5, seed=i)
+        with pair.model.trace(ids, remote=host, blocking=False) as tracer:
+            logits = pair.model.lm_head.output.save()
+        out.append((tracer.job, logits, ids))
+    return out
+
+
+def check(pair: Pair, jobs: list[tuple[Any, torch.Tensor, list[int]]]) -> None:
+    """Waits for jobs, and compares them with what they give here."""
+    for job, logits, ids in jobs:
+        job.result()
+        with pair.model.trace(ids):
+            want = pair.model.lm_head.output.save()
+        equal(logits, want, "logits")
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_loses_no_job(gpt2_pair: Pair, tmp_path: pathlib.Path) -> None:
+    with Server(tmp_path, "--nats-listen", "127.0.0.1:0", "--rate", 10000) as server:
+        worker = ("worker", "--nats", server.nats, "--model", named(gpt2_pair))
+        with Process(*worker) as first:
+            first.wait_for("working")
+            jobs = submitted(gpt2_pair, server.host, 50)
+            first.wait_for("state=COMPLETED", 5)
+            first.kill()
+            done = sum("state=COMPLETED" in line for line in first.said)
+        assert done < 50, "it was killed in the middle"
+        with Process(*worker) as second:
+            check(gpt2_pair, jobs)
+            again = sum("state=COMPLETED" in line for line in second.said)
+            assert second.end() == 0
+        assert again >= 50 - done - 1
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_keeps_jobs_and_results(gpt2_pair: Pair, tmp_path: pathlib.Path) -> None:
+    with Server(tmp_path, "--model", named(gpt2_pair)) as server:
+        before = submitted(gpt2_pair, server.host, 20)
+        before[9][0].result()
+        server.kill()
+    with Server(tmp_path, "--model", named(gpt2_pair)) as server:
+        for job, _, ids in before:
+            found = nng_remote.Job(job.id, host=server.host).result()
+            with gpt2_pair.model.trace(ids):
+                want = gpt2_pair.model.lm_head.output.save()
+            equal(found[0], want, "logits")
