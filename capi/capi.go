@@ -165,7 +165,7 @@ func nngo_model_perform(model C.nng_model, request *C.uint8_t, size C.int64_t, o
 		if e != nil {
 			return e
 		}
-		r, e := remote.Parse(unsafe.Slice((*byte)(request), int(size)), remote.Limits{}, nil)
+		r, e := remote.Parse(unsafe.Slice((*byte)(request), int(size)), remote.Limits{})
 		if e != nil {
 			return e
 		}

@@ -50,8 +50,10 @@ type Native struct {
 
 	training atomic.Bool
 	apart    atomic.Bool // every token is computed
-	plans    plans
-	hosted   bool // somebody else does its forward pass
+	// The storages of the weights, by number, where no run may write to them; else nil.
+	protected atomic.Pointer[map[uintptr]string]
+	plans     plans
+	hosted    bool // somebody else does its forward pass
 
 	mu     sync.Mutex
 	params map[string]aten.Tensor // by name; tied names share a handle's tensor

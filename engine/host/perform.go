@@ -11,6 +11,11 @@ import (
 
 // perform does what one instruction says.
 func (r *Run) perform(in *plan.Instr) (value, error) {
+	if weights := r.model.protected.Load(); weights != nil {
+		if err := r.refuseWrite(in, *weights); err != nil {
+			return value{}, err
+		}
+	}
 	switch in.Op {
 	case plan.OpCall:
 		return r.call(in)

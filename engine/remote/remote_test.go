@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"testing"
 	"time"
 
@@ -92,7 +91,7 @@ func trace(step Step) Request {
 }
 
 func perform(t *testing.T, p *Performer, data []byte) ([]byte, error) {
-	r, err := Parse(data, p.Limits, nil)
+	r, err := Parse(data, p.Limits)
 	if err != nil {
 		return nil, err
 	}
@@ -266,7 +265,7 @@ func TestWhatTheClientSaysOfAStepLater(t *testing.T) {
 		}
 		var got [][]int64
 		r := generation(t, 1, "c", true)
-		r.Prompt.Rows, r.Settings.EOS, r.Settings.Pad = [][]int64{{1, 2, 3}, {3, 2, 1}}, []int64{0}, 5
+		r.Prompt.Rows, r.Settings.EOS, r.Settings.Pad = [][]int64{{1, 2, 3}, {3, 2, 1}}, []int64{99}, 5 // never drawn: rows end when the client says so
 		sent := map[string]aten.Tensor{}
 		for k := range 4 {
 			last := &r.Steps[k]
@@ -370,10 +369,11 @@ func TestBadRequests(t *testing.T) {
 }
 
 func TestAGraphIsLookedAtFirst(t *testing.T) {
-	no := errors.New("not this one")
-	_, err := Parse(wire(t, trace(Step{Program: []string{"g"}}), map[string][]byte{"g": graph.Encode(doubled())}, nil), Limits{},
-		func(*graph.Graph) error { return no })
-	require.ErrorIs(t, err, no)
+	g := doubled()
+	g.Nodes[1].Op = "aten::from_file.default"
+	_, err := Parse(wire(t, trace(Step{Program: []string{"g"}}), map[string][]byte{"g": graph.Encode(g)}, nil), Limits{})
+	require.Equal(t, fault.Remote, fault.As(err).Code)
+	require.ErrorContains(t, err, "aten::from_file")
 }
 
 func TestWhatIsCancelledEnds(t *testing.T) {
@@ -384,7 +384,7 @@ func TestWhatIsCancelledEnds(t *testing.T) {
 	require.NoError(t, m.Load())
 	live := aten.Live()
 	r, err := Parse(wire(t, trace(Step{Program: []string{"g"}, Constants: []Constant{{Tensor: "c"}}, End: true}),
-		map[string][]byte{"g": graph.Encode(doubled())}, map[string]aten.Tensor{"c": one}), Limits{}, nil)
+		map[string][]byte{"g": graph.Encode(doubled())}, map[string]aten.Tensor{"c": one}), Limits{})
 	require.NoError(t, err)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()

@@ -13,6 +13,7 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/gen"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/guard"
 )
 
 // version numbers the protocol.
@@ -90,9 +91,9 @@ type Limits struct {
 	Output    int64 // bytes of a response
 }
 
-// Parse reads a request. The bytes may come from anyone, and must stay as they are while it is in use.
-// check looks at each graph.
-func Parse(data []byte, l Limits, check func(*graph.Graph) error) (*Request, error) {
+// Parse reads a request, and looks at what it is to do: see package guard. The bytes may come from anyone,
+// and must stay as they are while it is in use.
+func Parse(data []byte, l Limits) (*Request, error) {
 	f, err := readFile(data)
 	if err != nil {
 		return nil, err
@@ -116,10 +117,8 @@ func Parse(data []byte, l Limits, check func(*graph.Graph) error) (*Request, err
 		if err != nil {
 			return nil, atStep(err, r.Kind, i)
 		}
-		if check != nil {
-			if err := check(p.graph); err != nil {
-				return nil, atStep(err, r.Kind, i)
-			}
+		if err := guard.Check(p.graph); err != nil {
+			return nil, atStep(err, r.Kind, i)
 		}
 		for _, in := range p.graph.Invokes {
 			tokens += count(in.Rows)

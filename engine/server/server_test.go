@@ -119,7 +119,7 @@ func request(t *testing.T, model string, g *graph.Graph) []byte {
 
 // here is what a request gives in this process.
 func (s *site) here(data []byte) []byte {
-	r, err := remote.Parse(data, remote.Limits{}, nil)
+	r, err := remote.Parse(data, remote.Limits{})
 	require.NoError(s.t, err)
 	out, err := (&remote.Performer{Model: s.model.Native}).Perform(s.t.Context(), "", r)
 	require.NoError(s.t, err)
@@ -399,4 +399,73 @@ func TestWhatPeopleAndMachinesRead(t *testing.T) {
 			require.Contains(t, string(data), fmt.Sprintf("\n  %s:\n", path))
 		}
 	}
+}
+
+func TestARedTeam(t *testing.T) {
+	s := start(t, server.Options{}, work.Options{})
+	before, err := s.model.Constant("transformer.wte.weight")
+	require.NoError(t, err)
+	defer before.Free()
+	numbers, err := before.Float32s()
+	require.NoError(t, err)
+	live := aten.Live()
+	call := func(op string, args ...graph.Arg) *graph.Graph {
+		g := saved(1, 2)
+		g.Nodes = append(g.Nodes[:1:1], graph.Node{Kind: graph.KindCall, Op: op, Args: args, Pos: 0}, node(graph.KindSave, graph.Ref(1)))
+		g.Positions = []fault.Pos{{File: "theirs.py", Line: 13}}
+		return g
+	}
+	text := func(s string) graph.Arg { return graph.Arg{Kind: graph.ArgString, S: s} }
+	for op, args := range map[string][]graph.Arg{
+		"aten::from_file":          {text("/etc/passwd")},
+		"aten::_save":              {graph.Ref(0)},
+		"aten::set_":               {graph.Ref(0)},
+		"aten::resize_":            {graph.Ref(0)},
+		"aten::as_strided":         {graph.Ref(0)},
+		"aten::record_stream":      {graph.Ref(0)},
+		"aten::_cuda_getCurrent":   nil,
+		"c10d::allreduce_":         {graph.Ref(0)},
+		"profiler::_record_enter":  {text("x")},
+		"prim::Print":              {graph.Ref(0)},
+		"aten::rand":               nil,
+		"quantized::linear":        {graph.Ref(0)},
+		"mkldnn::_linear":          {graph.Ref(0)},
+		"aten::nonexistent_at_all": nil,
+	} {
+		e := s.refused(422, op, "POST", "/v1/jobs?wait=30", request(t, name, call(op, args...)))
+		require.Equal(t, fault.Remote, e.Code, op)
+		require.Equal(t, 13, e.Pos.Line, op)
+	}
+	// the weights, by a constant that is one of them
+	for _, op := range []string{"aten::zero_", "aten::fill_.Scalar", "aten::neg_"} {
+		g := call(op, graph.Ref(0), graph.Arg{Kind: graph.ArgInt, I: 1})
+		if op != "aten::fill_.Scalar" {
+			g.Nodes[1].Args = g.Nodes[1].Args[:1]
+		}
+		g.Nodes[0] = graph.Node{Kind: graph.KindConst, Pos: -1}
+		var w remote.Writer
+		text, err := json.Marshal(remote.Request{Version: 1, Model: name, Kind: remote.Trace, Steps: []remote.Step{{Program: []string{"g"},
+			Constants: []remote.Constant{{Parameter: "transformer.wte.weight"}}, End: true, Want: []string{"results"}}}})
+		require.NoError(t, err)
+		w.Bytes("request", text)
+		w.Bytes("g", graph.Encode(g))
+		file, err := w.File()
+		require.NoError(t, err)
+		s.refused(422, "writes to the weights", "POST", "/v1/jobs?wait=30", file)
+	}
+	after, err := before.Float32s()
+	require.NoError(t, err)
+	require.Equal(t, numbers, after)
+	// deep nesting
+	deep := graph.Ref(0)
+	for range 10000 {
+		deep = graph.Arg{Kind: graph.ArgList, L: []graph.Arg{deep}}
+	}
+	s.refused(422, "", "POST", "/v1/jobs?wait=30", request(t, name, call("aten::cat", deep)))
+	// a token that is none
+	s.refused(422, "", "POST", "/v1/jobs?wait=30", request(t, name, saved(1<<40)))
+	s.refused(422, "", "POST", "/v1/jobs?wait=30", request(t, name, saved(-1)))
+	status, data, _ := s.ask("POST", "/v1/jobs?wait=30", request(t, name, saved(1, 2)))
+	require.Equal(t, 200, status, string(data))
+	require.Equal(t, live, aten.Live())
 }

@@ -15,7 +15,6 @@ import (
 
 	"github.com/nnsight-go/nnsight-go/engine"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
-	"github.com/nnsight-go/nnsight-go/engine/graph"
 	"github.com/nnsight-go/nnsight-go/engine/remote"
 	"github.com/nnsight-go/nnsight-go/engine/server/jobs"
 )
@@ -23,9 +22,8 @@ import (
 // Options say how a worker runs jobs.
 type Options struct {
 	Limits remote.Limits
-	Time   time.Duration            // that a job may run; 0 is five minutes
-	Check  func(*graph.Graph) error // looks at each graph before it runs
-	Log    *slog.Logger             // is told of jobs, never of what is in them
+	Time   time.Duration // that a job may run; 0 is five minutes
+	Log    *slog.Logger  // is told of jobs, never of what is in them
 	Done   func(model string, state jobs.State, took time.Duration)
 }
 
@@ -60,7 +58,8 @@ const (
 // errStopped is why a job is abandoned when its worker stops.
 var errStopped = fault.New(fault.Cancelled, "the worker stops")
 
-// Start begins to run the jobs of models, which stay the caller's.
+// Start begins to run the jobs of models, which stay the caller's, and whose weights nothing can write to
+// any more.
 func Start(ctx context.Context, store *jobs.Store, models map[string]*engine.Model, o Options) (*Worker, error) {
 	if o.Time == 0 {
 		o.Time = 5 * time.Minute
@@ -69,6 +68,9 @@ func Start(ctx context.Context, store *jobs.Store, models map[string]*engine.Mod
 	_, _ = rand.Read(id[:]) // never fails
 	w := &Worker{id: hex.EncodeToString(id[:]), store: store, options: o}
 	for name, m := range models {
+		if err := m.Protect(); err != nil {
+			return nil, err
+		}
 		description, err := json.Marshal(public(m))
 		if err != nil {
 			return nil, err
@@ -190,7 +192,7 @@ func (w *Worker) perform(ctx context.Context, s *served, t *jobs.Task) (out []by
 			err = fault.New(fault.Internal, "the server failed at this job").WithHint("Tell who runs the server: job %s.", t.ID)
 		}
 	}()
-	r, err := remote.Parse(t.Request, w.options.Limits, w.options.Check)
+	r, err := remote.Parse(t.Request, w.options.Limits)
 	if err != nil {
 		return nil, err
 	}
