@@ -162,6 +162,35 @@ PyCFunction fast(F function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
+// The hook that `look` gives; its self is the tuple of what that was given. For one call of a module it needs no frame
+// of Python's.
+PyObject* looked(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  enum { kThread, kMissing, kKey, kValues, kIds, kElse };
+  auto at = [&](int i) { return PyTuple_GET_ITEM(self, i); };
+  if (count != 3) {
+    PyErr_SetString(PyExc_TypeError, "a hook is called with a module, its arguments and its output");
+    return nullptr;
+  }
+  if (PyLong_AsUnsignedLong(at(kThread)) != PyThread_get_thread_ident()) Py_RETURN_NONE;
+  int missing = PyDict_Contains(at(kMissing), at(kKey));
+  if (missing < 0) return nullptr;
+  if (missing == 0) Py_RETURN_NONE;  // a later call
+  if (!THPVariable_Check(args[2])) return PyObject_Vectorcall(at(kElse), args, count, nullptr);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(at(kIds)); i++)
+    if (PyDict_SetItem(at(kValues), PyList_GET_ITEM(at(kIds), i), args[2]) != 0) return nullptr;
+  if (PyDict_DelItem(at(kMissing), at(kKey)) != 0) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* look(PyObject*, PyObject* args) {
+  static PyMethodDef hook = {"look", fast(looked), METH_FASTCALL, nullptr};
+  PyObject *thread, *missing, *key, *values, *ids, *otherwise;
+  if (!PyArg_ParseTuple(args, "O!O!OO!O!O", &PyLong_Type, &thread, &PyDict_Type, &missing, &key, &PyDict_Type, &values,
+                        &PyList_Type, &ids, &otherwise))
+    return nullptr;
+  return PyCFunction_New(&hook, args);
+}
+
 }  // namespace
 
 extern "C" {
@@ -186,7 +215,8 @@ int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls) {
 
 PyObject* nngpy_calls() {
   static PyMethodDef calls[] = {{"become", fast(become), METH_FASTCALL, nullptr},
-                                {"proxy", fast(proxy), METH_FASTCALL, nullptr}};
+                                {"proxy", fast(proxy), METH_FASTCALL, nullptr},
+                                {"look", look, METH_VARARGS, nullptr}};
   Object out(PyDict_New());
   for (PyMethodDef& call : calls) {
     Object function(PyCFunction_New(&call, nullptr));

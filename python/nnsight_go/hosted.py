@@ -14,7 +14,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -22,7 +22,7 @@ import torch
 from . import _ffi, hosting, operations, positions, wire
 from .errors import InputError
 from .hosted_skipping import Leaving
-from .hosting import ABSENT, Paused, Spot, Unwind, Visit
+from .hosting import ABSENT, Looks, Paused, Spot, Unwind, Visit
 from .native import Run, _close, _pointers, started
 from .points import Leaf, Point, Tree
 from .positions import here
@@ -314,27 +314,27 @@ class Hosted:
         with self._hooks(self.everywhere(), visit, inside):
             self.module(*args, **kwargs)
 
-    def _hooks(self, ports: dict[str, set[int]], visit: Visit, inside: bool) -> contextlib.AbstractContextManager[None]:
+    def _hooks(
+        self, ports: dict[str, set[int]], visit: Visit, inside: bool, looks: Looks | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         if not inside and ports.keys() <= self.modules.keys():
-            plain = hosting.hooks(self.modules, ports, visit, self.wrapped)
+            plain = hosting.hooks(self.modules, ports, visit, self.wrapped, looks)
             return self._uncompiled(plain) if self._compiles(ports) else plain
         named = {path for path in ports if path not in self.modules}
         sides = {path: sides for path, sides in ports.items() if path not in named}
         return self._seeing(sides, visit, None if inside else named)
 
-    def _compiles(self, paths: Iterable[str]) -> bool:
+    def _compiles(self, paths: Collection[str]) -> bool:
         """Whether hooks of modules would be called from compiled code, which has them traced or left out."""
         if "torch._dynamo.eval_frame" not in sys.modules:
             return False  # nothing can have been compiled
         from torch._dynamo.eval_frame import OptimizedModule
 
-        for path, module in self.modules.items():
-            whole = module._compiled_call_impl is not None  # its own hooks are in there, too
-            if whole or isinstance(module, OptimizedModule):
-                below = f"{path}." if path else ""
-                if any(p.startswith(below) if p != path else whole for p in paths):
-                    return True
-        return False
+        modules = self.modules
+        around = {outer for path in paths for outer in _around(path)}
+        return any(modules[path]._compiled_call_impl is not None for path in (*paths, *around)) or any(
+            isinstance(modules[path], OptimizedModule) for path in around
+        )
 
     @contextlib.contextmanager
     def _uncompiled(self, hooks: contextlib.AbstractContextManager[None]) -> Iterator[None]:
@@ -380,6 +380,7 @@ class Hosted:
         visit: Visit,
         inside: bool = False,
         leaving: Leaving | None = None,
+        looks: Looks | None = None,
     ) -> None:
         """A forward pass that is visited at sides of modules, and at operations.
 
@@ -389,12 +390,13 @@ class Hosted:
             visit: what to call.
             inside: the results of all operations are visited.
             leaving: the calls of modules that it leaves out, some of those that are visited.
+            looks: what needs no visit, where nothing is left out.
         """
         if leaving is not None:
             with leaving.over(self.modules, ports.keys() & self.modules.keys(), visit) as outer:
                 self.forward(given, ports, outer, inside)
             return
-        with self._hooks(ports, visit, inside):
+        with self._hooks(ports, visit, inside, looks):
             self.run(given)
 
     def straight(
@@ -410,21 +412,16 @@ class Hosted:
             stops: nothing runs behind the last of it.
             left: the calls of modules that it leaves out.
         """
-        schedule, values = block.schedule, block.values
-        missing, looks = schedule.steps[invoke].copy(), schedule.looks[invoke]
+        schedule = block.schedule
+        missing = schedule.steps[invoke].copy()
 
         def visit(spot: Spot, value: Any) -> Any:
             ids = missing.pop(spot.key, None)
             if ids is None:
                 return value
-            if spot.key in looks and isinstance(value, torch.Tensor) and value is not ABSENT:
-                for id in ids:
-                    values[id] = value
-            else:
-                tree = layout.points[spot.key].tree
-                leaves = self.tensors(spot, tree, value)
-                if block.do(ids, leaves):
-                    value = hosting.replaced(value, leaves)
+            leaves = self.tensors(spot, layout.points[spot.key].tree, value)
+            if block.do(ids, leaves):
+                value = hosting.replaced(value, leaves)
             if stops and not missing:
                 raise Unwind
             return value
@@ -434,8 +431,9 @@ class Hosted:
         if stops and not missing:
             return
         leaving = Leaving(layout, left) if left else None
+        looks = None if left or stops else hosting.Looks(schedule.looks[invoke], block.values, missing)
         try:
-            self.forward(given, _with(schedule.sides[invoke], leaving), visit, leaving=leaving)
+            self.forward(given, _with(schedule.sides[invoke], leaving), visit, leaving=leaving, looks=looks)
         except Unwind:  # all of it is done
             return
         if missing:
@@ -619,6 +617,13 @@ class HostedRun(Run):
         else:
             paused.go(None)
         self._pass += 1
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _around(path: str) -> tuple[str, ...]:
+    """The paths of the modules around a module."""
+    parts = path.split(".") if path else []
+    return tuple([".".join(parts[:i]) for i in range(len(parts))])
 
 
 def _with(ports: dict[str, set[int]], leaving: Leaving | None) -> dict[str, set[int]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import wire
+from . import _ffi, wire
 from .errors import InputError, NnsightError, users
 from .points import Constant, Leaf, Mapping, Sequence, Tree
 
@@ -278,7 +278,28 @@ class Mounted:
     __exit__ = undo
 
 
-def hooks(modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit: Visit, wrapped: set[str]) -> Mounted:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Looks:
+    """Access points where a pass does nothing but keep a tensor: they need no visit.
+
+    Attributes:
+        ids: by path, of modules that are called once and give it: the numbers that it is kept under.
+        values: by number.
+        missing: the access points that the pass has still to come to.
+    """
+
+    ids: Parts[str, list[int]]
+    values: dict[int, Any]
+    missing: dict[tuple[str, int], Any]
+
+
+def hooks(
+    modules: dict[str, torch.nn.Module],
+    ports: dict[str, set[int]],
+    visit: Visit,
+    wrapped: set[str],
+    looks: Looks | None = None,
+) -> Mounted:
     """Calls ``visit`` at sides of modules until it is left, in forward passes of this thread alone.
 
     Args:
@@ -286,8 +307,9 @@ def hooks(modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit
         ports: by path: which sides.
         visit: what to call.
         wrapped: modules whose bare output is shown as a tuple of one.
+        looks: where no more is done than to keep what stands there.
     """
-    mount, owner = Mounted(), threading.get_ident()
+    mount, owner, look = Mounted(), threading.get_ident(), _ffi.calls()["look"]
     try:
         for path, sides in ports.items():
             module = modules[path]
@@ -295,7 +317,10 @@ def hooks(modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit
                 mount(module._forward_pre_hooks, _before(path, visit, owner))
                 mount(module._forward_pre_hooks_with_kwargs, True)
             if wire.OUTPUT in sides:
-                mount(module._forward_hooks, _after(path, visit, owner, path in wrapped))
+                after = _after(path, visit, owner, path in wrapped)
+                if looks is not None and path in looks.ids:
+                    after = look(owner, looks.missing, (path, wire.OUTPUT), looks.values, looks.ids[path], after)
+                mount(module._forward_hooks, after)
     except BaseException:
         mount.undo()
         raise

@@ -344,15 +344,12 @@ class Recorder:
             )
         return self.invoke
 
-    def touch(self, point: Point, writing: bool = False) -> int:
-        """Gives the invoke that the program names an access point in; a write moves its position there.
+    def touch(self, point: Point) -> int:
+        """Gives the invoke that the program writes to an access point in, and moves its position there.
 
-        Reads move it as well, where they are recorded (``read``). Raises ``OutOfOrderError`` where the point
-        is written to after a later one was named.
+        Reads move it as well (``read``). Raises ``OutOfOrderError`` where a later point was named before.
         """
         invoke = self._inside(lambda: point.text)
-        if not writing:
-            return invoke
         named = self._named.setdefault(invoke, {})
         reach = max(named.values(), key=lambda name: name[0].order, default=None)
         named[-1 - len(self.nodes)] = (point, here())
@@ -372,16 +369,22 @@ class Recorder:
 
     def read(self, point: Point, leaf: Leaf) -> Proxy:
         """Records reading one tensor of an access point."""
-        made = (self._leaf_meta, (self.invoke, point.order, leaf, len(self._writes.get(self.invoke, ()))), None)
-        node = self._add(_READ, made, point.path, point.port, 0, leaf.name)
-        self._named.setdefault(self.invoke, {})[node] = (point, self.nodes[node][2])
+        invoke, node, place = self.invoke, len(self.nodes), here()  # most of a block: written out, not by _add
+        writes = len(self._writes.get(invoke, ())) if self._writes else 0
+        mode = (1 if _grad_enabled() else 0) | (2 if _inference() else 0)
+        self.nodes.append((_READ, invoke, place, mode, point.path, point.port, 0, leaf.name))
+        self.made.append((self._leaf_meta, (invoke, point.order, leaf, writes), None))
+        named = self._named.get(invoke)
+        if named is None:
+            named = self._named[invoke] = {}
+        named[node] = (point, place)
         self._fresh.add(node)
         return Proxy._make(self, node)
 
     def _used(self, node: int) -> None:
         """Notes the first use of what was read at an access point."""
         self._fresh.discard(node)
-        looked = self._looked.pop(node, None)
+        looked = self._looked.pop(node, None) if self._looked else None
         if looked is not None:
             self._named[looked[0]][node] = looked[1:]
 
@@ -600,7 +603,11 @@ class Recorder:
     def save(self, value: Any) -> None:
         """Notes that a value, or every proxy in a container, is wanted after the block."""
         self._saved[id(value)] = value
-        for proxy in (value,) if type(value) is Proxy else proxies(value):
+        if type(value) is Proxy:
+            if value._rec is self:
+                self._used(value._id)
+            return
+        for proxy in proxies(value):
             if proxy._rec is self:
                 self._used(proxy._id)
 
@@ -633,7 +640,7 @@ class Recorder:
         if not {Proxy}.issuperset(map(type, wanted)):  # containers among them
             wanted = list(proxies(wanted))
         saved = list({id(p): p for p in wanted}.values())
-        for p in saved:
+        for p in saved if self._failed else saved[:1]:
             self.alive(p)
         if saved or self.must_run():
             count = len(self.nodes)

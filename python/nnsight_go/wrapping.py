@@ -416,6 +416,9 @@ class ModuleEnvoy(Envoy):
     def _point(self, port: int) -> Point:
         rec = current.recorder
         assert isinstance(rec, HostedRecorder)
+        return self._reach(rec, port)
+
+    def _reach(self, rec: HostedRecorder, port: int) -> Point:  # type: ignore[override]
         return rec.point(self._path, port, self._name)
 
     def skip(self, replacement: Any) -> None:
