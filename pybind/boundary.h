@@ -103,10 +103,9 @@ inline PyTypeObject* type() {
       {0, nullptr},
   };
   // A method descriptor, as a function is: calling a method makes no bound one.
-  static PyType_Spec spec = {"nnsight_go.Boundary", sizeof(Boundary), 0,
-                             Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL |
-                                 Py_TPFLAGS_METHOD_DESCRIPTOR,
-                             slots};
+  static PyType_Spec spec = {
+      "nnsight_go.Boundary", sizeof(Boundary), 0,
+      Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_METHOD_DESCRIPTOR, slots};
   static PyTypeObject* made = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&spec));
   return made;
 }

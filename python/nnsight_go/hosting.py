@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import _ffi, wire
+from . import wire
 from .errors import InputError, NnsightError, users
 from .points import Constant, Leaf, Mapping, Sequence, Tree
 
@@ -255,6 +255,8 @@ def sides(points: Iterable[tuple[str, int]]) -> dict[str, set[int]]:
 
 # ---- hooks ----
 
+NO_HOOKS: Parts[str, Callable[..., Any]] = {}
+
 
 class Mounted:
     """Entries in tables of hooks, which go when it is undone."""
@@ -278,27 +280,12 @@ class Mounted:
     __exit__ = undo
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Looks:
-    """Access points where a pass does nothing but keep a tensor: they need no visit.
-
-    Attributes:
-        ids: by path, of modules that are called once and give it: the numbers that it is kept under.
-        values: by number.
-        missing: the access points that the pass has still to come to.
-    """
-
-    ids: Parts[str, list[int]]
-    values: dict[int, Any]
-    missing: dict[tuple[str, int], Any]
-
-
 def hooks(
     modules: dict[str, torch.nn.Module],
     ports: dict[str, set[int]],
     visit: Visit,
     wrapped: set[str],
-    looks: Looks | None = None,
+    looks: Parts[str, Callable[..., Any]] = NO_HOOKS,
 ) -> Mounted:
     """Calls ``visit`` at sides of modules until it is left, in forward passes of this thread alone.
 
@@ -307,9 +294,9 @@ def hooks(
         ports: by path: which sides.
         visit: what to call.
         wrapped: modules whose bare output is shown as a tuple of one.
-        looks: where no more is done than to keep what stands there.
+        looks: by path: what is to be the hook of its output.
     """
-    mount, owner, look = Mounted(), threading.get_ident(), _ffi.calls()["look"]
+    mount, owner = Mounted(), threading.get_ident()
     try:
         for path, sides in ports.items():
             module = modules[path]
@@ -317,10 +304,7 @@ def hooks(
                 mount(module._forward_pre_hooks, _before(path, visit, owner))
                 mount(module._forward_pre_hooks_with_kwargs, True)
             if wire.OUTPUT in sides:
-                after = _after(path, visit, owner, path in wrapped)
-                if looks is not None and path in looks.ids:
-                    after = look(owner, looks.missing, (path, wire.OUTPUT), looks.values, looks.ids[path], after)
-                mount(module._forward_hooks, after)
+                mount(module._forward_hooks, looks.get(path) or _after(path, visit, owner, path in wrapped))
     except BaseException:
         mount.undo()
         raise

@@ -118,6 +118,19 @@ class Recorder:
     # Replaces values of other recordings among arguments, where they can be used.
     localized: Callable[[Any], Any] | None = None
 
+    # What most traces leave as it is.
+    invoke = -1
+    edits: Sequence[Edit] = ()  # what each invoke with an input brings along
+    pinned: Place = None  # a line that used sizes of the input
+    forced: Place = None  # a line that used values
+    closed: str | None = None
+    stopped = False  # a line has ended the block by `tracer.stop()`
+    living: Living | None = None  # where values outlive the trace: those in use when it ends
+    _batch_asked: Place = None
+    gradients: Gradients | None = None  # what the block says of them, if it does
+    _run: Run | None = None  # what the engine does of this trace, once a value was needed
+    _sent = _NOTHING
+
     def __init__(self, native: Native) -> None:
         self.native = native
         self.default_dtype, self.autocast = torch.get_default_dtype(), torch._C._is_any_autocast_enabled()
@@ -127,18 +140,11 @@ class Recorder:
         self.several: set[int] = set()  # nodes with several results
         self.moved: dict[int, torch.device] = {}  # nodes whose result is on another device
         self.invokes: list[Invoke] = []
-        self.invoke = -1
-        self.edits: Sequence[Edit] = ()  # what each invoke with an input brings along
         self.captures: list[_Capture] = []
         self.kept: list[int] = []  # the save nodes of what the block saved
-        self.pinned: Place = None  # a line that used sizes of the input
-        self.forced: Place = None  # a line that used values
         self.bound: dict[tuple[int, str, int], Any] = {}
-        self.closed: str | None = None
-        self.stopped = False  # a line has ended the block by `tracer.stop()`
         self.at_end: list[Callable[[], None]] = []  # checks and last reads, before the graph runs
         self.when_done: list[Callable[[], None]] = []  # what is to be done once the saved values are there
-        self.living: Living | None = None  # where values outlive the trace: those in use when it ends
         self.skipped: dict[tuple[int, str], Place] = {}  # modules whose work an invoke has replaced
         self._captured: dict[int, _Capture] = {}
         self._const_nodes: dict[tuple[int, int], int] = {}
@@ -149,13 +155,9 @@ class Recorder:
         self._writes: dict[int, list[_Write]] = {}  # by invoke
         self._resized: set[int] = set()  # invokes with an edit that may give values other sizes
         self._saved: dict[int, Any] = {}
-        self._batch_asked: Place = None
         self._forced: tuple[int, dict[int, torch.Tensor]] = (-1, {})
         self._failed: dict[int, NnsightError] = {}
-        self.gradients: Gradients | None = None  # what the block says of them, if it does
         self.mode = mode_now()  # that the model runs under
-        self._run: Run | None = None  # what the engine does of this trace, once a value was needed
-        self._sent = _NOTHING
 
     # ---- invokes ----
 
@@ -632,14 +634,13 @@ class Recorder:
         """Runs the graph and turns every saved proxy into its tensor."""
         if self.at_end:
             self.conclude()
-        wanted = self.saved()
+        saved = self.saved()
         if self.living is not None:
             # these hold proxies too
             self.made, self.metas, self.bound, self._forced, self._writes = [], {}, {}, (-1, {}), {}
-            wanted += self.living.now()
-        if not {Proxy}.issuperset(map(type, wanted)):  # containers among them
-            wanted = list(proxies(wanted))
-        saved = list({id(p): p for p in wanted}.values())
+            saved += self.living.now()
+        if self.living is not None or not {Proxy}.issuperset(map(type, saved)):  # some twice, or in containers
+            saved = list({id(p): p for p in proxies(saved)}.values())
         for p in saved if self._failed else saved[:1]:
             self.alive(p)
         if saved or self.must_run():

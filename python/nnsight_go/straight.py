@@ -19,6 +19,7 @@ import torch
 
 from . import hosting, positions, wire
 from .errors import OpError
+from .hosting import Spot
 from .points import Leaf
 from .recorder import mode_now, version
 from .torchmap.computing import substituted
@@ -65,7 +66,7 @@ class Schedule:
     def __init__(self, invokes: int) -> None:
         self.steps: list[dict[Key, list[int]]] = [{} for _ in range(invokes)]
         self.sides: list[dict[str, set[int]]] = []
-        self.looks: list[dict[str, list[int]]] = []
+        self.looks: list[dict[str, tuple[Spot, list[int]]]] = []
         self.first: list[list[int]] = [[] for _ in range(invokes)]
         self.mixes = False
         self.edited: set[Key | None] = set()
@@ -242,7 +243,8 @@ def _scheduled(rec: HostedRecorder, wanted: list[int]) -> Schedule | None:
         out.ends.setdefault(id, []).append(ref)
     for invoke, steps in enumerate(out.steps):
         out.sides.append(hosting.sides(steps))
-        out.looks.append({key[0]: ids for key, ids in steps.items() if _looks(rec, invoke, key, ids)})
+        looks = [key for key, ids in steps.items() if _looks(rec, invoke, key, ids)]
+        out.looks.append({key[0]: (Spot(*key, call=0), steps[key]) for key in looks})
     return out
 
 
