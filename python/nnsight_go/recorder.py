@@ -660,11 +660,10 @@ class Recorder:
         self._free()
         self.closed = why
         self.made = []  # nodes stay: errors name values by them, and so do constants, for the graph
-        self.metas, self.bound, self._captured, self._saved = {}, {}, {}, {}
-        self._const_nodes, self._forced, self.moved = {}, (-1, {}), {}
-        self._named, self._fresh, self._looked = {}, set(), {}
-        self._writes = {}
-        self.at_end = []
+        nothing: dict[Any, Any] = {}  # one for all: none of them is filled any more
+        self.metas = self.bound = self._captured = self._saved = self._const_nodes = self.moved = nothing
+        self._named = self._looked = self._writes = nothing
+        self._forced, self._fresh, self.at_end = (-1, nothing), set(), []
 
     def alive(self, proxy: Proxy) -> None:
         """Raises where a proxy can no longer be used, or not here."""
