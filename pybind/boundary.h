@@ -6,11 +6,15 @@
 #ifndef NNG_BOUNDARY_H
 #define NNG_BOUNDARY_H
 #include <Python.h>
+#include <structmember.h>
+
+#include <cstddef>
 
 namespace boundary {
 
 struct Boundary {
-  PyObject_HEAD PyObject* function;
+  PyObject_HEAD vectorcallfunc vectorcall;
+  PyObject* function;
   PyObject* cut;  // called with an exception that passes: gives the traceback it is to have, or None
 };
 
@@ -56,8 +60,8 @@ inline void trim(PyObject* cut) {
   PyErr_Restore(type, value, traceback);
 }
 
-inline PyObject* call(PyObject* o, PyObject* args, PyObject* kwargs) {
-  PyObject* out = PyObject_Call(of(o)->function, args, kwargs);
+inline PyObject* call(PyObject* o, PyObject* const* args, size_t count, PyObject* names) {
+  PyObject* out = PyObject_Vectorcall(of(o)->function, args, count, names);
   if (out == nullptr) trim(of(o)->cut);
   return out;
 }
@@ -83,18 +87,25 @@ inline PyTypeObject* type() {
       {"__wrapped__", wrapped, nullptr, nullptr, nullptr},
       {nullptr, nullptr, nullptr, nullptr, nullptr},
   };
+  static PyMemberDef members[] = {
+      {"__vectorcalloffset__", T_PYSSIZET, offsetof(Boundary, vectorcall), READONLY, nullptr},
+      {nullptr, 0, 0, 0, nullptr},
+  };
   static PyType_Slot slots[] = {
       {Py_tp_dealloc, reinterpret_cast<void*>(dealloc)},
       {Py_tp_traverse, reinterpret_cast<void*>(traverse)},
       {Py_tp_clear, reinterpret_cast<void*>(clear)},
-      {Py_tp_call, reinterpret_cast<void*>(call)},
+      {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
       {Py_tp_descr_get, reinterpret_cast<void*>(bind)},
       {Py_tp_getattro, reinterpret_cast<void*>(attribute)},
       {Py_tp_getset, getset},
+      {Py_tp_members, members},
       {0, nullptr},
   };
-  static PyType_Spec spec = {"nnsight_go.Boundary", sizeof(Boundary), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
-                             slots};
+  // A method descriptor, as a function is: calling a method makes no bound one.
+  static PyType_Spec spec = {
+      "nnsight_go.Boundary", sizeof(Boundary), 0,
+      Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_METHOD_DESCRIPTOR, slots};
   static PyTypeObject* made = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&spec));
   return made;
 }
@@ -104,6 +115,7 @@ inline PyObject* make(PyObject* function, PyObject* cut) {
   if (cls == nullptr) return nullptr;
   Boundary* out = PyObject_GC_New(Boundary, cls);
   if (out == nullptr) return nullptr;
+  out->vectorcall = call;
   out->function = Py_NewRef(function);
   out->cut = Py_NewRef(cut);
   PyObject_GC_Track(reinterpret_cast<PyObject*>(out));

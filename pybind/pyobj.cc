@@ -162,6 +162,37 @@ PyCFunction fast(F function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
+// The hook that `look` gives. Its self is a tuple: the thread, and what `look` was given.
+PyObject* looked(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  enum { kThread, kMissing, kKey, kValues, kIds, kVisit, kSpot };
+  auto own = [&](int i) { return PyTuple_GET_ITEM(self, i); };
+  if (count != 3) {
+    PyErr_SetString(PyExc_TypeError, "a hook is called with a module, its arguments and its output");
+    return nullptr;
+  }
+  if (PyLong_AsUnsignedLong(own(kThread)) != PyThread_get_thread_ident()) Py_RETURN_NONE;
+  int missing = PyDict_Contains(own(kMissing), own(kKey));
+  if (missing < 0) return nullptr;
+  if (missing == 0) Py_RETURN_NONE;  // a later call
+  if (!THPVariable_Check(args[2])) return PyObject_CallFunctionObjArgs(own(kVisit), own(kSpot), args[2], nullptr);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(own(kIds)); i++)
+    if (PyDict_SetItem(own(kValues), PyList_GET_ITEM(own(kIds), i), args[2]) != 0) return nullptr;
+  if (PyDict_DelItem(own(kMissing), own(kKey)) != 0) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* look(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  static PyMethodDef hook = {"look", fast(looked), METH_FASTCALL, nullptr};
+  if (count != 6 || !PyDict_Check(args[0]) || !PyDict_Check(args[2]) || !PyList_Check(args[3])) {
+    PyErr_SetString(PyExc_TypeError, "dict missing, key, dict values, list ids, visit and spot are needed");
+    return nullptr;
+  }
+  Object thread(PyLong_FromUnsignedLong(PyThread_get_thread_ident()));
+  if (!thread) return nullptr;
+  Object own(PyTuple_Pack(7, thread.get(), args[0], args[1], args[2], args[3], args[4], args[5]));
+  return own ? PyCFunction_New(&hook, own.get()) : nullptr;
+}
+
 }  // namespace
 
 extern "C" {
@@ -186,7 +217,8 @@ int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls) {
 
 PyObject* nngpy_calls() {
   static PyMethodDef calls[] = {{"become", fast(become), METH_FASTCALL, nullptr},
-                                {"proxy", fast(proxy), METH_FASTCALL, nullptr}};
+                                {"proxy", fast(proxy), METH_FASTCALL, nullptr},
+                                {"look", fast(look), METH_FASTCALL, nullptr}};
   Object out(PyDict_New());
   for (PyMethodDef& call : calls) {
     Object function(PyCFunction_New(&call, nullptr));

@@ -30,7 +30,10 @@ int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls);
  *
  *   become(proxies, tensors, cls)          nngpy_adopt with Python tensors, a list
  *   proxy(cls, placeholder, rec, id)       an instance of cls, which has __torch_dispatch__, over a copy
- *                                          of a placeholder, with the attributes _rec and _id */
+ *                                          of a placeholder, with the attributes _rec and _id
+ *   look(missing, key, values, ids, visit, spot)
+ *                                          a forward hook: on this thread a module's output, while key is missing, is
+ *                                          put into values by each of ids. What is no tensor goes to visit(spot, it) */
 PyObject* nngpy_calls(void);
 
 /* A callable around a Python function that is no frame in tracebacks [new reference]. It binds like

@@ -942,3 +942,14 @@ def test_an_invoke_is_entered_once() -> None:
             pass
         with pytest.raises(InputError, match="an invoke is entered once"):
             invoke.__enter__()
+
+
+def test_what_an_invoke_means_ends_with_it() -> None:
+    module, args, _ = ZOO["mlp"]()
+    model = NNsight(module)
+    with model.trace() as tracer:
+        with pytest.raises(ZeroDivisionError), tracer.invoke(*args):
+            assert isinstance(model.output, torch.Tensor)
+            raise ZeroDivisionError
+        with pytest.raises(InputError, match="outside of every invoke"):
+            model.output  # noqa: B018

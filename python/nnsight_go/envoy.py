@@ -43,12 +43,14 @@ class Envoy(Placed):
     _class: str
     _extra: str
     _children: dict[str, Envoy]
+    _listed: list[Envoy] | None  # the children of a list of modules
     _params: list[str]
 
     def __init__(self, native: Native, path: str, info: dict[str, Any]) -> None:
         own = self.__dict__
         own["_native"], own["_path"], own["_class"], own["_extra"] = native, path, info["class"], info["extra"]
         own["_children"], own["_params"] = {}, info["params"]
+        own["_listed"] = [] if info["class"] in ("ModuleList", "Sequential") else None
 
     # ---- values in a trace ----
 
@@ -101,21 +103,31 @@ class Envoy(Placed):
 
     def _recorder(self, what: str) -> Recorder:
         rec = current.recorder
+        if rec is None or rec.native is not self._native:
+            raise self._elsewhere(rec, what)
+        return rec
+
+    def _elsewhere(self, rec: Recorder | None, what: str) -> InputError:
+        """The error of a line outside of every trace of this model."""
         if rec is None:
-            raise InputError(
+            return InputError(
                 f"{self._name(what)} has a value only inside a trace",
                 path=self._path,
                 hint="Use it in `with model.trace(prompt):`, and keep values of it with `.save()`.",
                 **positions.fields(here()),
             )
-        if rec.native is not self._native:
-            raise InputError(
-                f"{self._name(what)} belongs to another model than the one that is being traced",
-                path=self._path,
-                hint="A trace reaches the modules of its own model.",
-                **positions.fields(here()),
-            )
-        return rec
+        return InputError(
+            f"{self._name(what)} belongs to another model than the one that is being traced",
+            path=self._path,
+            hint="A trace reaches the modules of its own model.",
+            **positions.fields(here()),
+        )
+
+    def _reach(self, rec: Recorder, port: int) -> Point:
+        """The access point that a line in an invoke names."""
+        point = self._point(port)
+        rec._inside(lambda: point.text)
+        return point
 
     def _point(self, port: int) -> Point:
         point = self._native.points.get((self._path, port))
@@ -136,14 +148,15 @@ class Envoy(Placed):
         return "A fused operation of the engine does its work: use the module around it."
 
     def _read(self, port: int) -> Any:
-        rec = self._recorder(_PORTS[port])
-        point = self._point(port)
+        rec = current.recorder
+        if rec is None or rec.native is not self._native:
+            raise self._elsewhere(rec, _PORTS[port])
+        point = self._reach(rec, port)
         if rec.skipped:
             skipping.check(rec, point)
         key = (rec.invoke, point.path, port)
         seen = rec.bound.get(key)
         if seen is None:
-            rec.touch(point)
             tree = point.tree
             if type(tree) is Leaf:  # most are, and no name of theirs is shown
                 seen = rec.read(point, tree)
@@ -157,7 +170,7 @@ class Envoy(Placed):
         if value is old:
             return  # out of `x.output += 1`, which changed the tensor in place
         rec, point = self._recorder(("input", "output")[port]), self._point(port)
-        invoke = rec.touch(point, writing=True)
+        invoke = rec.touch(point)
         name = f"model.{point.text}" if self._path else point.text
         rec.bound[invoke, point.path, port] = structures.assign(rec, point, point.tree, name, old, value)
 
@@ -288,29 +301,23 @@ class Envoy(Placed):
             self._unknown(name)
 
     def __getitem__(self, index: Any) -> Any:
-        children = list(self._children.values())
-        if (
-            type(index) is int
-            and self._class in ("ModuleList", "Sequential")
-            and -len(children) <= index < len(children)
-        ):
-            return children[index]
+        listed = self._listed
+        if type(index) is int and listed is not None and -len(listed) <= index < len(listed):
+            return listed[index]
         if isinstance(index, str) and index in self._children:
             return self._children[index]
-        if self._class not in ("ModuleList", "Sequential") or not isinstance(index, int | slice):
+        if listed is None or not isinstance(index, int | slice):
             raise TypeError(
                 f"{self._name()} is a {self._class} and has no items; "
                 f"index what it gives: {self._name('output')}[{index!r}]"
             )
-        if isinstance(index, slice):
-            return children[index]
         try:
-            return children[index]
+            return listed[index]
         except IndexError:
             raise ModuleIndexError(
                 f"{self._name()} has no module {index}",
                 path=self._path,
-                hint=f"It has modules 0 to {len(children) - 1}.",
+                hint=f"It has modules 0 to {len(listed) - 1}.",
                 **positions.fields(here()),
             ) from None
 
@@ -323,9 +330,9 @@ class Envoy(Placed):
         return True
 
     def __iter__(self) -> Iterator[Envoy]:
-        if self._class not in ("ModuleList", "Sequential"):
+        if self._listed is None:
             raise TypeError(f"{self._name()} is a {self._class} and cannot be iterated over")
-        return iter(list(self._children.values()))
+        return iter(self._listed.copy())
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._children, *self._params})
@@ -500,6 +507,8 @@ def grow(root: Envoy, modules: list[dict[str, Any]]) -> None:
 def hang(parent: Envoy, name: str, envoy: Envoy) -> None:
     """Makes a module a child of another."""
     parent._children[name] = envoy
+    if parent._listed is not None:
+        parent._listed.append(envoy)
     envoy.__dict__["_above"] = weakref.ref(parent)  # weak: a model that nobody holds is freed at once
     if not hasattr(type(parent), name):  # a verb of ours goes before a module's name
         parent.__dict__[name] = envoy

@@ -22,7 +22,7 @@ import torch
 from . import _ffi, hosting, operations, positions, wire
 from .errors import InputError
 from .hosted_skipping import Leaving
-from .hosting import ABSENT, Paused, Spot, Unwind, Visit
+from .hosting import NO_HOOKS, Paused, Spot, Unwind, Visit
 from .native import Run, _close, _pointers, started
 from .points import Leaf, Point, Tree
 from .positions import here
@@ -39,6 +39,7 @@ Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 _KEPT = 32  # layouts of a model that are remembered
 _training = operator.itemgetter("training")
+_compiled = operator.attrgetter("_compiled_call_impl")  # what a module.compile() has left
 _WANTS = 2  # what a step says of a run that needs an access point
 
 
@@ -89,6 +90,11 @@ class Layout:
         )
 
     @functools.cached_property
+    def first(self) -> dict[tuple[str, int], Point]:
+        """The access points of the first call of every module, by path and port."""
+        return {(s.path, s.port): self.points[s.key] for s in self.spots if s.call == 0}
+
+    @functools.cached_property
     def operations(self) -> dict[tuple[str, int], dict[str, Point]]:
         """The results of operations by name, of each call of a module: its path, and the number of the call."""
         out: dict[tuple[str, int], dict[str, Point]] = {}
@@ -112,6 +118,7 @@ class Hosted:
         self.cuts: dict[Any, Cuts] = {}  # by kind of input: how its rows lie at access points (rowwise)
         self.modules = dict(module.named_modules(remove_duplicate=True))
         self._all = list(self.modules.values())
+        self._optimized = {path for path, m in self.modules.items() if _is_optimized(m)}
         # Whether a module trains stands among its attributes, where it is found soonest; of scripted ones it is in C++.
         kinds = {kind for kind in set(map(type, self._all)) if _asks_for_training(kind)}
         asking = [m for m in self._all if type(m) in kinds or "forward" in vars(m)]
@@ -168,9 +175,10 @@ class Hosted:
         known = self._layouts.get(key)
         if known is None:
             known = self._found_out(key, given, really=True)
-        with contextlib.suppress(KeyError):  # another thread has had all forgotten
-            self._layouts.move_to_end(key)
-        self.latest = known
+        if known is not self.latest:
+            with contextlib.suppress(KeyError):  # another thread has had all forgotten
+                self._layouts.move_to_end(key)
+            self.latest = known
         return known
 
     def imagined(self, given: Given) -> Layout:
@@ -315,9 +323,11 @@ class Hosted:
         with self._hooks(self.everywhere(), visit, inside):
             self.module(*args, **kwargs)
 
-    def _hooks(self, ports: dict[str, set[int]], visit: Visit, inside: bool) -> contextlib.AbstractContextManager[None]:
+    def _hooks(
+        self, ports: dict[str, set[int]], visit: Visit, inside: bool, looks: Mapping[str, Callable[..., Any]] = NO_HOOKS
+    ) -> contextlib.AbstractContextManager[None]:
         if not inside and ports.keys() <= self.modules.keys():
-            plain = hosting.hooks(self.modules, ports, visit, self.wrapped)
+            plain = hosting.hooks(self.modules, ports, visit, self.wrapped, looks)
             return self._uncompiled(plain) if self._compiles(ports) else plain
         named = {path for path in ports if path not in self.modules}
         sides = {path: sides for path, sides in ports.items() if path not in named}
@@ -325,13 +335,11 @@ class Hosted:
 
     def _compiles(self, paths: Iterable[str]) -> bool:
         """Whether hooks of modules would be called from compiled code, which has them traced or left out."""
-        if "torch._dynamo.eval_frame" not in sys.modules:
-            return False  # nothing can have been compiled
-        from torch._dynamo.eval_frame import OptimizedModule
-
+        if not self._optimized and not any(map(_compiled, self._all)):
+            return False
         for path, module in self.modules.items():
-            whole = module._compiled_call_impl is not None  # its own hooks are in there, too
-            if whole or isinstance(module, OptimizedModule):
+            whole = _compiled(module) is not None  # its own hooks are in there, too
+            if whole or path in self._optimized:
                 below = f"{path}." if path else ""
                 if any(p.startswith(below) if p != path else whole for p in paths):
                     return True
@@ -381,6 +389,7 @@ class Hosted:
         visit: Visit,
         inside: bool = False,
         leaving: Leaving | None = None,
+        looks: Mapping[str, Callable[..., Any]] = NO_HOOKS,
     ) -> None:
         """A forward pass that is visited at sides of modules, and at operations.
 
@@ -390,12 +399,13 @@ class Hosted:
             visit: what to call.
             inside: the results of all operations are visited.
             leaving: the calls of modules that it leaves out, some of those that are visited.
+            looks: hooks of modules, by path, that are called instead of ``visit``. Where nothing is left out.
         """
         if leaving is not None:
             with leaving.over(self.modules, ports.keys() & self.modules.keys(), visit) as outer:
                 self.forward(given, ports, outer, inside)
             return
-        with self._hooks(ports, visit, inside):
+        with self._hooks(ports, visit, inside, looks):
             self.run(given)
 
     def straight(
@@ -411,21 +421,16 @@ class Hosted:
             stops: nothing runs behind the last of it.
             left: the calls of modules that it leaves out.
         """
-        schedule, values = block.schedule, block.values
-        missing, looks = schedule.steps[invoke].copy(), schedule.looks[invoke]
+        schedule = block.schedule
+        missing = schedule.steps[invoke].copy()
 
         def visit(spot: Spot, value: Any) -> Any:
             ids = missing.pop(spot.key, None)
             if ids is None:
                 return value
-            if spot.key in looks and isinstance(value, torch.Tensor) and value is not ABSENT:
-                for id in ids:
-                    values[id] = value
-            else:
-                tree = layout.points[spot.key].tree
-                leaves = self.tensors(spot, tree, value)
-                if block.do(ids, leaves):
-                    value = hosting.replaced(value, leaves)
+            leaves = self.tensors(spot, layout.points[spot.key].tree, value)
+            if block.do(ids, leaves):
+                value = hosting.replaced(value, leaves)
             if stops and not missing:
                 raise Unwind
             return value
@@ -435,8 +440,13 @@ class Hosted:
         if stops and not missing:
             return
         leaving = Leaving(layout, left) if left else None
+        looks = {}
+        if not left and not stops:
+            look, values = _ffi.calls()["look"], block.values
+            for path, (spot, ids) in schedule.looks[invoke].items():
+                looks[path] = look(missing, spot.key, values, ids, visit, spot)
         try:
-            self.forward(given, _with(schedule.sides[invoke], leaving), visit, leaving=leaving)
+            self.forward(given, _with(schedule.sides[invoke], leaving), visit, leaving=leaving, looks=looks)
         except Unwind:  # all of it is done
             return
         if missing:
@@ -448,7 +458,7 @@ class Hosted:
         Raises:
             InputError: it has not the structure that it is known to have.
         """
-        if type(tree) is Leaf and isinstance(value, torch.Tensor) and value is not ABSENT:  # most are
+        if type(tree) is Leaf and isinstance(value, torch.Tensor) and value is not hosting.ABSENT:  # most are
             return {tree.name: value}
         found = hosting.tensors(tree, value)
         if found is None:
@@ -620,6 +630,12 @@ class HostedRun(Run):
         else:
             paused.go(None)
         self._pass += 1
+
+
+def _is_optimized(module: torch.nn.Module) -> bool:
+    """Whether a module is what torch.compile() gives for one."""
+    compiler: Any = sys.modules.get("torch._dynamo.eval_frame")  # else nothing can have been compiled
+    return compiler is not None and isinstance(module, compiler.OptimizedModule)
 
 
 def _with(ports: dict[str, set[int]], leaving: Leaving | None) -> dict[str, set[int]]:

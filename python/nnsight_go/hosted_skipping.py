@@ -41,8 +41,8 @@ def skip(envoy: ModuleEnvoy, value: Any) -> None:
     skipping.check(rec, end)
     if rec.layout(rec.invoke).template(end.path) is hosting.OPAQUE:
         raise no_template(end)
-    invoke = rec.touch(begin, writing=True)  # nothing of it may have run
-    rec.touch(end, writing=True)
+    invoke = rec.touch(begin)  # nothing of it may have run
+    rec.touch(end)
     given = _Given(rec, end)
     rec.bound[invoke, end.path, end.port] = given.assign(end.tree, envoy._name("output"), "", value)
     rec.leave_out(end.path, given.beside)

@@ -255,6 +255,8 @@ def sides(points: Iterable[tuple[str, int]]) -> dict[str, set[int]]:
 
 # ---- hooks ----
 
+NO_HOOKS: Parts[str, Callable[..., Any]] = {}
+
 
 class Mounted:
     """Entries in tables of hooks, which go when it is undone."""
@@ -278,7 +280,13 @@ class Mounted:
     __exit__ = undo
 
 
-def hooks(modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit: Visit, wrapped: set[str]) -> Mounted:
+def hooks(
+    modules: dict[str, torch.nn.Module],
+    ports: dict[str, set[int]],
+    visit: Visit,
+    wrapped: set[str],
+    looks: Parts[str, Callable[..., Any]] = NO_HOOKS,
+) -> Mounted:
     """Calls ``visit`` at sides of modules until it is left, in forward passes of this thread alone.
 
     Args:
@@ -286,6 +294,7 @@ def hooks(modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit
         ports: by path: which sides.
         visit: what to call.
         wrapped: modules whose bare output is shown as a tuple of one.
+        looks: by path: what is to be the hook of its output.
     """
     mount, owner = Mounted(), threading.get_ident()
     try:
@@ -295,7 +304,7 @@ def hooks(modules: dict[str, torch.nn.Module], ports: dict[str, set[int]], visit
                 mount(module._forward_pre_hooks, _before(path, visit, owner))
                 mount(module._forward_pre_hooks_with_kwargs, True)
             if wire.OUTPUT in sides:
-                mount(module._forward_hooks, _after(path, visit, owner, path in wrapped))
+                mount(module._forward_hooks, looks.get(path) or _after(path, visit, owner, path in wrapped))
     except BaseException:
         mount.undo()
         raise

@@ -120,6 +120,20 @@ class Recorder:
     # Replaces values of other recordings among arguments, where they can be used.
     localized: Callable[[Any], Any] | None = None
 
+    # What most traces leave as it is.
+    invoke = -1
+    edits: Sequence[Edit] = ()  # what each invoke with an input brings along
+    pinned: Place = None  # a line that used sizes of the input
+    forced: Place = None  # a line that used values
+    closed: str | None = None
+    stopped = False  # a line has ended the block by `tracer.stop()`
+    living: Living | None = None  # where values outlive the trace: those in use when it ends
+    _batch_asked: Place = None
+    gradients: Gradients | None = None  # what the block says of them, if it does
+    job: Job | None = None  # that saved values wait for
+    _run: Running | None = None  # what the engine does of this trace, once a value was needed
+    _sent = _NOTHING
+
     def __init__(self, native: Native) -> None:
         self.native = native
         self.runner: Runner = native  # where the graph runs: here, or elsewhere
@@ -130,19 +144,11 @@ class Recorder:
         self.several: set[int] = set()  # nodes with several results
         self.moved: dict[int, torch.device] = {}  # nodes whose result is on another device
         self.invokes: list[Invoke] = []
-        self.invoke = -1
-        self.edits: Sequence[Edit] = ()  # what each invoke with an input brings along
         self.captures: list[_Capture] = []
         self.kept: list[int] = []  # the save nodes of what the block saved
-        self.pinned: Place = None  # a line that used sizes of the input
-        self.forced: Place = None  # a line that used values
         self.bound: dict[tuple[int, str, int], Any] = {}
-        self.closed: str | None = None
-        self.job: Job | None = None  # that saved values wait for
-        self.stopped = False  # a line has ended the block by `tracer.stop()`
         self.at_end: list[Callable[[], None]] = []  # checks and last reads, before the graph runs
         self.when_done: list[Callable[[], None]] = []  # what is to be done once the saved values are there
-        self.living: Living | None = None  # where values outlive the trace: those in use when it ends
         self.skipped: dict[tuple[int, str], Place] = {}  # modules whose work an invoke has replaced
         self._captured: dict[int, _Capture] = {}
         self._const_nodes: dict[tuple[int, int], int] = {}
@@ -153,13 +159,9 @@ class Recorder:
         self._writes: dict[int, list[_Write]] = {}  # by invoke
         self._resized: set[int] = set()  # invokes with an edit that may give values other sizes
         self._saved: dict[int, Any] = {}
-        self._batch_asked: Place = None
         self._forced: tuple[int, dict[int, torch.Tensor]] = (-1, {})
         self._failed: dict[int, NnsightError] = {}
-        self.gradients: Gradients | None = None  # what the block says of them, if it does
         self.mode = mode_now()  # that the model runs under
-        self._run: Running | None = None  # what the engine does of this trace, once a value was needed
-        self._sent = _NOTHING
 
     # ---- invokes ----
 
@@ -357,15 +359,12 @@ class Recorder:
             )
         return self.invoke
 
-    def touch(self, point: Point, writing: bool = False) -> int:
-        """Gives the invoke that the program names an access point in; a write moves its position there.
+    def touch(self, point: Point) -> int:
+        """Gives the invoke that the program writes to an access point in, and moves its position there.
 
-        Reads move it as well, where they are recorded (``read``). Raises ``OutOfOrderError`` where the point
-        is written to after a later one was named.
+        Reads move it as well (``read``). Raises ``OutOfOrderError`` where a later point was named before.
         """
         invoke = self._inside(lambda: point.text)
-        if not writing:
-            return invoke
         named = self._named.setdefault(invoke, {})
         reach = max(named.values(), key=lambda name: name[0].order, default=None)
         named[-1 - len(self.nodes)] = (point, here())
@@ -385,16 +384,22 @@ class Recorder:
 
     def read(self, point: Point, leaf: Leaf) -> Proxy:
         """Records reading one tensor of an access point."""
-        made = (self._leaf_meta, (self.invoke, point.order, leaf, len(self._writes.get(self.invoke, ()))), None)
-        node = self._add(_READ, made, point.path, point.port, 0, leaf.name)
-        self._named.setdefault(self.invoke, {})[node] = (point, self.nodes[node][2])
+        invoke, node, place = self.invoke, len(self.nodes), here()  # most of a block: written out, not by _add
+        writes = len(self._writes.get(invoke, ())) if self._writes else 0
+        mode = (1 if _grad_enabled() else 0) | (2 if _inference() else 0)
+        self.nodes.append((_READ, invoke, place, mode, point.path, point.port, 0, leaf.name))
+        self.made.append((self._leaf_meta, (invoke, point.order, leaf, writes), None))
+        named = self._named.get(invoke)
+        if named is None:
+            named = self._named[invoke] = {}
+        named[node] = (point, place)
         self._fresh.add(node)
         return Proxy._make(self, node)
 
     def _used(self, node: int) -> None:
         """Notes the first use of what was read at an access point."""
         self._fresh.discard(node)
-        looked = self._looked.pop(node, None)
+        looked = self._looked.pop(node, None) if self._looked else None
         if looked is not None:
             self._named[looked[0]][node] = looked[1:]
 
@@ -613,7 +618,11 @@ class Recorder:
     def save(self, value: Any) -> None:
         """Notes that a value, or every proxy in a container, is wanted after the block."""
         self._saved[id(value)] = value
-        for proxy in (value,) if type(value) is Proxy else proxies(value):
+        if type(value) is Proxy:
+            if value._rec is self:
+                self._used(value._id)
+            return
+        for proxy in proxies(value):
             if proxy._rec is self:
                 self._used(proxy._id)
 
@@ -638,15 +647,14 @@ class Recorder:
         """Runs the graph and turns every saved proxy into its tensor."""
         if self.at_end:
             self.conclude()
-        wanted = self.saved()
+        saved = self.saved()
         if self.living is not None:
             # these hold proxies too
             self.made, self.metas, self.bound, self._forced, self._writes = [], {}, {}, (-1, {}), {}
-            wanted += self.living.now()
-        if not {Proxy}.issuperset(map(type, wanted)):  # containers among them
-            wanted = list(proxies(wanted))
-        saved = list({id(p): p for p in wanted}.values())
-        for p in saved:
+            saved += self.living.now()
+        if self.living is not None or not {Proxy}.issuperset(map(type, saved)):  # some twice, or in containers
+            saved = list({id(p): p for p in proxies(saved)}.values())
+        for p in saved if self._failed else saved[:1]:
             self.alive(p)
         if saved or self.must_run():
             brought: list[Proxy] = []
@@ -683,11 +691,10 @@ class Recorder:
         self._free()
         self.closed = why
         self.made = []  # nodes stay: errors name values by them, and so do constants, for the graph
-        self.metas, self.bound, self._captured, self._saved = {}, {}, {}, {}
-        self._const_nodes, self._forced, self.moved = {}, (-1, {}), {}
-        self._named, self._fresh, self._looked = {}, set(), {}
-        self._writes = {}
-        self.at_end = []
+        nothing: dict[Any, Any] = {}  # one for all: none of them is filled any more
+        self.metas = self.bound = self._captured = self._saved = self._const_nodes = self.moved = nothing
+        self._named = self._looked = self._writes = nothing
+        self._forced, self._fresh, self.at_end = (-1, nothing), set(), []
 
     def alive(self, proxy: Proxy) -> None:
         """Raises where a proxy can no longer be used, or not here."""

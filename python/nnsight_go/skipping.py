@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def skip(envoy: Envoy, value: Any) -> None:
     """Records that an invoke does not run a module."""
     rec = envoy._recorder("output")
-    invoke = rec.touch(envoy._point(wire.INPUT), writing=True)  # nothing of it may have run
+    invoke = rec.touch(envoy._point(wire.INPUT))  # nothing of it may have run
     envoy._write(wire.OUTPUT, value)
     rec.skipped[invoke, envoy.path] = here()
 

@@ -19,6 +19,7 @@ import torch
 
 from . import hosting, positions, wire
 from .errors import OpError
+from .hosting import Spot
 from .points import Leaf
 from .recorder import mode_now, version
 from .torchmap.computing import substituted
@@ -56,7 +57,8 @@ class Schedule:
         sides: by invoke: the same access points, as sides of modules.
         first: by invoke: the nodes to be done before its pass.
         mixes: a value of an invoke is used by a later one.
-        looks: by invoke: the access points of one tensor that is read, while nothing else is done there.
+        looks: by invoke: the modules, by path, that are called once and give one tensor, which is read while nothing
+            else is done there; with the nodes that read it.
         edited: the access points at which something is replaced or changed in place.
         ends: by node: those that none uses after it.
     """
@@ -64,7 +66,7 @@ class Schedule:
     def __init__(self, invokes: int) -> None:
         self.steps: list[dict[Key, list[int]]] = [{} for _ in range(invokes)]
         self.sides: list[dict[str, set[int]]] = []
-        self.looks: list[set[Key]] = []
+        self.looks: list[dict[str, tuple[Spot, list[int]]]] = []
         self.first: list[list[int]] = [[] for _ in range(invokes)]
         self.mixes = False
         self.edited: set[Key | None] = set()
@@ -241,13 +243,16 @@ def _scheduled(rec: HostedRecorder, wanted: list[int]) -> Schedule | None:
         out.ends.setdefault(id, []).append(ref)
     for invoke, steps in enumerate(out.steps):
         out.sides.append(hosting.sides(steps))
-        out.looks.append({key for key, ids in steps.items() if _looks(rec, invoke, key, ids)})
+        looks = [key for key, ids in steps.items() if _looks(rec, invoke, key, ids)]
+        out.looks.append({key[0]: (Spot(*key, call=0), steps[key]) for key in looks})
     return out
 
 
 def _looks(rec: HostedRecorder, invoke: int, key: Key, ids: list[int]) -> bool:
-    """Whether nodes do nothing but read the only tensor of an access point."""
-    return type(rec.layout(invoke).points[key].tree) is Leaf and all(rec.nodes[id][0] == _READ for id in ids)
+    """Whether nodes do nothing but read the only tensor that a module gives, which is called once."""
+    layout = rec.layout(invoke)
+    once = key[0] in rec.hosted.modules and layout.calls.get(key) == 1
+    return once and type(layout.points[key].tree) is Leaf and all(rec.nodes[id][0] == _READ for id in ids)
 
 
 def _placed(

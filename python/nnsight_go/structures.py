@@ -101,7 +101,7 @@ class _Place:
         if self.rec.closed is not None:
             _refuse(self.point, f"{name} cannot be assigned to after the trace", "Assign inside the block.")
         if new is not old:
-            self.rec.touch(self.point, writing=True)
+            self.rec.touch(self.point)
         return assign(self.rec, self.point, tree, name, old, new)
 
 

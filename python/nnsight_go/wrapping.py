@@ -42,23 +42,26 @@ if TYPE_CHECKING:
 
 ROW: list[list[int]] = [[0]]  # an invoke of a hosted model is one row to the engine, whatever its input is
 
+_NOWHERE: tuple[int, Mapping[tuple[str, int], Point]] = (-2, {})  # -1: no invoke is open
+
 
 class HostedRecorder(Recorder):
     """Records a trace of a module."""
 
     native: Any
     uncalled = "Use the module around it, whose code does its work."
+    sourced = False  # layouts have operations, which a line or an edit has asked for
+    near: tuple[int, Mapping[tuple[str, int], Point]] = _NOWHERE  # an invoke, and what its lines mean by path and port
+    _told = 0
 
     def __init__(self, hosted: Hosted) -> None:
         super().__init__(hosted)  # type: ignore[arg-type]
         self.hosted = hosted
         self.given: list[Given] = []
-        self.sourced = False  # layouts have operations, which a line or an edit has asked for
         self._passes: dict[int, int] = {}  # by invoke: the number of its forward pass; edits have none
         self.layouts: dict[int, Layout] = {}  # by invoke, of those that lines have named something of
         self._calls: dict[tuple[int, str], int] = {}
         self._ports: dict[str, set[int]] = {}  # by path: the sides of modules that nodes before _told name
-        self._told = 0
         self._absent: set[tuple[int, str, int, str]] = set()  # what the passes did not have (HostedRun)
         self.left: dict[int, dict[str, Beside]] = {}  # by number of the pass: the calls of modules that it leaves out
 
@@ -104,6 +107,8 @@ class HostedRecorder(Recorder):
             if self.sourced:
                 known = self.hosted.inside(known, given)
             self.layouts[invoke] = known
+            if invoke == self.invoke and not self._calls:
+                self.near = invoke, known.first
             if len(self.layouts) > 1:
                 _are_alike(known, next(iter(self.layouts.values())))
         return known
@@ -113,7 +118,7 @@ class HostedRecorder(Recorder):
         layouts = {i: self.hosted.inside(of, self.given[self._passes[i]]) for i, of in self.layouts.items()}
         for layout in layouts.values():
             _are_alike(layout, next(iter(layouts.values())))
-        self.layouts, self.sourced = layouts, True
+        self.layouts, self.sourced, self.near = layouts, True, _NOWHERE
 
     def operations(self, path: str, name: str) -> dict[str, Point]:
         """The results of a module's operations by name, at the call that the invoke has got to."""
@@ -153,6 +158,7 @@ class HostedRecorder(Recorder):
         """Makes a later call of a module the one that its lines mean."""
         key = (self._inside(lambda: path), self.hosted.paths[path])
         self._calls[key] = self._calls.get(key, 0) + calls
+        self.near = _NOWHERE
 
     def batch(self, invoke: int) -> tuple[int, int]:
         """Sizes of access points are known as they are."""
@@ -403,21 +409,28 @@ class ModuleEnvoy(Envoy):
 
     _module: torch.nn.Module
     _hosted: Hosted
+    _first: str  # the first of its paths, where it has several
 
     def __init__(self, hosted: Hosted, path: str, module: torch.nn.Module) -> None:
         info = {"class": type(module).__name__, "extra": module.extra_repr(), "params": []}
         Envoy.__init__(self, hosted, path, info)  # type: ignore[arg-type]
-        self.__dict__["_module"], self.__dict__["_hosted"] = module, hosted
+        own = self.__dict__
+        own["_module"], own["_hosted"], own["_first"] = module, hosted, hosted.paths[path]
 
     @property
     def _own_path(self) -> str:
         """The first of its paths, where it has several."""
-        return hosting.named(self._hosted.paths[self._path], 0)
+        return hosting.named(self._first, 0)
 
     def _point(self, port: int) -> Point:
         rec = current.recorder
         assert isinstance(rec, HostedRecorder)
-        return rec.point(self._path, port, self._name)
+        return self._reach(rec, port)
+
+    def _reach(self, rec: HostedRecorder, port: int) -> Point:  # type: ignore[override]
+        invoke, points = rec.near
+        known = points.get((self._first, port)) if invoke == rec.invoke else None
+        return known or rec.point(self._path, port, self._name)
 
     def skip(self, replacement: Any) -> None:
         """Leaves the module's work out: ``replacement`` is what it gives, and its forward is not called.
