@@ -33,7 +33,9 @@ def environment() -> dict[str, str]:
 def main() -> NoReturn:
     """Starts it with the arguments of this process."""
     if not program().exists():
-        sys.exit(f"nnsight-go: {program()} is not there. In a source tree run `make build`; else reinstall the package.")
+        sys.exit(
+            f"nnsight-go: {program()} is not there. In a source tree run `make build`; else reinstall the package."
+        )
     os.execve(program(), [str(program()), *sys.argv[1:]], environment())
 
 
