@@ -13,6 +13,16 @@ from nnsight_go.native import Run
 from references import Pair, gpt2, llama, pair, tokenizer
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests, and the processes that they start, neither read nor write the user's settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        for name in ("NNSIGHT_GO_HOST", "NNSIGHT_GO_API_KEY"):
+            patch.delenv(name, raising=False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def gpt2_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A small GPT-2. Its parameters are shared by all tests: put back what you change."""

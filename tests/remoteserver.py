@@ -213,7 +213,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_models(self, *name: str) -> None:
         if not name:
-            return self.json(200, {"models": [{"name": "m", "loaded": True, "dtype": "float32", "architecture": "G"}]})
+            return self.json(200, {"models": [{"name": "m", "architecture": "G", "dtype": "float32", "workers": 1}]})
         self.json(200, self.owner.model._native.description)
 
     def head_tensors(self, hash: str) -> None:

@@ -260,10 +260,10 @@ def test_arguments_of_traces(text_pair: Pair) -> None:
         with model.trace(*([] if name == "input_ids" else [prompt]), **{name: value}):
             out = model.lm_head.output.save()
         close(out, want)
-    refused: dict[str, Any] = {"fn": len, "backend": "x", "tracer_cls": object, "job_id": "x", "remote": True}
+    refused: dict[str, Any] = {"fn": len, "backend": "x", "tracer_cls": object, "job_id": "x"}
     assert set(refused) == {n for n, mark in arguments("trace").items() if mark.startswith("not")}
     for name, value in refused.items():
-        with pytest.raises((nnsight.InputError, nnsight.RemoteError), match=name):
+        with pytest.raises(nnsight.InputError, match=name):
             model.trace(prompt, **{name: value})
 
 
@@ -298,7 +298,7 @@ def test_whole_tracebacks(text_pair: Pair) -> None:
     try:
         assert any(file.endswith("inputs.py") for file in files())
     finally:
-        nnsight.CONFIG.APP.DEBUG = False
+        nnsight.CONFIG.set_default_app_debug(False)
     assert all(file == __file__ for file in files())
 
 

@@ -32,8 +32,6 @@ PROMPT = "The Eiffel Tower"
 def settings(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test has settings of its own, and pauses that are short."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    for name in ("NNSIGHT_GO_HOST", "NNSIGHT_GO_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(CONFIG.API, "given", {"APIKEY": KEY})
     monkeypatch.setattr(CONFIG.APP, "given", {})
     monkeypatch.setattr(http, "PAUSE", 0.01)
@@ -379,7 +377,7 @@ def test_a_model_in_training(gpt2_pair: Pair, server: Server) -> None:
 
 def test_status(server: Server) -> None:
     CONFIG.API.HOST = server.host
-    assert nnsight_go.status() == {"m": {"name": "m", "loaded": True, "dtype": "float32", "architecture": "G"}}
+    assert nnsight_go.status()["m"] == {"name": "m", "architecture": "G", "dtype": "float32", "workers": 1}
     assert nnsight_go.is_model_running("m") and not nnsight_go.is_model_running("n", server.host)
     with pytest.raises(RemoteError, match="cannot be reached"):
         nnsight_go.status("http://127.0.0.1:9")

@@ -14,7 +14,8 @@ from . import positions
 from .errors import InputError
 from .positions import here
 
-_REMOTE = "remote traces are not in this version"
+_NO_CODE = "no code travels to a server, so versions of packages do not matter"
+_BY_NAME = "a server knows a model by its name"
 _ONE_STEP = "a trace runs the model once, so there is no next step; `with model.generate(prompt) as tracer:` has more"
 _MACHINERY = "it belongs to how nnsight runs a trace; nothing here has its duty"
 _GONE = "nnsight itself dropped it in 0.5; plain Python does it inside a block"
@@ -30,14 +31,14 @@ PACKAGE: dict[str, str] = {
     "ExceptionWrapper": "errors keep their own class, and name your line",
     "NNsightDeprecationWarning": "nothing here is deprecated",
     "deprecated": "nothing here is deprecated",
-    "register": "remote traces, which it serves, are not in this version",
+    "register": "no source code travels to a server: a trace is a graph",
     "ndif_status": "nnsight_go.status(host) lists the models of a server",
-    "compare": _REMOTE,
-    "login": _REMOTE,
-    "whoami": _REMOTE,
-    "get_local_env": _REMOTE,
-    "get_remote_env": _REMOTE,
-    "NdifStatus": _REMOTE,
+    "compare": _NO_CODE,
+    "login": "CONFIG.set_default_api_key(key) keeps a key",
+    "whoami": "a key has no name here",
+    "get_local_env": _NO_CODE,
+    "get_remote_env": _NO_CODE,
+    "NdifStatus": "nnsight_go.status(host) gives plain dictionaries",
     **dict.fromkeys(("apply", "log", "local", "cond", "iter", "stop", "trace"), _GONE),
     **dict.fromkeys(("list", "dict", "int", "float", "str", "bool", "tuple"), _GONE),
     **dict.fromkeys(("Interleaver", "Mediator", "Batcher", "Backend", "Globals", "eproperty"), _MACHINERY),
@@ -54,8 +55,8 @@ MODULE: dict[str, str] = {
     "interleave": _MACHINERY,
     "interleaver": _MACHINERY,
     "interleaving": _MACHINERY,
-    "to_model_key": _REMOTE,
-    "from_model_key": _REMOTE,
+    "to_model_key": _BY_NAME,
+    "from_model_key": _BY_NAME,
     "load_adapter": "adapters are not in this version",
     "pipeline": "there is no pipeline; model.tokenizer makes token ids",
     "_module": "the engine runs the model itself: there is no torch.nn.Module behind it",
@@ -65,9 +66,9 @@ MODULE: dict[str, str] = {
 # Attributes of tracers.
 TRACER: dict[str, str] = {
     "next": _ONE_STEP,
-    "backend": _REMOTE,
-    "collect": _REMOTE,
-    "local": _REMOTE,
+    "backend": "`tracer.job` is the job of a trace with blocking=False",
+    "collect": "vLLM does not run under this package",
+    "local": "plain Python in a block runs here anyway",
     "log": "print() works in a block",
     "apply": _GONE,
     "cond": _GONE,

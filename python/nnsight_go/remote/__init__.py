@@ -90,7 +90,7 @@ def waits(runner: Runner, what: str) -> None:
 
 
 def status(host: str | None = None) -> dict[str, dict[str, Any]]:
-    """The models that a server has, by name: ``loaded``, ``dtype``, ``architecture``.
+    """The models that a server has, by name: each with its ``architecture``, ``dtype``, ``workers`` and ``waiting`` jobs.
 
     Args:
         host: ``https://...``; by default ``CONFIG.API.HOST``.
@@ -104,7 +104,7 @@ def status(host: str | None = None) -> dict[str, dict[str, Any]]:
 
 
 def is_model_running(name: str, host: str | None = None) -> bool:
-    """Whether a server has a model.
+    """Whether a server has a model, and somebody to run it.
 
     Args:
         name: of the model.
@@ -113,7 +113,7 @@ def is_model_running(name: str, host: str | None = None) -> bool:
     Raises:
         RemoteError: it cannot be reached, or refuses.
     """
-    return name in status(host)
+    return bool(status(host).get(name, {}).get("workers"))
 
 
 def __getattr__(name: str) -> Any:
