@@ -48,7 +48,7 @@ def install(wanted: list[str]) -> int:
 def main() -> int:
     start = time.monotonic()
     wanted = requirements()
-    key = hashlib.sha256(repr((wanted, sys.version)).encode()).hexdigest()
+    key = hashlib.sha256(repr((wanted, sys.version, 2)).encode()).hexdigest()  # 2: with a command
     if PYTHON.exists() and STAMP.is_file() and STAMP.read_text() == key:
         return 0
     works = PYTHON.exists() and subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode == 0
@@ -63,6 +63,9 @@ def main() -> int:
     for packages in (VENV / "lib").glob("python3.*/site-packages"):
         up = "/".join([".."] * len(packages.relative_to(ROOT).parts))
         (packages / "nnsight_go_checkout.pth").write_text(f"{up}/python\n")
+    command = VENV / "bin" / "nnsight-go"  # what an installed package has by [project.scripts]
+    command.write_text('#!/bin/sh\nexec "$(dirname "$0")/python" -m nnsight_go.command "$@"\n')
+    command.chmod(0o755)
     STAMP.write_text(key)
     say(f"ready in {time.monotonic() - start:.0f} s")
     return 0
