@@ -36,12 +36,11 @@ func init() {
 // command runs one of cobra's as a subcommand.
 func command(make func() *cobra.Command) func([]string, io.Writer, io.Writer) int {
 	return func(args []string, stdout, stderr io.Writer) int {
-		c := make()
-		c.SetArgs(args)
+		c, own := &cobra.Command{Use: "nnsight-go", SilenceUsage: true, SilenceErrors: true}, make()
+		c.AddCommand(own)
+		c.SetArgs(append([]string{own.Name()}, args...))
 		c.SetOut(stdout)
 		c.SetErr(stderr)
-		c.SilenceUsage, c.SilenceErrors = true, true
-		c.CompletionOptions.DisableDefaultCmd = true
 		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 		defer stop()
 		if err := c.ExecuteContext(ctx); err != nil {
@@ -129,7 +128,7 @@ func serveCommand() *cobra.Command {
 	var body int64
 	var rate float64
 	c := &cobra.Command{
-		Use:   "nnsight-go serve --model NAME[=DIRECTORY] ...",
+		Use:   "serve --model NAME[=DIRECTORY] ...",
 		Short: "Serve models to remote traces",
 		Long: "Serve models to remote traces: model.trace(..., remote=\"http://...\") in Python.\n" +
 			"Jobs and results lie in the data directory, and are there again after a restart.",
@@ -216,7 +215,7 @@ func workerCommand() *cobra.Command {
 	var r running
 	var url string
 	c := &cobra.Command{
-		Use:   "nnsight-go worker --nats URL --model NAME[=DIRECTORY] ...",
+		Use:   "worker --nats URL --model NAME[=DIRECTORY] ...",
 		Short: "Run the jobs of a server that is elsewhere",
 		Args:  cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -255,7 +254,7 @@ func workerCommand() *cobra.Command {
 
 func keyCommand() *cobra.Command {
 	var data string
-	c := &cobra.Command{Use: "nnsight-go key", Short: "Make, list and revoke API keys"}
+	c := &cobra.Command{Use: "key", Short: "Make, list and revoke API keys"}
 	c.PersistentFlags().StringVar(&data, "data", "nnsight-data", "the server's data directory")
 	store := func() *keys.Store { return keys.Open(filepath.Join(data, "keys.json")) }
 	var priority string

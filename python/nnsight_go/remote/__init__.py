@@ -90,7 +90,7 @@ def waits(runner: Runner, what: str) -> None:
 
 
 def status(host: str | None = None) -> dict[str, dict[str, Any]]:
-    """The models that a server has, by name: each with its ``architecture``, ``dtype``, ``workers`` and ``waiting`` jobs.
+    """The models of a server by name, each with its ``architecture``, ``dtype``, ``workers`` and ``waiting`` jobs.
 
     Args:
         host: ``https://...``; by default ``CONFIG.API.HOST``.
