@@ -68,10 +68,15 @@ func writes(in *plan.Instr) bool {
 	case plan.OpSetIndex, plan.OpPut, plan.OpTrack, plan.OpSetGrad:
 		return true
 	case plan.OpCall:
-		base, _, _ := strings.Cut(in.Name, ".")
-		return strings.HasSuffix(base, "_") || isOut(in.Name)
+		return isInPlace(in.Name) || isOut(in.Name)
 	}
 	return false
+}
+
+// isInPlace reports whether an operator writes to what it is given first, or to the gradient that this keeps.
+func isInPlace(op string) bool {
+	base, _, _ := strings.Cut(op, ".")
+	return strings.HasSuffix(base, "_") || base == "nng::set_grad" || base == "nng::add_grad"
 }
 
 // isOut reports whether an operator is an overload that writes to arguments called out, wherever they stand.

@@ -1,12 +1,15 @@
 package host
 
 import (
+	"regexp"
+	"strings"
 	"testing"
 
 	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/enginetest"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/guard"
 	"github.com/stretchr/testify/require"
 )
 
@@ -34,6 +37,7 @@ func TestWeightsOfASharedModelStayAsTheyAre(t *testing.T) {
 		"a type that it has":   {call("aten::type_as.default", ref(1), ref(1)), zero},
 		"a transposed view":    {call("aten::t.default", ref(1)), zero},
 		"the parameter itself": {call("aten::alias.default", ref(1)), call("aten::mul_.Tensor", ref(1), ref(1))},
+		"a gradient":           {call("aten::alias.default", ref(1)), call("nng::add_grad.default", ref(1), ref(1))},
 		"an element": {call("aten::alias.default", ref(1)), {Kind: graph.KindSetIndex,
 			Args: []graph.Arg{ref(1), integer(0), integer(7)}, Pos: 0}},
 		"out":                   {call("aten::alias.default", ref(1)), {Kind: graph.KindCall, Op: "aten::sin.out", Args: []graph.Arg{ref(1)}, Kwargs: []graph.Kwarg{{Name: "out", Arg: ref(1)}}, Pos: 0}},
@@ -81,5 +85,34 @@ func TestAProtectedModelRunsWhatItRan(t *testing.T) {
 		require.NoError(t, err)
 		freeAll(tensors)
 		require.NoError(t, m.Protect())
+	}
+}
+
+// What refuseWrite relies on.
+func TestOperatorsThatWriteSaySoInTheirNames(t *testing.T) {
+	written := regexp.MustCompile(`\(\w+!( -> [^)]*)?\)`)
+	for _, op := range guard.Operators() {
+		schemas, err := aten.Schemas(op)
+		require.NoError(t, err, op)
+		for _, schema := range schemas {
+			head, rest, _ := strings.Cut(schema, "(")
+			arguments, _, _ := strings.Cut(rest, ") -> ")
+			inPlace, named, _ := strings.Cut(arguments, "*, ")
+			for _, argument := range strings.Split(named, ", ") { // results that go somewhere: they have no place, only names
+				if written.MatchString(argument) {
+					words := strings.Fields(argument)
+					n := graph.Node{Kind: graph.KindCall, Op: head, Kwargs: []graph.Kwarg{{Name: words[len(words)-1], Arg: graph.Ref(0)}}, Pos: -1}
+					g := &graph.Graph{Invokes: []graph.Invoke{{}}, Nodes: []graph.Node{n}}
+					require.Error(t, guard.Check(g), schema)
+				}
+			}
+			if arguments = inPlace; !written.MatchString(arguments) {
+				continue
+			}
+			require.True(t, isInPlace(head), schema)
+			first, others, _ := strings.Cut(arguments, ",")
+			require.Regexp(t, written, first, schema)
+			require.NotRegexp(t, written, others, schema)
+		}
 	}
 }
