@@ -55,8 +55,6 @@ func DrawnOf(g *gen.Generation, tokens []int64) Drawn {
 type Performer struct {
 	Model  *host.Native
 	Limits Limits
-	// Upload gives a tensor that was sent before, by its hash; nil where there are none.
-	Upload func(hash string) (Blob, error)
 	// Chains, if there are some, keep generations between the requests that go through them.
 	Chains *Chains
 }
@@ -150,18 +148,24 @@ func (x *performing) trace() error {
 	return err
 }
 
-// results brings a run to its end and gives what was wanted of it.
-func (x *performing) results(run *host.Run, from graph.ID, s *Step) (out StepResult, err error) {
+// finish brings a run to its end. The tensors are the caller's.
+func finish(ctx context.Context, run *host.Run) ([]graph.Result, []aten.Tensor, error) {
 	defer run.Free()
 	for done := false; !done; {
-		if x.ctx.Err() != nil {
-			return out, cancelled(x.ctx)
+		if ctx.Err() != nil {
+			return nil, nil, cancelled(ctx)
 		}
+		var err error
 		if done, err = run.Step(slice); err != nil {
-			return out, err
+			return nil, nil, err
 		}
 	}
-	results, tensors, err := run.Results()
+	return run.Results()
+}
+
+// results brings a run to its end and gives what was wanted of it, of save nodes from one on.
+func (x *performing) results(run *host.Run, from graph.ID, s *Step) (out StepResult, err error) {
+	results, tensors, err := finish(x.ctx, run)
 	if err != nil {
 		return out, err
 	}
@@ -170,34 +174,41 @@ func (x *performing) results(run *host.Run, from graph.ID, s *Step) (out StepRes
 			t.Free()
 		}
 	}()
-	if !slices.Contains(s.Want, wantResults) {
-		return out, nil
-	}
 	wanted := results[:0]
-	used := make([]bool, len(tensors))
 	for _, result := range results {
 		if result.Node >= from {
 			wanted = append(wanted, result)
-			result.Value.Refs(func(id graph.ID) { used[id] = true })
 		}
 	}
-	numbers := make([]graph.ID, len(tensors))
-	for i, t := range tensors {
-		if !used[i] {
-			continue
-		}
-		numbers[i] = graph.ID(len(out.Tensors))
-		name, err := x.send(t)
-		if err != nil {
-			return out, err
-		}
-		out.Tensors = append(out.Tensors, name)
+	return x.answer(wanted, tensors, s)
+}
+
+// answer adds results to the response, if they are wanted, and those of the tensors that they number.
+func (x *performing) answer(results []graph.Result, tensors []aten.Tensor, s *Step) (out StepResult, err error) {
+	if !slices.Contains(s.Want, wantResults) {
+		return out, nil
 	}
-	for i := range wanted {
-		wanted[i].Value = wanted[i].Value.Replaced(func(id graph.ID) graph.Arg { return graph.Ref(numbers[id]) })
+	numbers := map[graph.ID]graph.ID{}
+	var failed error
+	number := func(id graph.ID) graph.Arg {
+		n, known := numbers[id]
+		if !known && failed == nil {
+			n = graph.ID(len(out.Tensors))
+			numbers[id] = n
+			var name string
+			name, failed = x.send(tensors[id])
+			out.Tensors = append(out.Tensors, name)
+		}
+		return graph.Ref(n)
+	}
+	for i := range results {
+		results[i].Value = results[i].Value.Replaced(number)
+	}
+	if failed != nil {
+		return out, failed
 	}
 	out.Results = fmt.Sprintf("results.%d", len(x.response.Steps))
-	x.writer.Bytes(out.Results, graph.EncodeResults(wanted))
+	x.writer.Bytes(out.Results, graph.EncodeResults(results))
 	return out, nil
 }
 
@@ -260,10 +271,10 @@ func (x *performing) given(c *Constant) (aten.Tensor, error) {
 	if c.Hash == "" {
 		return x.request.file.tensor(c.Tensor)
 	}
-	if x.Upload == nil {
+	if x.request.Upload == nil {
 		return aten.Tensor{}, malformed("it names an uploaded tensor, and there are none here")
 	}
-	blob, err := x.Upload(c.Hash)
+	blob, err := x.request.Upload(c.Hash)
 	if err != nil {
 		return aten.Tensor{}, err
 	}

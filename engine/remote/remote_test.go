@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"math/rand/v2"
 	"testing"
 	"time"
 
@@ -131,14 +132,18 @@ func TestParametersAndUploads(t *testing.T) {
 	want, err := weight.Float32s()
 	require.NoError(t, err)
 	var asked string
-	p := &Performer{Model: m, Upload: func(hash string) (Blob, error) {
+	upload := func(hash string) (Blob, error) {
 		asked = hash
 		data, err := weight.AppendBytes(nil)
 		return Blob{DType: "float32", Shape: weight.Shape(), Data: data}, err
-	}}
+	}
+	p := &Performer{Model: m}
 	for name, c := range map[string]Constant{"parameter": {Parameter: "transformer.ln_f.weight"}, "upload": {Hash: "abc", Grad: true}} {
-		out, err := perform(t, p, wire(t, trace(Step{Program: []string{"g"}, Constants: []Constant{c}, End: true, Want: []string{"results"}}),
-			map[string][]byte{"g": graph.Encode(doubled())}, nil))
+		r, err := Parse(wire(t, trace(Step{Program: []string{"g"}, Constants: []Constant{c}, End: true, Want: []string{"results"}}),
+			map[string][]byte{"g": graph.Encode(doubled())}, nil), Limits{})
+		require.NoError(t, err, name)
+		r.Upload = upload
+		out, err := p.Perform(t.Context(), "somebody", r)
 		require.NoError(t, err, name)
 		_, values := response(t, out)
 		require.InDelta(t, want[0]*values[0][0][0], values[0][2][0], 1e-6, name)
@@ -396,4 +401,87 @@ func TestWhatIsCancelledEnds(t *testing.T) {
 	_, err = (&Performer{Model: m}).Perform(late, "", r)
 	require.ErrorContains(t, err, "too long")
 	require.Equal(t, live, aten.Live())
+}
+
+func TestRequestsThatShareAPass(t *testing.T) {
+	m := open(t)
+	require.NoError(t, m.Load())
+	p := &Performer{Model: m}
+	random := rand.New(rand.NewPCG(1, 2))
+	requests := func(n int) (out []*Request) {
+		for range n {
+			g := doubled()
+			g.Invokes = nil
+			for range 1 + random.IntN(2) {
+				row := make([]int64, 1+random.IntN(9))
+				for i := range row {
+					row[i] = random.Int64N(4) // so that some begin alike
+				}
+				g.Invokes = append(g.Invokes, graph.Invoke{Rows: [][]int64{row}})
+			}
+			if random.IntN(2) == 0 { // changes what the later block sees, of its own rows alone
+				g.Nodes = append(g.Nodes[:4:4], graph.Node{Kind: graph.KindCall, Op: "aten::mul_.Tensor", Args: []graph.Arg{graph.Ref(0), graph.Ref(2)}, Pos: -1},
+					graph.Node{Kind: graph.KindRead, Path: "transformer.h.2", Port: graph.PortOutput, Leaf: "0", Pos: -1},
+					graph.Node{Kind: graph.KindSave, Args: []graph.Arg{graph.Ref(5)}, Pos: -1},
+					graph.Node{Kind: graph.KindSave, Args: []graph.Arg{graph.Ref(3)}, Pos: -1})
+			}
+			c, err := aten.FromFloat32s([]float32{random.Float32()})
+			require.NoError(t, err)
+			r, err := Parse(wire(t, trace(Step{Program: []string{"g"}, Constants: []Constant{{Tensor: "c"}}, End: true, Want: []string{"results"}}),
+				map[string][]byte{"g": graph.Encode(g)}, map[string]aten.Tensor{"c": c}), Limits{})
+			c.Free()
+			require.NoError(t, err)
+			require.True(t, r.Shareable())
+			out = append(out, r)
+		}
+		return out
+	}
+	live := aten.Live()
+	for round := range 40 {
+		all := requests(1 + random.IntN(8))
+		together, err := p.PerformTogether(t.Context(), all)
+		require.NoError(t, err)
+		require.Len(t, together, len(all))
+		for i, r := range all {
+			alone, err := p.Perform(t.Context(), "", r)
+			require.NoError(t, err)
+			head, got := response(t, together[i])
+			wantHead, want := response(t, alone)
+			require.Equal(t, wantHead, head)
+			for k := range want[0] {
+				require.Len(t, got[0][k], len(want[0][k]))
+				require.InDeltaSlice(t, want[0][k], got[0][k], 1e-5, "round %d, request %d, value %d", round, i, k)
+			}
+		}
+		require.Equal(t, live, aten.Live())
+	}
+	// one that fails takes the others' pass with it, and leaves nothing
+	bad := requests(3)
+	bad[1].programs[0].graph.Nodes[0].Path = "transformer.h.9"
+	_, err := p.PerformTogether(t.Context(), bad)
+	require.ErrorContains(t, err, "transformer.h.9")
+	bad = requests(3)
+	bad[2].Steps[0].Constants = nil
+	_, err = p.PerformTogether(t.Context(), bad)
+	require.ErrorContains(t, err, "constant 0")
+	require.Equal(t, live, aten.Live())
+}
+
+func TestWhatSharesNoPass(t *testing.T) {
+	step := Step{Program: []string{"g"}, Constants: []Constant{{Tensor: "c"}}, End: true}
+	whole := func(change func(*graph.Graph)) *Request {
+		g := doubled()
+		change(g)
+		r, err := Parse(wire(t, trace(step), map[string][]byte{"g": graph.Encode(g)}, nil), Limits{})
+		require.NoError(t, err)
+		return r
+	}
+	require.True(t, whole(func(*graph.Graph) {}).Shareable())
+	require.False(t, whole(func(g *graph.Graph) { g.Invokes = append(g.Invokes, graph.Invoke{}) }).Shareable(), "it sees the whole batch")
+	require.False(t, whole(func(g *graph.Graph) {
+		g.Nodes[4] = graph.Node{Kind: graph.KindTrack, Args: []graph.Arg{graph.Ref(0), graph.Int(0)}, Pos: -1}
+	}).Shareable(), "gradients")
+	r := whole(func(*graph.Graph) {})
+	r.Steps[0].End = false
+	require.False(t, r.Shareable(), "a value in the middle")
 }

@@ -47,6 +47,9 @@ type Request struct {
 	Chain    string        `json:"chain,omitempty"`  // requests that continue one another have the same
 	Random   string        `json:"random,omitempty"` // tensor that holds the generator's state
 
+	// Upload gives a tensor that was sent before, by its hash; nil where there are none.
+	Upload func(hash string) (Blob, error) `json:"-"`
+
 	file     file
 	programs []program // of the steps
 }

@@ -304,6 +304,9 @@ func (t *Task) payload(ctx context.Context) ([]byte, error) {
 	return data, nil
 }
 
+// Model is the model that the task is for.
+func (t *Task) Model() string { return t.r.Model }
+
 // Cancelled is closed once the job's owner does not want it any more. Call stop when the job has ended.
 func (t *Task) Cancelled() (cancelled <-chan struct{}, stop func()) {
 	c := make(chan struct{})

@@ -53,6 +53,9 @@ const (
 	kept      = 16               // generations of a model that go on
 	keptFor   = 30 * time.Second // without a request for them
 	announced = 5 * time.Second
+
+	mostTogether   = 64   // jobs that share a forward pass
+	tokensTogether = 4096 // and their tokens
 )
 
 // errStopped is why a job is abandoned when its worker stops.
@@ -63,6 +66,9 @@ var errStopped = fault.New(fault.Cancelled, "the worker stops")
 func Start(ctx context.Context, store *jobs.Store, models map[string]*engine.Model, o Options) (*Worker, error) {
 	if o.Time == 0 {
 		o.Time = 5 * time.Minute
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
 	}
 	var id [6]byte
 	_, _ = rand.Read(id[:]) // never fails
@@ -136,22 +142,130 @@ func (w *Worker) serve(taking, running context.Context, s *served) {
 	defer s.queue.Close()
 	runtime.LockOSThread() // torch's threads belong to the one that computes: another would have to make them anew
 	defer runtime.UnlockOSThread()
-	for t := s.queue.Take(taking); t != nil; t = s.queue.Take(taking) {
-		w.running.Add(1)
-		w.job(running, s, t)
-		w.running.Add(-1)
-		w.done.Add(1)
+	var next *job
+	for {
+		first := next
+		if next = nil; first == nil {
+			t := s.queue.Take(taking)
+			if t == nil {
+				return
+			}
+			first = w.read(t)
+		}
+		if first == nil {
+			continue
+		}
+		var all []*job
+		all, next = w.gather(taking, s, first)
+		w.running.Add(int32(len(all)))
+		w.run(running, s, all)
+		w.running.Add(-int32(len(all)))
+		w.done.Add(int64(len(all)))
 	}
 }
 
-// job runs one, and tells what came of it.
-func (w *Worker) job(running context.Context, s *served, t *jobs.Task) {
-	begun := time.Now()
-	late := fault.New(fault.Remote, "the job has run for %v, which is as long as this server lets one", w.options.Time).
+// job is a task whose request has been read.
+type job struct {
+	*jobs.Task
+	request *remote.Request
+	begun   time.Time
+}
+
+// read reads the request of a task. It ends the task, and gives nil, where that cannot be done.
+func (w *Worker) read(t *jobs.Task) *job {
+	j := &job{Task: t, begun: time.Now()}
+	err := w.guarded(j, func() (err error) {
+		j.request, err = remote.Parse(t.Request, w.options.Limits)
+		return err
+	})
+	if err != nil {
+		w.failed(j, err)
+		return nil
+	}
+	j.request.Upload = func(hash string) (remote.Blob, error) {
+		data, err := t.Upload(context.Background(), hash)
+		if err != nil {
+			return remote.Blob{}, err
+		}
+		return remote.ReadUpload(data)
+	}
+	return j
+}
+
+// gather gives a job and those that wait already and may share its forward pass, and the next one, if that was
+// taken to see that it may not.
+func (w *Worker) gather(ctx context.Context, s *served, first *job) (all []*job, next *job) {
+	all = []*job{first}
+	if !first.request.Shareable() {
+		return all, nil
+	}
+	tokens := first.request.Tokens()
+	for len(all) < mostTogether && tokens < tokensTogether {
+		t := s.queue.TryTake(ctx)
+		if t == nil {
+			break
+		}
+		j := w.read(t)
+		if j == nil {
+			continue
+		}
+		if tokens += j.request.Tokens(); tokens > tokensTogether || !j.request.Shareable() || j.request.Mode() != first.request.Mode() {
+			return all, j
+		}
+		all = append(all, j)
+	}
+	return all, nil
+}
+
+// run runs jobs, together if there are several, and tells what came of each.
+func (w *Worker) run(running context.Context, s *served, all []*job) {
+	if len(all) > 1 && w.together(running, s, all) {
+		return
+	}
+	for _, j := range all {
+		w.alone(running, s, j)
+	}
+}
+
+// late is the error of a job that has run for too long.
+func (w *Worker) late() error {
+	return fault.New(fault.Remote, "the job has run for %v, which is as long as this server lets one", w.options.Time).
 		WithHint("Split it, or make it smaller.")
-	ctx, cancel := context.WithTimeoutCause(running, w.options.Time, late)
+}
+
+// together runs jobs in one forward pass, and reports whether all went well. Else none has ended: one of them
+// may be to blame, and the others are not to know.
+func (w *Worker) together(running context.Context, s *served, all []*job) bool {
+	ctx, cancel := context.WithTimeoutCause(running, w.options.Time, w.late())
 	defer cancel()
-	cancelled, stop := t.Cancelled()
+	var requests []*remote.Request
+	for _, j := range all {
+		requests = append(requests, j.request)
+	}
+	var results [][]byte
+	err := w.guarded(all[0], func() (err error) {
+		results, err = w.performer(s).PerformTogether(ctx, requests)
+		return err
+	})
+	if err != nil {
+		return false
+	}
+	for i, j := range all {
+		j.Complete(context.Background(), results[i])
+		w.ended(j, jobs.Completed, len(results[i]))
+	}
+	return true
+}
+
+func (w *Worker) performer(s *served) *remote.Performer {
+	return &remote.Performer{Model: s.model.Native, Limits: w.options.Limits, Chains: s.chains}
+}
+
+// alone runs one job.
+func (w *Worker) alone(running context.Context, s *served, j *job) {
+	ctx, cancel := context.WithTimeoutCause(running, w.options.Time, w.late())
+	defer cancel()
+	cancelled, stop := j.Cancelled()
 	defer stop()
 	go func() {
 		select {
@@ -160,48 +274,43 @@ func (w *Worker) job(running context.Context, s *served, t *jobs.Task) {
 		case <-ctx.Done():
 		}
 	}()
-	result, err := w.perform(ctx, s, t)
-	state := jobs.Completed
-	keep := context.WithoutCancel(ctx)
+	var result []byte
+	err := w.guarded(j, func() (err error) {
+		result, err = w.performer(s).Perform(ctx, j.Owner, j.request)
+		return err
+	})
 	switch {
 	case err == nil:
-		t.Complete(keep, result)
+		j.Complete(context.Background(), result)
+		w.ended(j, jobs.Completed, len(result))
 	case context.Cause(running) == errStopped:
-		t.Retry(keep)
-		return
+		j.Retry(context.Background())
 	default:
-		state = jobs.Failed
-		t.Fail(keep, err)
-	}
-	took := time.Since(begun)
-	if w.options.Log != nil {
-		w.options.Log.Info("job", "id", t.ID, "key", t.Owner, "model", s.name, "state", state, "seconds", took.Seconds(), "bytes", len(result))
-	}
-	if w.options.Done != nil {
-		w.options.Done(s.name, state, took)
+		w.failed(j, err)
 	}
 }
 
-// perform runs the request of a task. What it does to this process is an error of the task's.
-func (w *Worker) perform(ctx context.Context, s *served, t *jobs.Task) (out []byte, err error) {
+func (w *Worker) failed(j *job, err error) {
+	j.Fail(context.Background(), err)
+	w.ended(j, jobs.Failed, 0)
+}
+
+// ended tells of a job that has ended, to the log and to who counts.
+func (w *Worker) ended(j *job, state jobs.State, bytes int) {
+	took := time.Since(j.begun)
+	w.options.Log.Info("job", "id", j.ID, "key", j.Owner, "model", j.Model(), "state", state, "seconds", took.Seconds(), "bytes", bytes)
+	if w.options.Done != nil {
+		w.options.Done(j.Model(), state, took)
+	}
+}
+
+// guarded does something for a job. What that does to this process is an error of the job's.
+func (w *Worker) guarded(j *job, f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			if w.options.Log != nil {
-				w.options.Log.Error("panic", "job", t.ID, "what", p, "stack", string(debug.Stack()))
-			}
-			err = fault.New(fault.Internal, "the server failed at this job").WithHint("Tell who runs the server: job %s.", t.ID)
+			w.options.Log.Error("panic", "job", j.ID, "what", p, "stack", string(debug.Stack()))
+			err = fault.New(fault.Internal, "the server failed at this job").WithHint("Tell who runs the server: job %s.", j.ID)
 		}
 	}()
-	r, err := remote.Parse(t.Request, w.options.Limits)
-	if err != nil {
-		return nil, err
-	}
-	p := &remote.Performer{Model: s.model.Native, Limits: w.options.Limits, Chains: s.chains, Upload: func(hash string) (remote.Blob, error) {
-		data, err := t.Upload(ctx, hash)
-		if err != nil {
-			return remote.Blob{}, err
-		}
-		return remote.ReadUpload(data)
-	}}
-	return p.Perform(ctx, t.Owner, r)
+	return f()
 }

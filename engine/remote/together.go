@@ -1,0 +1,152 @@
+package remote
+
+import (
+	"context"
+	"strings"
+
+	"github.com/nnsight-go/nnsight-go/engine/aten"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+)
+
+// Shareable reports whether a request may share a forward pass with others: a whole trace in which every
+// invoke has rows of its own, and that asks for no gradients. The results are those that it has alone
+// (docs/contract.md, rule 5).
+func (r *Request) Shareable() bool {
+	if r.Kind != Trace || !r.Steps[0].End || len(r.Steps[0].Program) != 1 || r.Random != "" {
+		return false
+	}
+	for i := range r.Steps[0].Constants {
+		if r.Steps[0].Constants[i].Grad {
+			return false
+		}
+	}
+	g := r.programs[0].graph
+	for i := range g.Invokes {
+		if v := &g.Invokes[i]; v.Rows == nil && !v.Edit || v.Mode() != g.Invokes[0].Mode() {
+			return false
+		}
+	}
+	for i := range g.Nodes {
+		if n := &g.Nodes[i]; n.Kind >= graph.KindTrack || strings.HasPrefix(n.Op, "nng::") {
+			return false
+		}
+	}
+	return len(g.Invokes) > 0
+}
+
+// Mode is the autograd state that the model runs under: requests that share a pass have the same.
+func (r *Request) Mode() graph.Mode { return r.programs[0].graph.Invokes[0].Mode() }
+
+// Tokens is how many there are in the rows of a request.
+func (r *Request) Tokens() (n int) {
+	for _, p := range r.programs {
+		for i := range p.graph.Invokes {
+			n += count(p.graph.Invokes[i].Rows)
+		}
+	}
+	return n
+}
+
+// together is several requests in one run.
+type together struct {
+	graph  *graph.Graph
+	starts []graph.ID // the first node of each
+	consts []aten.Tensor
+}
+
+// add appends a request, whose numbers go on where those of the others end.
+func (t *together) add(x *performing) error {
+	consts, err := x.constants(&x.request.Steps[0])
+	if err != nil {
+		return err
+	}
+	own := x.request.programs[0].graph
+	node, invoke, pos, index := graph.ID(len(t.graph.Nodes)), int32(len(t.graph.Invokes)), int32(len(t.graph.Positions)), int32(len(t.consts))
+	renumber := func(id graph.ID) graph.Arg { return graph.Ref(id + node) }
+	for _, n := range own.Nodes {
+		n.Invoke += invoke
+		if n.Pos >= 0 {
+			n.Pos += pos
+		}
+		if n.Kind == graph.KindConst {
+			if int(n.Index) >= len(consts) {
+				for _, c := range consts {
+					c.Free()
+				}
+				return malformed("constant %d is not among the %d there are", n.Index, len(consts))
+			}
+			n.Index += index
+		}
+		args, kwargs := n.Args, n.Kwargs
+		n.Args, n.Kwargs = make([]graph.Arg, len(args)), make([]graph.Kwarg, len(kwargs))
+		for i := range args {
+			n.Args[i] = args[i].Replaced(renumber)
+		}
+		for i := range kwargs {
+			n.Kwargs[i] = graph.Kwarg{Name: kwargs[i].Name, Arg: kwargs[i].Arg.Replaced(renumber)}
+		}
+		t.graph.Nodes = append(t.graph.Nodes, n)
+	}
+	t.graph.Invokes = append(t.graph.Invokes, own.Invokes...)
+	t.graph.Positions = append(t.graph.Positions, own.Positions...)
+	t.starts = append(t.starts, node)
+	t.consts = append(t.consts, consts...)
+	return nil
+}
+
+// PerformTogether runs shareable requests of one mode in one run, and gives the response of each. Where anything fails it
+// gives an error and no response: who is to blame shows when each runs alone.
+func (p *Performer) PerformTogether(ctx context.Context, requests []*Request) (out [][]byte, err error) {
+	t := &together{graph: &graph.Graph{}}
+	var all []*performing
+	for _, r := range requests {
+		x := &performing{Performer: p, ctx: ctx, request: r, response: Response{Version: version, Steps: []StepResult{}}}
+		if err = t.add(x); err != nil {
+			break
+		}
+		all = append(all, x)
+	}
+	if err != nil {
+		for _, c := range t.consts {
+			c.Free()
+		}
+		return nil, err
+	}
+	run, err := p.Model.Begin(t.graph, t.consts, true)
+	if err != nil {
+		return nil, err
+	}
+	results, tensors, err := finish(ctx, run)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		for _, t := range tensors {
+			t.Free()
+		}
+	}()
+	for i, x := range all {
+		end := graph.ID(len(t.graph.Nodes))
+		if i+1 < len(all) {
+			end = t.starts[i+1]
+		}
+		var own []graph.Result
+		for _, result := range results {
+			if result.Node >= t.starts[i] && result.Node < end {
+				result.Node -= t.starts[i]
+				own = append(own, result)
+			}
+		}
+		step, err := x.answer(own, tensors, &x.request.Steps[0])
+		if err != nil {
+			return nil, err
+		}
+		x.response.Steps = append(x.response.Steps, step)
+		file, err := x.file()
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, file)
+	}
+	return out, nil
+}
