@@ -8,11 +8,11 @@ import "strings"
 // Order is the engine's packages in import order. A package's subpackages (arch/gpt2) stand where
 // it does and may import one another. "" is the facade, package engine itself.
 var Order = []string{
-	"fault", "graph", "plan", "pack", "exec", "aten", "weights", "nn", "arch", "token", "host", "gen", "remote", "", "server",
+	"fault", "graph", "guard", "plan", "pack", "exec", "aten", "weights", "nn", "arch", "token", "host", "gen", "remote", "", "server",
 }
 
 // Pure lists the packages that hold no tensors: neither they nor what they import may use cgo.
-var Pure = []string{"fault", "graph", "plan", "pack", "exec", "nn", "arch"}
+var Pure = []string{"fault", "graph", "guard", "plan", "pack", "exec", "nn", "arch"}
 
 // Helper reports whether a package, by its path under engine, has only what tests share: such a
 // package may import anything and is imported by tests alone.
