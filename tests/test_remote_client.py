@@ -104,6 +104,45 @@ def test_generation_and_stream(model: LanguageModel, server: Server) -> None:
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(mine[1], theirs[1], strict=True))
 
 
+@pytest.mark.parametrize("what", ["plain", "all", "outside", "tokens", "cached", "many", "ended"])
+def test_steps_that_need_nothing_of_python_go_together(model: LanguageModel, server: Server, what: str) -> None:
+    end = {"ended": {"eos_token_id": [model.tokenizer(" Paris")["input_ids"][0]]}}
+    new = 70 if what == "many" else 6
+    settings = {"max_new_tokens": new, "eos_token_id": [], "pad_token_id": 0} | end.get(what, {})
+
+    def run(remote: Any) -> list[Any]:
+        out: list[Any] = []
+        with model.generate("The Eiffel Tower is in the city of", remote=remote, **settings) as tracer:
+            cache = tracer.cache(modules=[model.transformer.h[0]]) if what == "cached" else {}
+            first = model.transformer.h[1].output[0][:, -1]
+            if what != "plain":
+                with tracer.all():
+                    if what == "outside":
+                        model.transformer.h[2].output[0][:, -1] += first * 0.1
+                    elif what == "tokens":
+                        out.append(model.generator.streamer.output)
+                    model.transformer.h[3].output[0][:, -1] *= 0.9
+                    out.append(model.lm_head.output[0, -1])
+            tokens = model.generator.output.save()
+        entries = cache.get("model.transformer.h.0", [])
+        return [tokens, *out, *(entry.output[0] for entry in entries)]
+
+    here, there = run(None), run(server.host)
+    assert len(here) == len(there) and all(torch.allclose(a, b, atol=1e-4) for a, b in zip(here, there, strict=True))
+    # the first step's value is there once it has run; each step's tokens once the one before has
+    assert posts(server) == {"outside": 2, "tokens": 6, "many": 2}.get(what, 1)
+
+
+def test_an_error_of_one_of_several_steps(model: LanguageModel, server: Server) -> None:
+    with (
+        pytest.raises(OpError, match="ones") as caught,
+        model.generate(PROMPT, max_new_tokens=5, eos_token_id=[], pad_token_id=0, remote=server.host) as tracer,
+        tracer.iter[2:],
+    ):
+        (model.transformer.h[0].output[0] @ torch.ones(3, 3)).save()
+    assert caught.value.step == 2 and posts(server) == 1
+
+
 def test_sessions_and_the_default_host(model: LanguageModel, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NNSIGHT_GO_HOST", server.host)
     with model.session(remote=True):

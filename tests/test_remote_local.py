@@ -119,7 +119,7 @@ def steps_for(pair: Pair, where: Any, **settings: Any) -> Outcome:
     """A generation whose body runs at each step."""
     states = []
     rows = [pair.ids(5), pair.ids(3, seed=2)]
-    settings = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None} | settings
+    settings = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": []} | settings
     with pair.model.generate(rows, remote=where, **settings) as tracer:
         for _ in tracer.iter[:]:
             tensor_of(pair, f"{pair.blocks}.0")[:, -1] *= 0.9
@@ -134,7 +134,7 @@ def steps_for(pair: Pair, where: Any, **settings: Any) -> Outcome:
 def steps_with(pair: Pair, where: Any) -> Outcome:
     """A generation whose body is replayed."""
     states: list[Any] = []
-    with pair.model.generate(pair.ids(4), max_new_tokens=5, eos_token_id=None, pad_token_id=0, remote=where) as tracer:
+    with pair.model.generate(pair.ids(4), max_new_tokens=5, eos_token_id=[], pad_token_id=0, remote=where) as tracer:
         with tracer.all():
             tensor_of(pair, f"{pair.blocks}.1")[:, -1] *= 1.1
             states.append(pair.model.lm_head.output)
@@ -145,7 +145,7 @@ def steps_with(pair: Pair, where: Any) -> Outcome:
 def forced_steps(pair: Pair, where: Any) -> Outcome:
     """A generation that needs values, and passes some on."""
     seen, last = [], []
-    with pair.model.generate(pair.ids(4), max_new_tokens=4, eos_token_id=None, pad_token_id=0, remote=where) as tracer:
+    with pair.model.generate(pair.ids(4), max_new_tokens=4, eos_token_id=[], pad_token_id=0, remote=where) as tracer:
         before = None
         for step in tracer.iter[:]:
             hidden = tensor_of(pair, f"{pair.blocks}.0")
@@ -163,7 +163,7 @@ def drawing_between(pair: Pair, where: Any) -> Outcome:
     """A generation that samples, of a program that draws as well."""
     noise = []
     with pair.model.generate(
-        pair.ids(4), max_new_tokens=5, do_sample=True, eos_token_id=None, pad_token_id=0, remote=where
+        pair.ids(4), max_new_tokens=5, do_sample=True, eos_token_id=[], pad_token_id=0, remote=where
     ) as tracer:
         for step in tracer.iter[:]:
             if step != 1:
@@ -212,7 +212,7 @@ def processed(pair: Pair, where: Any, **settings: Any) -> Outcome:
 def several_invokes(pair: Pair, where: Any) -> Outcome:
     """A generation of several inputs."""
     tokens = []
-    with pair.model.generate(max_new_tokens=3, eos_token_id=None, pad_token_id=0, remote=where) as tracer:
+    with pair.model.generate(max_new_tokens=3, eos_token_id=[], pad_token_id=0, remote=where) as tracer:
         with tracer.invoke(pair.ids(4)):
             kept = tensor_of(pair, f"{pair.blocks}.1")[:, -1].save()
             tokens.append(tracer.result.save())
@@ -302,7 +302,7 @@ def test_sessions(either: Pair) -> None:
         with pair.model.session(remote=where):
             with pair.model.trace(pair.ids(5)):
                 h = tensor_of(pair, f"{pair.blocks}.1")[:, -1]
-            with pair.model.generate(pair.ids(5), max_new_tokens=3, eos_token_id=None, pad_token_id=0):
+            with pair.model.generate(pair.ids(5), max_new_tokens=3, eos_token_id=[], pad_token_id=0):
                 tensor_of(pair, f"{pair.blocks}.1")[:, -1] = h
                 tokens = pair.model.generator.output.save()
         return {"h": h, "tokens": tokens}
@@ -341,7 +341,7 @@ def test_errors_name_the_users_line(remote: Pair) -> None:
     assert out.dim() == 0
     with (
         pytest.raises(OpError) as caught,
-        remote.model.generate(remote.ids(), max_new_tokens=3, eos_token_id=None, pad_token_id=0) as tracer,
+        remote.model.generate(remote.ids(), max_new_tokens=3, eos_token_id=[], pad_token_id=0) as tracer,
     ):
         for step in tracer.iter[:]:
             if step == 1:

@@ -109,6 +109,11 @@ class Drawing:
         return Wants(self.processes, self.scores is not None)
 
     @property
+    def idle(self) -> bool:
+        """Whether nothing of the program's happens between a step and the next."""
+        return not self._processors and not self._criteria and self.streamer is None
+
+    @property
     def processes(self) -> bool:
         """Whether there are functions that change scores."""
         return bool(self._processors)

@@ -166,8 +166,18 @@ class StepRecorder(Recorder):
     def _begin(self, data: bytes, constants: list[torch.Tensor], end: bool) -> Running:
         return self.generation.handle.step(data, constants, end)
 
-    def complete(self) -> None:
-        """Runs the step to its end. Every value of it that is in use somewhere becomes its tensor."""
+    def waits(self, first: int) -> bool:
+        """Whether it needs values or tokens of a step from ``first`` on, which has not run."""
+        later = (c.original for c in self.captures if c.version == _LATER)
+        return any(c.version == _DRAWN for c in self.captures) or any(
+            isinstance(x, Proxy) and _step(x) >= first for x in later
+        )
+
+    def complete(self) -> Callable[[], None]:
+        """Runs the step to its end. Every value of it that is in use somewhere becomes its tensor.
+
+        Gives what is to be done once they are.
+        """
         self.conclude()
         found = [collect(self) for collect in self.generation.collectors]  # in use until the step has run
         self.made, self.metas, self.bound, self._forced = [], {}, {}, (-1, {})  # these hold proxies too
@@ -179,9 +189,13 @@ class StepRecorder(Recorder):
         except NnsightError as error:
             error.step = self.step
             raise
-        self.close("its step has run, and it was not in use then")
-        for add in found:
-            add()
+
+        def done() -> None:
+            self.close("its step has run, and it was not in use then")
+            for add in found:
+                add()
+
+        return done
 
 
 class Generation:
@@ -204,6 +218,7 @@ class Generation:
         pad = settings["pad_token_id"]
         self.rows = [[pad] * (self.sizes[1] - len(row)) + row for row in rows for _ in range(each)]
         self.handle = self.runner.generation(rows, masks, settings, self.drawing.wants)
+        self.together = self.handle.together
 
     def _open(self, native: Any, edits: Sequence[Edit], drawing: Drawing, runner: Runner | None = None) -> None:
         self.native, self.edits, self.drawing = native, edits, drawing
@@ -211,6 +226,7 @@ class Generation:
         # Each reads values at the end of a step, and gives what is to be done with them once it has run.
         self.collectors: list[Callable[[StepRecorder], Callable[[], None]]] = []
         self.ran = 0  # steps that have run
+        self.together = 1  # steps that may run at once
         self.ended = False
         self.input: Continuation | None = None
         self.loops: list[Loop] = []
@@ -253,16 +269,44 @@ class Generation:
     def run_to(self, step: int) -> bool:
         """Runs all steps before one, and tells whether that one happens."""
         while self.ran < step and not self.ended:
-            rec = self.recorder(self.ran)
-            with self.at(self.ran):
-                rec.complete()
-            self.ended = True  # if one of the user's functions fails now, nothing follows
-            self.ended = self._draw()
-            del self._steps[self.ran]
-            for loop in self.loops:
-                loop.happened(self.ran)
-            self.ran += 1
+            last = min(step, self.ran + self.together) if self.drawing.idle else self.ran + 1
+            if last == self.ran + 1:
+                with self.at(self.ran) as rec:
+                    done = rec.complete()
+                self._happened(done)
+            else:
+                self._run_together(last)
         return self.ran == step and not self.ended
+
+    def _run_together(self, last: int) -> None:
+        """Runs steps before ``last``: as many as need nothing of each other that Python would hand on."""
+        self.handle.gather()
+        steps: list[tuple[StepRecorder, Callable[[], None]]] = []
+        for number in range(self.ran, last):
+            if any(loop.needs(number, self.ran) for loop in self.loops):
+                break
+            if number > self.ran and self.recorder(number).waits(self.ran):
+                break
+            with self.at(number) as rec:
+                steps.append((rec, rec.complete()))
+        try:
+            happened = self.handle.flush()
+        except NnsightError as error:
+            if error.step is not None and 0 <= (at := error.step - self.ran) < len(steps):
+                steps[at][0].count(error)
+            raise
+        for _, done in steps[:happened]:
+            self._happened(done)
+
+    def _happened(self, done: Callable[[], None]) -> None:
+        """Goes on to the tokens of a step that has run."""
+        done()
+        self.ended = True  # if one of the user's functions fails now, nothing follows
+        self.ended = self._draw()
+        del self._steps[self.ran]
+        for loop in self.loops:
+            loop.happened(self.ran)
+        self.ran += 1
 
     def _draw(self) -> bool:
         """Adds the tokens of the step that has run, and tells whether it was the last one."""
@@ -287,6 +331,13 @@ class Generation:
 
     def _free(self) -> None:
         self.handle.free()
+
+
+def _step(proxy: Proxy) -> int:
+    """The step that a value is of."""
+    rec = proxy._rec
+    assert isinstance(rec, StepRecorder)
+    return rec.step
 
 
 def chosen(which: Any, most: int) -> list[int] | range:

@@ -154,11 +154,12 @@ class HostedStepRecorder(StepRecorder, HostedRecorder):
         if self.step == 0 or points.keys() >= named | {(name, wire.OUTPUT) for name in edit.skips}:
             super()._bring(edit)
 
-    def complete(self) -> None:
+    def complete(self) -> Callable[[], None]:
         """Runs the step to its end, edits included. Every value of it that is in use somewhere becomes its tensor."""
         last = self._carry_on()  # in use until the step has run
-        super().complete()
+        done = super().complete()
         del last
+        return done
 
     def _leaf_meta(self, invoke: int, order: int, leaf: Leaf, writes: int) -> torch.Tensor:
         self.pinned = self.pinned or here()

@@ -110,6 +110,12 @@ class Loop:
 
     # ---- replaying ----
 
+    def needs(self, step: int, first: int) -> bool:
+        """Whether its body at a step uses values of steps from ``first`` on, which have not run."""
+        if step in self._done or step not in self._steps or not self._outside:
+            return False
+        return self._rec.step >= first
+
     def replay(self, rec: StepRecorder) -> None:
         """Puts the body into the recording of one of its steps, once."""
         if rec.step in self._done or rec.step not in self._steps:

@@ -10,7 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -231,6 +231,8 @@ class Run:
 class Handle:
     """A generation in the engine."""
 
+    together = 1  # there is nothing to gain
+
     def __init__(self, native: Native, rows: Rows, masks: Rows | None, settings: dict[str, Any]) -> None:
         handle = ctypes.c_uint64()
         prompt = json.dumps({"rows": rows, "masks": masks}).encode()
@@ -242,6 +244,12 @@ class Handle:
     def step(self, graph: bytes, constants: list[torch.Tensor], end: bool) -> Run:
         """Starts the run of the next step."""
         return Run(started(_ffi.lib().nng_generation_step, self._handle, graph, constants, end))
+
+    def gather(self) -> NoReturn:
+        """Not here."""
+        raise NotImplementedError
+
+    flush = gather
 
     def next(self, left: bool = False) -> tuple[Drawn, torch.Tensor | None]:
         """Draws the tokens of the step that is done; with ``left`` also gives what the filters left of its scores."""

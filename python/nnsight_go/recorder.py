@@ -581,12 +581,17 @@ class Recorder:
             return self._run.results(adopt)
         except BaseException as error:
             end = True
-            if isinstance(error, NnsightError) and error.invoke:  # as the user counts them
-                error.invoke -= sum(v.edit for v in self.invokes[: error.invoke])
+            if isinstance(error, NnsightError):
+                self.count(error)
             raise
         finally:
             if end:
                 self._free()
+
+    def count(self, error: NnsightError) -> None:
+        """Numbers the invoke of an error as the user counts them."""
+        if error.invoke:
+            error.invoke -= sum(v.edit for v in self.invokes[: error.invoke])
 
     def _begin(self, data: bytes, constants: list[torch.Tensor], end: bool) -> Running:
         return self.runner.begin(data, constants, end)

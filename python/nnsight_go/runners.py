@@ -54,7 +54,19 @@ class Running(Protocol):
 
 
 class Continuing(Protocol):
-    """A generation on its way."""
+    """A generation on its way.
+
+    Attributes:
+        together: how many steps it takes at once, where nothing happens here between them.
+    """
+
+    together: int
+
+    def gather(self) -> None:
+        """Has the runs of the steps that follow wait for ``flush``; only what takes several at once is asked."""
+
+    def flush(self) -> int:
+        """Does all of them, and tells how many happened; then ``next`` gives the tokens of one after the other."""
 
     def step(self, graph: bytes, constants: list[torch.Tensor], end: bool) -> Running:
         """Starts the run of the next step."""

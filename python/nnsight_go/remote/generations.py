@@ -1,4 +1,4 @@
-"""A generation elsewhere: a request a step, each with all steps from the first on.
+"""A generation elsewhere: a request a step, or for many, each with all steps from the first on.
 
 What a server has kept of the steps before, by the ``chain`` that these requests have in common, it does not do
 again; what it has lost it does anew, which gives the same. Tokens come with the values of their step.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..runners import Drawn, Rows, Wants
+from .file import malformed
 from .messages import Answer, Part, Prompt, Request
 from .runs import Program, Remote, given
 
@@ -20,15 +21,23 @@ if TYPE_CHECKING:
     from ..proxy import Proxy
 
 
+# So many steps go in one request at most: what all of them give comes in one response.
+TOGETHER = 64
+
+
 class RemoteGeneration:
     """A batch of rows that grow elsewhere."""
+
+    together = TOGETHER
 
     def __init__(self, remote: Remote, rows: Rows, masks: Rows | None, settings: dict[str, Any], wants: Wants) -> None:
         self.remote, self._wants = remote, wants
         self._prompt, self._settings = Prompt(rows, masks), settings
         self._steps: list[Part] = []  # what was done, without what came back of it
         self._chain = secrets.token_hex(16)
-        self._answer: Answer | None = None  # of the step that is done, until its tokens are drawn
+        self._answer: Answer | None = None  # of steps that are done, until their tokens are drawn
+        self._drawn = 0  # steps whose tokens are drawn
+        self._gathered: list[tuple[Part, Sequence[Proxy] | None]] | None = None
         each = max(settings["num_return_sequences"], settings["num_beams"])
         self._ended = [False] * (len(rows) * each)
         self._done = False
@@ -38,69 +47,89 @@ class RemoteGeneration:
 
     def step(self, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> RemoteStep:
         """Starts the run of the next step."""
-        self._answer = None
         return RemoteStep(self, graph, constants, end)
 
-    def perform(self, part: Part) -> Answer:
-        """Has the next step done, or so much of it as is known."""
+    def perform(self, parts: Sequence[Part]) -> Answer:
+        """Has the next steps done, or so much of the last one as is known."""
         draws = self._settings["do_sample"]
         if draws and self._random is None:
             self._random = torch.get_rng_state()
-        elif draws and "drawn" in part.want:
+        elif draws and "drawn" in parts[0].want:
             now = torch.get_rng_state()
             if self._after is None or not torch.equal(now, self._after):
-                part.random = now  # the program has drawn, too
+                parts[0].random = now  # the program has drawn, too
         message = self.remote.message()
-        steps = [message.step(p) for p in (*self._steps, part)]
+        steps = [message.step(p) for p in (*self._steps, *parts)]
         random = message.maybe("random", self._random)
         request = Request(
             self.remote.name, "generate", steps, self._prompt, self._settings, chain=self._chain, random=random
         )
         answer = self.remote.answer(message.encode(request))
-        if draws and "drawn" in part.want:
+        if draws and "drawn" in parts[-1].want:
             self._after = answer.random()
             torch.set_rng_state(self._after)
         return answer
 
-    def run(self, part: Part) -> Answer:
+    def run(self, part: Part, adopt: Sequence[Proxy] | None) -> list[torch.Tensor]:
         """Has a step done; its tokens are drawn at once, unless the program changes scores."""
         part.want = ["results"]
-        if part.end:
-            part.want += ["scores"] if self._wants.scores else self._drawing()
-        answer = self.perform(part)
-        if part.end:
-            self._answer = answer
-            self._steps.append(part)
-        return answer
+        if not part.end:
+            return given(self.perform([part]).results(len(self._steps)), adopt)
+        part.want += ["scores"] if self._wants.scores else ["drawn", "left"] if self._wants.left else ["drawn"]
+        if self._gathered is not None:
+            self._gathered.append((part, adopt))
+            return []
+        self._answer = self.perform([part])
+        self._steps.append(part)
+        return given(self._answer.results(len(self._steps) - 1), adopt)
 
-    def _drawing(self) -> list[str]:
-        return ["drawn", "left"] if self._wants.left else ["drawn"]
+    def gather(self) -> None:
+        """Has the runs of the steps that follow wait for ``flush``."""
+        self._gathered = []
+
+    def flush(self) -> int:
+        """Does all of them in one request, and tells how many happened."""
+        assert self._gathered is not None
+        gathered, self._gathered = self._gathered, None
+        first = len(self._steps)
+        self._answer = answer = self.perform([part for part, _ in gathered])
+        for number, (part, adopt) in enumerate(gathered, first):
+            if number not in answer:
+                break
+            self._steps.append(part)
+            given(answer.results(number), adopt)
+        if len(self._steps) == first:
+            raise malformed("none of the steps has run")
+        return len(self._steps) - first
 
     # ---- tokens ----
 
     def next(self, left: bool = False) -> tuple[Drawn, torch.Tensor | None]:
         """The tokens of the step that is done, and what the filters left of its scores."""
         assert self._answer is not None
-        return self._drawn(self._answer, left)
+        return self._tokens(self._answer, left)
 
     def scores(self) -> torch.Tensor:
         """The scores of the step that is done, to be changed."""
         assert self._answer is not None
-        return self._answer.scores(len(self._steps) - 1)
+        return self._answer.scores(self._drawn)
 
     def choose(self, scores: torch.Tensor) -> tuple[Drawn, torch.Tensor]:
         """Draws from scores, and gives what the filters left of them as well."""
         part = self._steps.pop()
         part.want, part.scores = ["drawn", "left"], scores.detach().clone()
-        answer = self.perform(part)
+        answer = self.perform([part])
         self._steps.append(part)
-        drawn, left = self._drawn(answer, left=True)
+        drawn, left = self._tokens(answer, left=True)
         assert left is not None
         return drawn, left
 
-    def _drawn(self, answer: Answer, left: bool) -> tuple[Drawn, torch.Tensor | None]:
-        number = len(self._steps) - 1
-        self._steps[-1].want, self._answer = [], None
+    def _tokens(self, answer: Answer, left: bool) -> tuple[Drawn, torch.Tensor | None]:
+        number = self._drawn
+        self._drawn += 1
+        self._steps[number].want = []
+        if self._drawn == len(self._steps):
+            self._answer = None
         drawn = answer.drawn(number)
         ends = self._settings["eos_token_id"]
         self._ended = [e or token in ends for e, token in zip(self._ended, drawn.tokens, strict=False)]
@@ -130,7 +159,4 @@ class RemoteStep(Program):
 
     def results(self, adopt: Sequence[Proxy] | None) -> list[torch.Tensor]:
         """The values that were asked for last, or, with ``adopt``, nothing: these proxies become them."""
-        generation = self._generation
-        answer = generation.run(self.part)
-        number = len(generation._steps) - self.part.end
-        return given(answer.results(number), adopt)
+        return self._generation.run(self.part, adopt)
