@@ -35,7 +35,9 @@ def test_no_operator_gives_what_it_does_not_say() -> None:
             written = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
             if operators.is_in_place(schema.name) and not written:
                 unnamed.add(name)
-    assert draws == {"aten::scaled_dot_product_attention"}, "draws only if asked to, which engine/guard/checks.go refuses"
+    assert draws == {"aten::scaled_dot_product_attention"}, (
+        "draws only if asked to, which engine/guard/checks.go refuses"
+    )
     assert not unnamed
 
 
