@@ -10,12 +10,15 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+import guardlists
 import opcases
 from conformance import Call, Outcome, check, describe
 from nnsight_go import LanguageModel
+from nnsight_go.recorder import Recorder
 from references import gpt2, reference
 
 _ASKED = os.environ.get("NNSIGHT_GO_OPS_SAMPLES", "3")
@@ -56,6 +59,7 @@ class Tally:
     calls: int = 0
     forced: int = 0
     shapes_forced: int = 0
+    operators: set[str] = dataclasses.field(default_factory=set)  # that were recorded
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +70,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def tally() -> Tally:
-    return Tally()
+def tally() -> Iterator[Tally]:
+    found, call = Tally(), Recorder.call
+
+    def noted(rec: Recorder, op: str, *args: Any) -> int:
+        found.operators.add(op.partition(".")[0])
+        return call(rec, op, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "call", noted)
+        yield found
 
 
 DATABASE = {opcases.name_of(op): op for op in opcases.database()}
@@ -125,3 +137,9 @@ def test_rates(tally: Tally, capsys: pytest.CaptureFixture[str]) -> None:
             f"sizes of {tally.shapes_forced} of the recorded ones known only by running"
         )
     assert right / len(tally.entries) >= TARGET
+
+
+def test_servers_know_what_is_recorded(tally: Tally) -> None:
+    """Somebody has decided, for each operator, whether a server runs it; runs after the entries."""
+    undecided = sorted(tally.operators - guardlists.allowed().keys() - guardlists.refused())
+    assert not undecided, guardlists.undecided(undecided)
