@@ -11,6 +11,11 @@ import (
 
 // perform does what one instruction says.
 func (r *Run) perform(in *plan.Instr) (value, error) {
+	if r.protects {
+		if err := r.considerate(in); err != nil {
+			return value{}, err
+		}
+	}
 	switch in.Op {
 	case plan.OpCall:
 		return r.call(in)
