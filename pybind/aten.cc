@@ -19,6 +19,7 @@
 #include "gradient.h"
 #include "indexing.h"
 #include "linear.h"
+#include "memory.h"
 #include "overload.h"
 #include "values.h"
 
@@ -289,6 +290,20 @@ int nnga_op_schemas(const char* name, char** out, char** err) {
   });
 }
 
+int nnga_op_writes(void* handle, char** out, char** err) {
+  return guarded(err, [&] {
+    std::string text;
+    for (const auto& op : static_cast<const nng::Op*>(handle)->overloads()) {
+      int place = 0;
+      for (const c10::Argument& a : op.schema().arguments()) {
+        int at = a.kwarg_only() ? -1 : place++;
+        if (a.alias_info() != nullptr && a.alias_info()->isWrite()) text += std::to_string(at) + " " + a.name() + "\n";
+      }
+    }
+    *out = copy_text(text.c_str());
+  });
+}
+
 int nnga_op_call(void* handle, const nnga_val* args, int64_t nargs, int64_t nkw, const char* kwnames,
                  const char* strings, nnga_val* out, nnga_val** outs, int64_t* nouts, char** err) {
   return guarded(err, [&] {
@@ -396,6 +411,14 @@ const char* nnga_dtype_name(int64_t scalar_type) {
   }
   return nullptr;
 }
+
+int nnga_cap_memory(int64_t more, char** err) {
+  return guarded(err, [&] { nng::CountedMemory::instance().cap(more); });
+}
+
+int64_t nnga_allocated(void) { return nng::CountedMemory::instance().live(); }
+
+int64_t nnga_peak_allocated(void) { return nng::CountedMemory::instance().peak(); }
 
 int32_t nnga_cuda_available(void) {
   try {

@@ -72,6 +72,10 @@ int nnga_op_find(const char* name, const char* overload, void** op, char** err);
 /* The schemas of an operator's overloads, one a line. */
 int nnga_op_schemas(const char* name, char** out, char** err);
 
+/* The arguments that it may write to, of all its overloads: a place, -1 where it has only a name, and the
+ * name, one a line. */
+int nnga_op_writes(void* op, char** out, char** err);
+
 /* Calls it. args: nargs positional values then nkw keyword values, flattened, in order; kwnames:
  * nkw names, each ended by a NUL, one after another. Arguments are converted to what the schema says
  * (an int becomes a float, a Scalar, a one-element list where int[1] is wanted; a number becomes a
@@ -131,6 +135,14 @@ int nnga_backward(const nnga_tensors* given, int32_t flags, void** grads, char**
 /* "float32" <-> c10::ScalarType number; -1 and null where there is none. */
 int64_t nnga_dtype(const char* name);
 const char* nnga_dtype_name(int64_t scalar_type);
+
+/* Counts the memory of the process's CPU tensors from the first call on, and allows so many bytes more than
+ * there are (negative: any number). What would take more fails. */
+int nnga_cap_memory(int64_t more, char** err);
+
+/* The bytes of tensors made since then, now and at most since the last cap. */
+int64_t nnga_allocated(void);
+int64_t nnga_peak_allocated(void);
 
 int32_t nnga_cuda_available(void);
 const char* nnga_torch_version(void);

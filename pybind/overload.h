@@ -340,6 +340,7 @@ class Op {
       : name_(std::move(name)), overloads_(std::move(overloads)) {}
 
   const std::string& name() const { return name_; }
+  const std::vector<c10::OperatorHandle>& overloads() const { return overloads_; }
 
   // Chooses the overload that a call means and fills the stack with its arguments.
   const c10::OperatorHandle& choose(const Call& call, torch::jit::Stack* stack) const {

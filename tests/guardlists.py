@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -30,12 +31,20 @@ def refused() -> set[str]:
 def arguments(name: str) -> list[str]:
     """The names of an operator's arguments, of its overloads that give their results."""
     found: dict[str, None] = {}
-    for schema in torch._C._jit_get_schemas_for_operator(name):
-        full = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
-        given = schema.arguments
-        if torch._C._dispatch_has_kernel(full) and not any(a.is_out or "Dimname" in str(a.type) for a in given):
-            found |= dict.fromkeys(a.name for a in given if a.name not in _WITHHELD)
+    for schema in schemas(name):
+        if not any("Dimname" in str(a.type) for a in schema.arguments):
+            found |= dict.fromkeys(a.name for a in schema.arguments if a.name not in _WITHHELD)
     return list(found)
+
+
+def schemas(name: str) -> list[Any]:
+    """The overloads of an operator that give their results, rather than write them somewhere."""
+    return [
+        s
+        for s in torch._C._jit_get_schemas_for_operator(name)
+        if torch._C._dispatch_has_kernel(f"{s.name}.{s.overload_name}" if s.overload_name else s.name)
+        and not any(a.is_out for a in s.arguments)
+    ]
 
 
 def undecided(names: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nnsight-go/nnsight-go/engine"
+	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/remote"
 	"github.com/nnsight-go/nnsight-go/engine/server"
@@ -58,6 +59,7 @@ type running struct {
 	dtype    string
 	limits   remote.Limits
 	seconds  time.Duration
+	memory   int64
 	drain    time.Duration
 	replicas int
 	keep     time.Duration
@@ -72,6 +74,7 @@ func (r *running) flags(c *cobra.Command) {
 	f.IntVar(&r.limits.NewTokens, "max-new-tokens", 4096, "tokens that a generation adds to each row")
 	f.Int64Var(&r.limits.Output, "max-output", 256<<20, "bytes of a result")
 	f.DurationVar(&r.seconds, "max-time", 5*time.Minute, "how long a job may run")
+	f.Int64Var(&r.memory, "max-memory", 8<<30, "bytes of tensors that jobs may take beside the weights, on the CPU; negative for no limit")
 	f.DurationVar(&r.drain, "drain", 30*time.Second, "how long jobs under way may go on when the process is to end")
 	f.IntVar(&r.replicas, "replicas", 1, "copies of everything, in a cluster of NATS servers")
 	f.DurationVar(&r.keep, "keep", 24*time.Hour, "how long jobs and results are kept")
@@ -106,6 +109,9 @@ func (r *running) open() (models map[string]*engine.Model, closeAll func(), err 
 
 // work runs jobs until ctx ends.
 func (r *running) work(ctx context.Context, store *jobs.Store, models map[string]*engine.Model, log *slog.Logger, m *server.Metrics) (stop func(), err error) {
+	if err := aten.CapMemory(r.memory); err != nil {
+		return nil, err
+	}
 	o := work.Options{Limits: r.limits, Time: r.seconds, Log: log}
 	if m != nil {
 		o.Done = m.Done

@@ -7,6 +7,8 @@ package aten
 import "C"
 
 import (
+	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"unsafe"
@@ -17,8 +19,15 @@ import (
 
 // Op is an operator that can be called. It lives as long as the process.
 type Op struct {
-	name string
-	p    unsafe.Pointer
+	name   string
+	p      unsafe.Pointer
+	writes []Place
+}
+
+// Place is an argument of an operator: by position, or by its name alone where At is -1.
+type Place struct {
+	At   int
+	Name string
 }
 
 var ops sync.Map // name -> *Op
@@ -49,12 +58,48 @@ func Find(name string) (*Op, error) {
 	if C.nnga_op_find(baseName, overloadName, &op.p, &msg) != 0 {
 		return nil, opError(name, msg)
 	}
+	if err := op.findWrites(base); err != nil {
+		return nil, err
+	}
 	found, _ := ops.LoadOrStore(name, op)
 	return found.(*Op), nil
 }
 
 // Name is the name the operator was found by.
 func (o *Op) Name() string { return o.name }
+
+// Writes lists the arguments that a call may change in place; where calls choose an overload, those of any.
+func (o *Op) Writes() []Place { return o.writes }
+
+// silent lists what operators write to without their schemas saying so: running statistics, in training.
+var silent = func() map[string][]Place {
+	statistics := []Place{{3, "running_mean"}, {4, "running_var"}}
+	list := map[string][]Place{}
+	for _, name := range []string{"batch_norm", "instance_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm",
+		"_batch_norm_impl_index"} {
+		list["aten::"+name] = statistics
+	}
+	return list
+}()
+
+func (o *Op) findWrites(base string) error {
+	var text, msg *C.char
+	if C.nnga_op_writes(o.p, &text, &msg) != 0 {
+		return opError(o.name, msg)
+	}
+	defer C.nnga_free(unsafe.Pointer(text))
+	o.writes = silent[base]
+	for line := range strings.Lines(C.GoString(text)) {
+		var w Place
+		if _, err := fmt.Sscan(line, &w.At, &w.Name); err != nil {
+			return fault.New(fault.Internal, "the schema of %s has an argument %q", o.name, line)
+		}
+		if !slices.Contains(o.writes, w) {
+			o.writes = append(slices.Clip(o.writes), w)
+		}
+	}
+	return nil
+}
 
 // CallFrame calls the operator on an encoded frame: nargs positional arguments, then one for each
 // name of kwnames. A single result is itself, several are a tuple, none is None. The tensors of the

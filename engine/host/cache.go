@@ -120,6 +120,7 @@ func (c *Cache) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, err
 		freeAll(consts)
 	}
 	r := &Run{model: c.model, graph: &graph.Graph{}, cache: c}
+	r.protect()
 	if err := c.enter(r); err != nil {
 		free()
 		return nil, err

@@ -48,16 +48,16 @@ type Native struct {
 	device     string
 	prepack    int64 // bytes
 
-	training atomic.Bool
-	apart    atomic.Bool // every token is computed
-	// The storages of the weights, by number, where no run may write to them; else nil.
-	protected atomic.Pointer[map[uintptr]string]
+	training  atomic.Bool
+	apart     atomic.Bool // every token is computed
+	protected atomic.Bool // runs that begin leave the weights as they are
 	plans     plans
 	hosted    bool // somebody else does its forward pass
 
 	mu     sync.Mutex
 	params map[string]aten.Tensor // by name; tied names share a handle's tensor
 	shelf  *shelf                 // copies of some of them
+	owned  map[uintptr]string     // their storages, once a run protects them
 	loaded bool
 	closed bool
 	runs   int
@@ -382,6 +382,7 @@ func (m *Native) Start(g *graph.Graph, consts []aten.Tensor) (*Run, error) {
 // The run takes over the graph, and consts also where it fails.
 func (m *Native) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, error) {
 	r := &Run{model: m, graph: &graph.Graph{}}
+	r.protect()
 	var err error
 	if r.models, err = m.variants(false); err == nil {
 		err = m.enter()

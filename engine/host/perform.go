@@ -11,8 +11,8 @@ import (
 
 // perform does what one instruction says.
 func (r *Run) perform(in *plan.Instr) (value, error) {
-	if weights := r.model.protected.Load(); weights != nil {
-		if err := r.refuseWrite(in, *weights); err != nil {
+	if r.protects {
+		if err := r.considerate(in); err != nil {
 			return value{}, err
 		}
 	}

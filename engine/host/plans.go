@@ -166,6 +166,7 @@ func (m *Native) planKey(data []byte, consts int) (string, []graph.Invoke) {
 func (m *Native) beginPlanned(known *planned, invokes []graph.Invoke, consts []aten.Tensor) (*Run, error) {
 	r := &Run{model: m, models: known.models, explicit: known.explicit, consts: consts, end: true,
 		graph: &graph.Graph{Nodes: known.graph.Nodes, Positions: known.graph.Positions, Invokes: invokes}}
+	r.protect()
 	if err := m.enter(); err != nil {
 		freeAll(consts)
 		return nil, err

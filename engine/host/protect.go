@@ -1,86 +1,106 @@
 package host
 
 import (
-	"strings"
+	"slices"
 
+	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
 	"github.com/nnsight-go/nnsight-go/engine/plan"
 )
 
-// Protect has no run write to the parameters and buffers from now on, by whatever way it comes to a view of
-// them: a model that strangers share. It loads the weights.
-//
-// What is looked at is memory, when a line is about to write: schemas do not tell which operators return what
-// they were given. That an operator writes is told by its name, as PyTorch has it ("add_"), so whoever lets
-// strangers in holds them to operators of which that is true (package guard).
-func (m *Native) Protect() error {
-	if err := m.Load(); err != nil {
-		return err
-	}
+// Weights that several users share. What a line writes to is known when it runs: a value may be a weight by any
+// path (a constant, a view, an operator that gives back what it was given), and all that lead there share its
+// storage. So a run that protects the weights asks, before each instruction that writes, whose storage it is.
+
+// Protect makes the parameters and buffers read-only for runs that begin from now on, or lets runs write to
+// them. A line that would is an error of code Remote, and nothing is written. A model that was opened lets them.
+func (m *Native) Protect(on bool) { m.protected.Store(on) }
+
+// protect lets a run that is about to begin keep the weights as they are, if it is to.
+func (r *Run) protect() { r.protects = r.model.protected.Load() }
+
+// storages names the parameter that each storage of the model's belongs to. The weights are loaded.
+func (m *Native) storages() map[uintptr]string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	weights := make(map[uintptr]string, len(m.params))
-	for name, t := range m.params {
-		weights[t.StorageID()] = name
+	if m.owned == nil {
+		m.owned = make(map[uintptr]string, len(m.params))
+		for name, t := range m.params {
+			if id := t.StorageID(); id != 0 && (m.owned[id] == "" || name < m.owned[id]) {
+				m.owned[id] = name
+			}
+		}
 	}
-	m.protected.Store(&weights)
+	return m.owned
+}
+
+// considerate is the error of a line that would write to a weight of a model that is shared, or make too many tensors.
+func (r *Run) considerate(in *plan.Instr) error {
+	switch in.Op {
+	case plan.OpCall:
+		if err := r.fewParts(in); err != nil {
+			return err
+		}
+		op, err := r.model.op(in.Name)
+		if err != nil {
+			return err
+		}
+		for _, w := range op.Writes() {
+			if a := given(in, w); a != nil {
+				if err := r.keepWeight(a, in.Name); err != nil {
+					return err
+				}
+			}
+		}
+	case plan.OpSetIndex, plan.OpPut:
+		return r.keepWeight(&in.Args[0], "")
+	case plan.OpBackward:
+		if in.Pass.Fill && r.model.trained() {
+			return fault.New(fault.Remote, "a backward pass would leave gradients at the weights of a model that is shared").
+				WithHint("Ask for the gradients that you want: torch.autograd.grad(loss, values).")
+		}
+	}
 	return nil
 }
 
-// refuseWrite is the error of a line that is about to write to a weight of a protected model.
-func (r *Run) refuseWrite(in *plan.Instr, weights map[uintptr]string) error {
-	if in.Node == graph.NoID || !writes(in) {
+// given is an argument of an instruction, or nil.
+func given(in *plan.Instr, w aten.Place) *graph.Arg {
+	if w.At >= 0 && w.At < len(in.Args) {
+		return &in.Args[w.At]
+	}
+	i := slices.IndexFunc(in.Kwargs, func(k graph.Kwarg) bool { return k.Name == w.Name })
+	if i < 0 {
 		return nil
 	}
-	check := func(a *graph.Arg) error {
-		t, err := r.tensor(a)
-		if err != nil {
-			return nil // no tensor: the operator says what is wrong with it
-		}
-		name, shared := weights[t.StorageID()]
-		if !shared || t.StorageID() == 0 {
-			return nil
-		}
-		return fault.New(fault.Remote, "this line writes to the weights of the model (%s), which others share", name).
-			WithHint("Change a copy: weight.clone().")
-	}
-	args := in.Args
-	if !isOut(in.Name) {
-		args = args[:min(1, len(args))] // in place is what stands first
-	}
-	for i := range args {
-		if err := check(&args[i]); err != nil {
-			return err
-		}
-	}
-	for i := range in.Kwargs {
-		if err := check(&in.Kwargs[i].Arg); in.Kwargs[i].Name == "out" && err != nil {
-			return err
-		}
-	}
-	return nil
+	return &in.Kwargs[i].Arg
 }
 
-// writes reports whether an instruction may write to what it is given.
-func writes(in *plan.Instr) bool {
-	switch in.Op {
-	case plan.OpSetIndex, plan.OpPut, plan.OpTrack, plan.OpSetGrad:
-		return true
-	case plan.OpCall:
-		return isInPlace(in.Name) || isOut(in.Name)
+// keepWeight is the error of writing to an argument that is, or holds, memory of a weight.
+func (r *Run) keepWeight(a *graph.Arg, op string) error {
+	v, err := r.value(a)
+	if err != nil {
+		return err
 	}
-	return false
+	name, ok := weightIn(&v, r.weightOf)
+	if !ok {
+		return nil
+	}
+	e := fault.New(fault.Remote, "this line would change %s, and the weights of a model that is shared are read-only", name).
+		WithHint("Change a copy: .clone().")
+	e.Op = op
+	return e
 }
 
-// isInPlace reports whether an operator writes to what it is given first, or to the gradient that this keeps.
-func isInPlace(op string) bool {
-	base, _, _ := strings.Cut(op, ".")
-	return strings.HasSuffix(base, "_") || base == "nng::set_grad" || base == "nng::add_grad"
-}
-
-// isOut reports whether an operator is an overload that writes to arguments called out, wherever they stand.
-func isOut(op string) bool {
-	_, overload, _ := strings.Cut(op, ".")
-	return strings.HasSuffix(overload, "out")
+// weightIn finds a tensor of a value that shares memory with a weight.
+func weightIn(v *aten.Value, weights map[uintptr]string) (name string, ok bool) {
+	if v.Kind == graph.ArgRef {
+		name, ok = weights[v.T.StorageID()]
+	}
+	for i := range v.L {
+		if !ok {
+			name, ok = weightIn(&v.L[i], weights)
+		}
+	}
+	return name, ok
 }

@@ -37,6 +37,8 @@ type Run struct {
 	taken    bool // its results have been handed over
 
 	weights   map[plan.Slot]*packed // those that may be packed
+	protects  bool                  // the weights stay as they are
+	weightOf  map[uintptr]string    // then: which weight a storage is of
 	gradients gradients
 	visit     visit       // of a hosted model
 	random    aten.Tensor // the state of the generator that dropout draws from, before the run
@@ -229,6 +231,9 @@ func (r *Run) ready(schedule *plan.Schedule) error {
 	}
 	if err := r.model.Load(); err != nil {
 		return err
+	}
+	if r.protects {
+		r.weightOf = r.model.storages()
 	}
 	if err := r.keepRandom(); err != nil {
 		return err

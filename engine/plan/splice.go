@@ -326,6 +326,9 @@ func (s *Plan) placeOne(p *pass, n int) error {
 		switch node.Kind {
 		case graph.KindCall:
 			in.Op, in.Name, in.Fresh = OpCall, node.Op, isFresh(node.Op)
+			if isInPlace(node.Op) && len(node.Args) == 0 { // what is changed unnoticed could be another invoke's
+				return fault.New(fault.Op, "%s was not given what it changes as its first argument", node.Op)
+			}
 		case graph.KindIndex:
 			in.Op = OpIndex
 		default:

@@ -500,11 +500,18 @@ func TestARedTeam(t *testing.T) {
 		w.Bytes("g", graph.Encode(g))
 		file, err := w.File()
 		require.NoError(t, err)
-		s.refused(422, "writes to the weights", "POST", "/v1/jobs?wait=30", file)
+		s.refused(422, "are read-only", "POST", "/v1/jobs?wait=30", file)
 	}
 	after, err := before.Float32s()
 	require.NoError(t, err)
 	require.Equal(t, numbers, after)
+	// memory bombs, under a cap
+	require.NoError(t, aten.CapMemory(64<<20))
+	defer func() { require.NoError(t, aten.CapMemory(-1)) }()
+	for _, sizes := range [][]graph.Arg{{graph.Int(1 << 40)}, {graph.Int(1 << 20), graph.Int(1 << 20)}, {graph.Int(1 << 30)}} {
+		e := s.refused(422, "", "POST", "/v1/jobs?wait=30", request(t, name, call("aten::zeros", graph.Arg{Kind: graph.ArgList, L: sizes})))
+		require.Equal(t, 13, e.Pos.Line)
+	}
 	// deep nesting
 	deep := graph.Ref(0)
 	for range 10000 {

@@ -74,9 +74,7 @@ func Start(ctx context.Context, store *jobs.Store, models map[string]*engine.Mod
 	_, _ = rand.Read(id[:]) // never fails
 	w := &Worker{id: hex.EncodeToString(id[:]), store: store, options: o}
 	for name, m := range models {
-		if err := m.Protect(); err != nil {
-			return nil, err
-		}
+		m.Protect(true)
 		description, err := json.Marshal(public(m))
 		if err != nil {
 			return nil, err
