@@ -249,7 +249,7 @@ def _into(rec: Recorder, op: Operator, func: Any, args: tuple[Any, ...], kwargs:
     if op.draws or not all(type(o) is Proxy for o in outs):
         return compute(rec, func, args, kwargs)
     rest = {k: v for k, v in kwargs.items() if k != "out"}
-    if type(out) is Proxy:
+    if type(out) is Proxy and not rec.elsewhere:
         if "out" not in op.out:
             return compute(rec, func, args, kwargs)
         shapes.before_change(rec, out, (args, kwargs))
@@ -257,13 +257,15 @@ def _into(rec: Recorder, op: Operator, func: Any, args: tuple[Any, ...], kwargs:
         rec.call(op.name, args, named | {"out": out}, (shapes.same, (out,), None))
         shapes.after_change(rec, out, lambda meta, on: func(*on(args), **on(rest), out=meta))
         return out
-    made = func(*args, **rest)
-    for o, m in zip(outs, made, strict=True):
+    made = func(*args, **rest)  # a server writes to nothing that it is given
+    for o, m in zip(outs, [made] if type(out) is Proxy else made, strict=True):
         if not torch.can_cast(m.dtype, o.dtype):
             raise RuntimeError(f"Expected out tensor to have dtype {m.dtype}, but got {o.dtype} instead")
         if o.shape != m.shape:
             o.resize_(m.shape)
         o.copy_(m)
+    if type(out) is Proxy:
+        return out
     if isinstance(made, list) or func.__name__.endswith("_copy"):
         return None
     cls = getattr(torch.return_types, f"{func.__name__}_out", None)
