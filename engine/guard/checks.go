@@ -25,6 +25,7 @@ const (
 var checks = map[string][]check{
 	"batch_norm": {frozen}, "instance_norm": {frozen},
 	"div": {truncation}, "div_": {truncation}, "divide": {truncation}, "divide_": {truncation},
+	"median": {whole}, "nanmedian": {whole},
 	"scaled_dot_product_attention": {number(4, "dropout_p", 0, 0)},
 
 	"chunk": {number(1, "chunks", least, MaxParts)}, "hsplit": {number(1, "sections", least, MaxParts)},
@@ -106,6 +107,16 @@ func frozen(n *graph.Node) *fault.Error {
 	}
 	why := reasons["statistics"]
 	return fault.New(fault.Remote, "with running statistics in training, %s", why.why).WithHint("%s", why.hint)
+}
+
+// whole refuses medians along an axis: torch 2.15's kernel takes an expanded tensor for a contiguous one, and gives
+// what lies in memory behind it.
+func whole(n *graph.Node) *fault.Error {
+	if argument(n, 1, "dim") == nil {
+		return nil
+	}
+	return fault.New(fault.Remote, "a server takes the median of all elements alone").
+		WithHint("Along an axis of n places it is x.kthvalue((n + 1) // 2, dim), and x.sort(dim) has it in the middle.")
 }
 
 // truncation refuses a rounding that ends the process where the smallest of all integers is divided by -1.

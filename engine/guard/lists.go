@@ -76,6 +76,3 @@ func refusal(name string) *fault.Error {
 	return e.WithHint("Nearest: %s. Or save its arguments, and call it on what comes back.",
 		strings.Join(graph.Nearest(name, ordered, 3), ", "))
 }
-
-// Operators gives the operators that may be called, in order.
-func Operators() []string { return slices.Clone(ordered) }
