@@ -29,7 +29,6 @@ from nnsight_go import (
     NotSavedError,
     OpError,
     OutOfOrderError,
-    RemoteError,
     TokenizerError,
 )
 from nnsight_go.recorder import current
@@ -146,9 +145,9 @@ def test_arguments_that_do_not_fit(either: Pair) -> None:
         with pytest.raises(InputError) as caught:
             call()
         says(caught, said)
-    with pytest.raises(RemoteError) as caught:
+    with pytest.raises(InputError) as caught:
         either.model.trace([1], remote=True)
-    says(caught, "remote")
+    says(caught, "no server is known", "NNSIGHT_GO_HOST")
 
 
 # ---- lines of the block ----
