@@ -271,9 +271,7 @@ func borrow(consts *unsafe.Pointer, nconsts C.int64_t) ([]aten.Tensor, error) {
 	for i, p := range unsafe.Slice(consts, int(nconsts)) {
 		t, e := aten.Borrow(p)
 		if e != nil {
-			for _, t := range given {
-				t.Free()
-			}
+			aten.FreeAll(given)
 			return nil, fault.New(fault.Input, "constant %d is no tensor", i).WithCause(e)
 		}
 		given = append(given, t)

@@ -62,9 +62,7 @@ func nngo_run_feed(handle C.nng_run, tensors *unsafe.Pointer, n C.int64_t, err *
 					t, e = aten.Borrow(p)
 				}
 				if e != nil {
-					for _, t := range given {
-						t.Free()
-					}
+					aten.FreeAll(given)
 					return e
 				}
 				given = append(given, t)

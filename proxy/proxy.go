@@ -221,9 +221,7 @@ func (t *Trace) run(ctx context.Context, start func(consts []aten.Tensor) (*host
 		return err
 	}
 	defer func() {
-		for _, x := range tensors {
-			x.Free()
-		}
+		aten.FreeAll(tensors)
 	}()
 	return t.fill(results, tensors)
 }
@@ -253,9 +251,7 @@ func (t *Trace) lend() ([]aten.Tensor, error) {
 	for _, c := range t.consts {
 		x, err := aten.FromGotorch(c)
 		if err != nil {
-			for _, x := range consts {
-				x.Free()
-			}
+			aten.FreeAll(consts)
 			return nil, err
 		}
 		consts = append(consts, x)

@@ -80,10 +80,6 @@ func (r *running) flags(c *cobra.Command) {
 	f.DurationVar(&r.keep, "keep", 24*time.Hour, "how long jobs and results are kept")
 }
 
-func (r *running) store(ctx context.Context, nc *nats.Conn) (*jobs.Store, error) {
-	return jobs.Open(ctx, nc, jobs.Options{Keep: r.keep, Replicas: r.replicas})
-}
-
 // open opens the models, and closes those that it has opened where one fails.
 func (r *running) open() (models map[string]*engine.Model, closeAll func(), err error) {
 	models = map[string]*engine.Model{}
@@ -107,24 +103,26 @@ func (r *running) open() (models map[string]*engine.Model, closeAll func(), err 
 	return models, closeAll, nil
 }
 
-// work runs jobs until ctx ends.
-func (r *running) work(ctx context.Context, store *jobs.Store, models map[string]*engine.Model, log *slog.Logger, m *server.Metrics) (stop func(), err error) {
+func (r *running) store(ctx context.Context, nc *nats.Conn) (*jobs.Store, error) {
+	return jobs.Open(ctx, nc, jobs.Options{Keep: r.keep, Replicas: r.replicas})
+}
+
+// work runs jobs until front, which does what is done beside, ends.
+func (r *running) work(ctx context.Context, store *jobs.Store, models map[string]*engine.Model, o work.Options, front func() error) error {
 	if err := aten.CapMemory(r.memory); err != nil {
-		return nil, err
+		return err
 	}
-	o := work.Options{Limits: r.limits, Time: r.seconds, Log: log}
-	if m != nil {
-		o.Done = m.Done
-	}
+	o.Limits, o.Time = r.limits, r.seconds
 	w, err := work.Start(ctx, store, models, o)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return func() {
+	defer func() {
 		last, cancel := context.WithTimeout(context.Background(), r.drain)
 		defer cancel()
 		w.Close(last)
-	}, nil
+	}()
+	return front()
 }
 
 func serveCommand() *cobra.Command {
@@ -187,17 +185,14 @@ func serveCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			metrics := server.NewMetrics()
+			metrics := server.NewMetrics() // the server listens before there are workers, so that it hears of them
 			handler, err := server.New(store, server.Options{Keys: known, Log: log, Body: body, Rate: rate}, metrics)
 			if err != nil {
 				return err
 			}
-			stop, err := r.work(ctx, store, models, log, metrics)
-			if err != nil {
-				return err
-			}
-			defer stop()
-			return listenAndServe(ctx, listen, cert, certKey, handler, log)
+			return r.work(ctx, store, models, work.Options{Log: log, Done: metrics.Done}, func() error {
+				return listenAndServe(ctx, listen, cert, certKey, handler, log)
+			})
 		},
 	}
 	r.flags(c)
@@ -243,14 +238,11 @@ func workerCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			stop, err := r.work(ctx, store, models, log, nil)
-			if err != nil {
-				return err
-			}
-			log.Info("working", "models", r.models)
-			<-ctx.Done()
-			stop()
-			return nil
+			return r.work(ctx, store, models, work.Options{Log: log}, func() error {
+				log.Info("working", "models", r.models)
+				<-ctx.Done()
+				return nil
+			})
 		},
 	}
 	r.flags(c)

@@ -143,12 +143,7 @@ func FromBytes(data []byte, dtype string, shape ...int64) (Tensor, error) {
 
 // AppendBytes appends the elements to out, row-major and in this machine's order.
 func (t Tensor) AppendBytes(out []byte) ([]byte, error) {
-	there, err := To(t, "cpu", t.DType())
-	if err != nil {
-		return nil, err
-	}
-	defer there.Free()
-	flat, err := run("aten::contiguous.default", TensorValue(there))
+	flat, err := t.flat(t.DType())
 	if err != nil {
 		return nil, err
 	}
@@ -157,6 +152,16 @@ func (t Tensor) AppendBytes(out []byte) ([]byte, error) {
 		out = append(out, unsafe.Slice((*byte)(flat.DataPointer()), n)...)
 	}
 	return out, nil
+}
+
+// flat is the tensor on the CPU, one element beside the other; free what it gives.
+func (t Tensor) flat(dtype string) (Tensor, error) {
+	there, err := To(t, "cpu", dtype)
+	if err != nil {
+		return Tensor{}, err
+	}
+	defer there.Free()
+	return run("aten::contiguous.default", TensorValue(there))
 }
 
 func fromSlice(data unsafe.Pointer, n int, dtype string, shape []int64) (Tensor, error) {
@@ -182,12 +187,7 @@ func (t Tensor) Int64s() ([]int64, error) { return toSlice[int64](t, "int64") }
 func (t Tensor) Float32s() ([]float32, error) { return toSlice[float32](t, "float32") }
 
 func toSlice[T int64 | float32](t Tensor, dtype string) ([]T, error) {
-	there, err := To(t, "cpu", dtype)
-	if err != nil {
-		return nil, err
-	}
-	defer there.Free()
-	flat, err := run("aten::contiguous.default", TensorValue(there))
+	flat, err := t.flat(dtype)
 	if err != nil {
 		return nil, err
 	}

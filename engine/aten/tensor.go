@@ -83,6 +83,13 @@ func (t Tensor) Share() (Tensor, error) {
 // Free gives the handle back to libtorch. Freeing no tensor is fine; freeing twice is not.
 func (t Tensor) Free() { C.nnga_tensor_free(t.p) }
 
+// FreeAll gives up all of them.
+func FreeAll(tensors []Tensor) {
+	for _, t := range tensors {
+		t.Free()
+	}
+}
+
 // Live is the number of handles now held.
 func Live() int64 { return int64(C.nnga_live()) }
 

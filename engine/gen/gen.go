@@ -87,9 +87,7 @@ func New(m *host.Native, rows, masks [][]int64, s Settings) (*Generation, error)
 // Begin starts the next step with a program: see [host.Cache.Begin].
 func (g *Generation) Begin(program *graph.Graph, consts []aten.Tensor, end bool) (*host.Run, error) {
 	if g.done {
-		for _, t := range consts {
-			t.Free()
-		}
+		aten.FreeAll(consts)
 		return nil, fault.New(fault.Handle, "this generation has ended")
 	}
 	return g.cache.Begin(program, consts, end)

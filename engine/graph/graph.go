@@ -143,6 +143,22 @@ type Invoke struct {
 	NoGrad, Inference bool
 }
 
+// CountTokens is how many tokens rows have together.
+func CountTokens(rows [][]int64) (n int) {
+	for _, row := range rows {
+		n += len(row)
+	}
+	return n
+}
+
+// Tokens is how many the rows of all invokes have together.
+func (g *Graph) Tokens() (n int) {
+	for i := range g.Invokes {
+		n += CountTokens(g.Invokes[i].Rows)
+	}
+	return n
+}
+
 // Mode is the autograd state that the model runs under.
 func (v Invoke) Mode() Mode {
 	m := ModeGrad
@@ -347,6 +363,27 @@ func (a *Arg) Replaced(f func(ID) Arg) Arg {
 		for i := range a.L {
 			out.L[i] = a.L[i].Replaced(f)
 		}
+	}
+	return out
+}
+
+// ReplacedArgs copies arguments with their references replaced.
+func ReplacedArgs(args []Arg, f func(ID) Arg) []Arg {
+	out := make([]Arg, len(args))
+	for i := range args {
+		out[i] = args[i].Replaced(f)
+	}
+	return out
+}
+
+// ReplacedKwargs does so with those by name.
+func ReplacedKwargs(kwargs []Kwarg, f func(ID) Arg) []Kwarg {
+	if len(kwargs) == 0 {
+		return nil
+	}
+	out := make([]Kwarg, len(kwargs))
+	for i := range kwargs {
+		out[i] = Kwarg{Name: kwargs[i].Name, Arg: kwargs[i].Arg.Replaced(f)}
 	}
 	return out
 }

@@ -53,14 +53,8 @@ func (l Limits) Check(g *graph.Graph) error {
 }
 
 func (l Limits) sizes(g *graph.Graph) error {
-	tokens := 0
-	for _, in := range g.Invokes {
-		for _, row := range in.Rows {
-			tokens += len(row)
-		}
-	}
 	for _, x := range []*fault.Error{
-		most(len(g.Nodes), l.Nodes, "lines"), most(len(g.Invokes), l.Invokes, "invokes"), most(tokens, l.Tokens, "tokens"),
+		most(len(g.Nodes), l.Nodes, "lines"), most(len(g.Invokes), l.Invokes, "invokes"), most(g.Tokens(), l.Tokens, "tokens"),
 	} {
 		if x != nil {
 			return x

@@ -117,7 +117,7 @@ func (c *Cache) Batch() int { return len(c.rows) }
 // tokens. With end nothing will be added to it. It takes over the graph, and consts also where it fails.
 func (c *Cache) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, error) {
 	free := func() {
-		freeAll(consts)
+		aten.FreeAll(consts)
 	}
 	r := &Run{model: c.model, graph: &graph.Graph{}, cache: c}
 	r.protect()

@@ -34,16 +34,12 @@ func (g *gradients) reset() {
 	for _, b := range g.passes {
 		b.free()
 	}
-	for _, t := range append(g.retained, g.owned...) {
-		t.Free()
-	}
+	aten.FreeAll(append(g.retained, g.owned...))
 	g.passes, g.retained, g.owned = nil, nil, nil
 }
 
 func (b *backward) free() {
-	for _, t := range append(b.edited, b.replaced...) {
-		t.Free()
-	}
+	aten.FreeAll(append(b.edited, b.replaced...))
 	b.slots, b.edited, b.replaced = nil, nil, nil
 }
 
@@ -150,9 +146,7 @@ func (r *Run) backward(in *plan.Instr) (value, error) {
 	ok := false
 	defer func() {
 		if !ok {
-			for _, t := range found {
-				t.Free()
-			}
+			aten.FreeAll(found)
 		}
 	}()
 	if refill {

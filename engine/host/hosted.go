@@ -79,9 +79,7 @@ type visit struct {
 }
 
 func (v *visit) free() {
-	for _, t := range v.values {
-		t.Free()
-	}
+	aten.FreeAll(v.values)
 	for _, t := range v.given {
 		t.Free()
 	}
@@ -99,9 +97,7 @@ func (r *Run) Wanted() (at plan.Place, ok bool) {
 // Feed hands over the tensors of the access point that the run wants, which it takes over.
 func (r *Run) Feed(values []aten.Tensor) error {
 	if _, ok := r.Wanted(); !ok {
-		for _, t := range values {
-			t.Free()
-		}
+		aten.FreeAll(values)
 		return fault.New(fault.Handle, "this run wants nothing").WithHint("Step it.")
 	}
 	r.visit.values, r.visit.fed = values, true

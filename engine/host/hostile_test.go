@@ -169,7 +169,7 @@ func (h *hostile) try(t testing.TB, data []byte) (ran bool) {
 	if _, err = r.Step(0); err == nil {
 		_, tensors, err := r.Results()
 		require.NoError(t, err)
-		freeAll(tensors)
+		aten.FreeAll(tensors)
 	}
 	r.Free()
 	require.Equal(t, live, aten.Live())

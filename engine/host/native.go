@@ -272,6 +272,9 @@ func free(params map[string]aten.Tensor) {
 // Directory is where the model was opened from.
 func (m *Native) Directory() string { return m.dir }
 
+// Device is where the model computes.
+func (m *Native) Device() string { return m.device }
+
 // Context is the largest number of tokens of a row.
 func (m *Native) Context() int { return m.arch.Context() }
 
@@ -388,7 +391,7 @@ func (m *Native) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, er
 		err = m.enter()
 	}
 	if err != nil {
-		freeAll(consts)
+		aten.FreeAll(consts)
 		return nil, err
 	}
 	r.plan = plan.New(r.models)

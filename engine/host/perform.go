@@ -93,7 +93,7 @@ func (r *Run) call(in *plan.Instr) (value, error) {
 			return value{}, err
 		}
 		if pieces != nil {
-			defer freeAll(pieces)
+			defer aten.FreeAll(pieces)
 			name = nn.PackedLinearOp
 		}
 	}

@@ -131,7 +131,7 @@ func (m *Native) BeginBytes(data []byte, consts []aten.Tensor, end bool) (*Run, 
 	}
 	g, err := graph.Decode(data)
 	if err != nil {
-		freeAll(consts)
+		aten.FreeAll(consts)
 		return nil, err
 	}
 	r, err := m.Begin(g, consts, end)
@@ -168,7 +168,7 @@ func (m *Native) beginPlanned(known *planned, invokes []graph.Invoke, consts []a
 		graph: &graph.Graph{Nodes: known.graph.Nodes, Positions: known.graph.Positions, Invokes: invokes}}
 	r.protect()
 	if err := m.enter(); err != nil {
-		freeAll(consts)
+		aten.FreeAll(consts)
 		return nil, err
 	}
 	ok := false

@@ -104,9 +104,7 @@ func (s *shelf) close(w *packed) {
 	if w.done > 0 || w.busy {
 		s.room += w.bytes
 	}
-	for _, t := range w.pieces {
-		t.Free()
-	}
+	aten.FreeAll(w.pieces)
 	w.pieces, w.done, w.whole, w.closed = nil, 0, false, true
 }
 
@@ -169,7 +167,7 @@ func (r *Run) packed(in *plan.Instr) ([]aten.Tensor, error) {
 	pieces := make([]aten.Tensor, len(w.pieces))
 	for i := range pieces {
 		if pieces[i], err = w.pieces[i].Share(); err != nil {
-			freeAll(pieces)
+			aten.FreeAll(pieces)
 			return nil, err
 		}
 	}

@@ -39,7 +39,7 @@ func attempt(t *testing.T, m *Native, weight string, write func(p *program, w gr
 	if _, err = r.Step(0); err == nil {
 		_, tensors, err := r.Results()
 		require.NoError(t, err)
-		freeAll(tensors)
+		aten.FreeAll(tensors)
 	}
 	return err
 }
@@ -237,7 +237,7 @@ func TestInvokesDoNotSeeEachOther(t *testing.T) {
 				_, tensors, err := r.Results()
 				require.NoError(t, err)
 				got, err := tensors[0].Float32s()
-				freeAll(tensors)
+				aten.FreeAll(tensors)
 				require.NoError(t, err)
 				require.InDeltaSlice(t, want[0], got, 1e-4, "%s %s %s", point.Path, point.Port, leaf)
 			}
@@ -281,7 +281,7 @@ func TestNoPointShowsTheCache(t *testing.T) {
 						require.NotContains(t, buffers, x.StorageID(), "%s %s", point.Path, point.Port)
 						seen++
 					}
-					freeAll(tensors)
+					aten.FreeAll(tensors)
 				})
 			}
 			require.Greater(t, seen, 20)

@@ -71,7 +71,7 @@ type oddWrite struct {
 func (r *Run) Extend(grow func(*graph.Graph) error, consts []aten.Tensor, end bool) (err error) {
 	ended := fault.New(fault.Handle, "this run has ended")
 	if r.freed {
-		freeAll(consts)
+		aten.FreeAll(consts)
 		return ended
 	}
 	r.consts = append(r.consts, consts...)
@@ -355,12 +355,6 @@ func release(dead []value) {
 	}
 }
 
-func freeAll(tensors []aten.Tensor) {
-	for _, t := range tensors {
-		t.Free()
-	}
-}
-
 // Results hands over the values of the Save nodes that the last Extend brought: a tree for each and the
 // tensors the trees number, which are now the caller's. A tensor saved twice is there once. A second
 // call gives nothing; a run that is not done has no results. One whose program is complete ends here.
@@ -424,7 +418,7 @@ func (r *Run) Results() ([]graph.Result, []aten.Tensor, error) {
 		r.Free()
 	}
 	if failed != nil {
-		freeAll(tensors)
+		aten.FreeAll(tensors)
 		return nil, nil, failed
 	}
 	return out, tensors, nil
@@ -472,7 +466,7 @@ func (r *Run) Free() {
 	if r.machine != nil {
 		release(r.machine.Abort(nil))
 	}
-	freeAll(r.consts)
+	aten.FreeAll(r.consts)
 	r.consts = nil
 	r.gradients.reset()
 	r.visit.free()

@@ -36,10 +36,10 @@ func (s *Plan) module(p *pass, n int) error {
 			}
 		})
 	}
-	for i, a := range substitute(node.Args, value) {
+	for i, a := range graph.ReplacedArgs(node.Args, value) {
 		put("args."+strconv.Itoa(i), a)
 	}
-	for _, kw := range substituteKw(node.Kwargs, value) {
+	for _, kw := range graph.ReplacedKwargs(node.Kwargs, value) {
 		put("kwargs."+kw.Name, kw.Arg)
 	}
 	if err := s.bindInputs(p, node, in, given, env); err != nil {

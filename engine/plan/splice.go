@@ -259,7 +259,7 @@ func (s *Plan) compute(p *pass, id graph.ID, env []Slot) error {
 		return graph.Ref(slot)
 	}
 	in := Instr{Out: s.slot(), Mode: s.mode, Node: graph.NoID, Path: n.Path, Of: p.forward}
-	in.Args, in.Kwargs = substitute(n.Args, look), substituteKw(n.Kwargs, look)
+	in.Args, in.Kwargs = graph.ReplacedArgs(n.Args, look), graph.ReplacedKwargs(n.Kwargs, look)
 	switch n.Kind {
 	case graph.KindCall:
 		in.Op, in.Name, in.Fresh, in.Mutate = OpCall, n.Op, isFresh(n.Op), isInPlace(n.Op)
@@ -306,7 +306,7 @@ func (s *Plan) placeOne(p *pass, n int) error {
 	case graph.KindConst:
 		s.val[n] = graph.Ref(s.constant(node.Index))
 	case graph.KindSave:
-		tree := substitute(node.Args, value)
+		tree := graph.ReplacedArgs(node.Args, value)
 		s.out.Saved = append(s.out.Saved, Saved{Node: graph.ID(n), Value: tree[0]})
 	case graph.KindItem:
 		of, key := s.val[node.Args[0].Ref], node.Args[1]
@@ -322,7 +322,7 @@ func (s *Plan) placeOne(p *pass, n int) error {
 		s.val[n] = graph.Ref(s.emit(Instr{Op: OpItem, Args: []graph.Arg{of, key}, Out: s.slot(), Mode: node.Mode}))
 		s.inherit(n)
 	case graph.KindCall, graph.KindIndex, graph.KindSetIndex:
-		in := Instr{Mode: node.Mode, Path: node.Path, Args: substitute(node.Args, value), Kwargs: substituteKw(node.Kwargs, value)}
+		in := Instr{Mode: node.Mode, Path: node.Path, Args: graph.ReplacedArgs(node.Args, value), Kwargs: graph.ReplacedKwargs(node.Kwargs, value)}
 		switch node.Kind {
 		case graph.KindCall:
 			in.Op, in.Name, in.Fresh = OpCall, node.Op, isFresh(node.Op)

@@ -9,26 +9,6 @@ import (
 
 // Trees: arguments and structured values, and what becomes of them when references are replaced.
 
-// substitute copies arguments with their references replaced.
-func substitute(args []graph.Arg, f func(graph.ID) graph.Arg) []graph.Arg {
-	out := make([]graph.Arg, len(args))
-	for i := range args {
-		out[i] = args[i].Replaced(f)
-	}
-	return out
-}
-
-func substituteKw(kwargs []graph.Kwarg, f func(graph.ID) graph.Arg) []graph.Kwarg {
-	if len(kwargs) == 0 {
-		return nil
-	}
-	out := make([]graph.Kwarg, len(kwargs))
-	for i := range kwargs {
-		out[i] = graph.Kwarg{Name: kwargs[i].Name, Arg: kwargs[i].Arg.Replaced(f)}
-	}
-	return out
-}
-
 // leaves calls f for each leaf of a tree, named by its keys joined by dots.
 func leaves(name string, a *graph.Arg, f func(string, *graph.Arg)) {
 	switch a.Kind {

@@ -30,7 +30,7 @@ func (s *Plan) write(p *pass, n int) error {
 	if err != nil {
 		return err
 	}
-	value := substitute(node.Args, func(id graph.ID) graph.Arg { return s.val[id] })[0]
+	value := graph.ReplacedArgs(node.Args, func(id graph.ID) graph.Arg { return s.val[id] })[0]
 	if value.Kind != graph.ArgRef {
 		return fault.New(fault.Op, "%s holds a tensor and cannot become a plain value",
 			describe(node.Path, node.Port)).WithHint("Assign a tensor, for example torch.full_like(old, value).")

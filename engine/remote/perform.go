@@ -65,7 +65,7 @@ var generator sync.Mutex
 // Perform runs a request for somebody and gives the response. It ends early, with an error of code
 // Cancelled, where ctx does.
 func (p *Performer) Perform(ctx context.Context, owner string, r *Request) (out []byte, err error) {
-	x := &performing{Performer: p, ctx: ctx, request: r, response: Response{Version: version, Steps: []StepResult{}}}
+	x := p.begin(ctx, r)
 	if r.Random != "" {
 		back, err := x.takeGenerator()
 		if err != nil {
@@ -92,7 +92,10 @@ type performing struct {
 	response Response
 	writer   Writer
 	bytes    int64 // of results so far
-	device   string
+}
+
+func (p *Performer) begin(ctx context.Context, r *Request) *performing {
+	return &performing{Performer: p, ctx: ctx, request: r, response: Response{Version: version, Steps: []StepResult{}}}
 }
 
 // takeGenerator gives the process's generator the request's state, until back is called.
@@ -170,9 +173,7 @@ func (x *performing) results(run *host.Run, from graph.ID, s *Step) (out StepRes
 		return out, err
 	}
 	defer func() {
-		for _, t := range tensors {
-			t.Free()
-		}
+		aten.FreeAll(tensors)
 	}()
 	wanted := results[:0]
 	for _, result := range results {
@@ -226,9 +227,7 @@ func (x *performing) send(t aten.Tensor) (string, error) {
 func (x *performing) constants(s *Step) (out []aten.Tensor, err error) {
 	defer func() {
 		if err != nil {
-			for _, t := range out {
-				t.Free()
-			}
+			aten.FreeAll(out)
 			out = nil
 		}
 	}()
@@ -250,12 +249,9 @@ func (x *performing) constant(c *Constant) (aten.Tensor, error) {
 	if err != nil {
 		return t, err
 	}
-	if x.device == "" {
-		x.device = x.Model.Describe().Device
-	}
-	if x.device != "cpu" {
+	if device := x.Model.Device(); device != "cpu" {
 		defer t.Free()
-		if t, err = aten.To(t, x.device, t.DType()); err != nil {
+		if t, err = aten.To(t, device, t.DType()); err != nil {
 			return t, err
 		}
 	}

@@ -88,9 +88,8 @@ type program struct {
 
 // Limits bound what a request may ask for; a zero means no limit.
 type Limits struct {
-	Tokens    int // of all rows of a request, and new ones in a generation, together
-	NewTokens int // of each row
-	Steps     int
+	Tokens    int   // of all rows of a request, and new ones in a generation, together
+	NewTokens int   // of each row
 	Output    int64 // bytes of a response
 }
 
@@ -114,7 +113,6 @@ func Parse(data []byte, l Limits) (*Request, error) {
 	if err := r.check(l); err != nil {
 		return nil, err
 	}
-	tokens := 0
 	for i := range r.Steps {
 		p, err := r.program(&r.Steps[i])
 		if err != nil {
@@ -123,26 +121,17 @@ func Parse(data []byte, l Limits) (*Request, error) {
 		if err := guard.Check(p.graph); err != nil {
 			return nil, atStep(err, r.Kind, i)
 		}
-		for _, in := range p.graph.Invokes {
-			tokens += count(in.Rows)
-		}
 		r.programs = append(r.programs, p)
 	}
+	tokens := r.Tokens()
 	if r.Kind == Generate {
-		tokens += (count(r.Prompt.Rows) + len(r.Prompt.Rows)*r.Settings.MaxNewTokens) * max(r.Settings.Returned, r.Settings.Beams, 1)
+		tokens += (graph.CountTokens(r.Prompt.Rows) + len(r.Prompt.Rows)*r.Settings.MaxNewTokens) * max(r.Settings.Returned, r.Settings.Beams, 1)
 	}
 	if l.Tokens > 0 && tokens > l.Tokens {
 		return nil, fault.New(fault.Remote, "the request has %d tokens, and this server takes %d at once", tokens, l.Tokens).
 			WithHint("Split it into several.")
 	}
 	return r, nil
-}
-
-func count(rows [][]int64) (tokens int) {
-	for _, row := range rows {
-		tokens += len(row)
-	}
-	return tokens
 }
 
 func (r *Request) check(l Limits) error {
@@ -168,18 +157,14 @@ func (r *Request) check(l Limits) error {
 		if most := 1024; s.Returned > most || s.Beams > most {
 			return fault.New(fault.Remote, "%d rows of each prompt were asked for, and a server gives %d", max(s.Returned, s.Beams), most)
 		}
-		for i := range r.Steps[:len(r.Steps)-1] {
-			if !r.Steps[i].End {
-				return malformed("step %d has no end, and others follow it", i)
-			}
-		}
-		for i := range r.Steps[:len(r.Steps)-1] {
-			if s := &r.Steps[i]; s.Scores == "" && slices.Contains(s.Want, wantScores) {
-				return malformed("the tokens of step %d wait for scores, and others follow it", i)
-			}
-		}
 		for i := range r.Steps {
-			if r.Steps[i].Random != "" && r.Random == "" {
+			s, followed := &r.Steps[i], i < len(r.Steps)-1
+			switch {
+			case followed && !s.End:
+				return malformed("step %d has no end, and others follow it", i)
+			case followed && s.Scores == "" && slices.Contains(s.Want, wantScores):
+				return malformed("the tokens of step %d wait for scores, and others follow it", i)
+			case s.Random != "" && r.Random == "":
 				return malformed("step %d sends a state of the generator, and the request none", i)
 			}
 		}
@@ -190,7 +175,7 @@ func (r *Request) check(l Limits) error {
 // program reads the graph of a step.
 func (r *Request) program(s *Step) (p program, err error) {
 	p.graph = &graph.Graph{Nodes: []graph.Node{}, Invokes: []graph.Invoke{}, Positions: []fault.Pos{}}
-	for i, name := range s.Program {
+	for _, name := range s.Program {
 		data, err := r.file.text(name)
 		if err != nil {
 			return p, err
@@ -199,12 +184,7 @@ func (r *Request) program(s *Step) (p program, err error) {
 			p.whole = data
 		}
 		p.last = graph.ID(len(p.graph.Nodes))
-		if i == 0 {
-			p.graph, err = graph.Decode(data)
-		} else {
-			err = graph.DecodeMore(p.graph, data)
-		}
-		if err != nil {
+		if err := graph.DecodeMore(p.graph, data); err != nil {
 			return p, err
 		}
 	}

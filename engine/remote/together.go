@@ -40,9 +40,7 @@ func (r *Request) Mode() graph.Mode { return r.programs[0].graph.Invokes[0].Mode
 // Tokens is how many there are in the rows of a request.
 func (r *Request) Tokens() (n int) {
 	for _, p := range r.programs {
-		for i := range p.graph.Invokes {
-			n += count(p.graph.Invokes[i].Rows)
-		}
+		n += p.graph.Tokens()
 	}
 	return n
 }
@@ -70,21 +68,12 @@ func (t *together) add(x *performing) error {
 		}
 		if n.Kind == graph.KindConst {
 			if int(n.Index) >= len(consts) {
-				for _, c := range consts {
-					c.Free()
-				}
+				aten.FreeAll(consts)
 				return malformed("constant %d is not among the %d there are", n.Index, len(consts))
 			}
 			n.Index += index
 		}
-		args, kwargs := n.Args, n.Kwargs
-		n.Args, n.Kwargs = make([]graph.Arg, len(args)), make([]graph.Kwarg, len(kwargs))
-		for i := range args {
-			n.Args[i] = args[i].Replaced(renumber)
-		}
-		for i := range kwargs {
-			n.Kwargs[i] = graph.Kwarg{Name: kwargs[i].Name, Arg: kwargs[i].Arg.Replaced(renumber)}
-		}
+		n.Args, n.Kwargs = graph.ReplacedArgs(n.Args, renumber), graph.ReplacedKwargs(n.Kwargs, renumber)
 		t.graph.Nodes = append(t.graph.Nodes, n)
 	}
 	t.graph.Invokes = append(t.graph.Invokes, own.Invokes...)
@@ -100,16 +89,14 @@ func (p *Performer) PerformTogether(ctx context.Context, requests []*Request) (o
 	t := &together{graph: &graph.Graph{}}
 	var all []*performing
 	for _, r := range requests {
-		x := &performing{Performer: p, ctx: ctx, request: r, response: Response{Version: version, Steps: []StepResult{}}}
+		x := p.begin(ctx, r)
 		if err = t.add(x); err != nil {
 			break
 		}
 		all = append(all, x)
 	}
 	if err != nil {
-		for _, c := range t.consts {
-			c.Free()
-		}
+		aten.FreeAll(t.consts)
 		return nil, err
 	}
 	run, err := p.Model.Begin(t.graph, t.consts, true)
@@ -121,9 +108,7 @@ func (p *Performer) PerformTogether(ctx context.Context, requests []*Request) (o
 		return nil, err
 	}
 	defer func() {
-		for _, t := range tensors {
-			t.Free()
-		}
+		aten.FreeAll(tensors)
 	}()
 	for i, x := range all {
 		end := graph.ID(len(t.graph.Nodes))

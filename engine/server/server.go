@@ -429,6 +429,12 @@ func (s *Server) models(a *asked) error {
 	if err != nil {
 		return err
 	}
+	present := map[string]int{} // workers, by model
+	for _, w := range s.workers() {
+		for _, m := range w.Models {
+			present[m]++
+		}
+	}
 	out := []map[string]any{}
 	for _, name := range names {
 		data, err := s.store.Model(a.ctx, name)
@@ -443,20 +449,12 @@ func (s *Server) models(a *asked) error {
 		if err := json.Unmarshal(data, &d); err != nil {
 			return err
 		}
-		workers := 0
-		for _, w := range s.workers() {
-			for _, m := range w.Models {
-				if m == name {
-					workers++
-				}
-			}
-		}
 		depth, err := s.store.Depth(a.ctx, name)
 		if err != nil {
 			return err
 		}
 		out = append(out, map[string]any{"name": name, "architecture": d.Architecture, "dtype": d.DType, "context": d.Context,
-			"workers": workers, "waiting": depth})
+			"workers": present[name], "waiting": depth})
 	}
 	reply(a.w, http.StatusOK, map[string]any{"models": out, "version": engine.Version})
 	return nil

@@ -357,18 +357,23 @@ func endless(t *testing.T) []byte {
 	return file
 }
 
+// running is an endless job that a worker has begun.
+func (s *site) running() (job jobs.Job) {
+	_, data, _ := s.ask("POST", "/v1/jobs", endless(s.t))
+	require.NoError(s.t, json.Unmarshal(data, &job))
+	require.Eventually(s.t, func() bool {
+		j, err := s.store.Get(s.t.Context(), "everybody", job.ID)
+		return err == nil && j.State == jobs.Running
+	}, 30*time.Second, time.Millisecond)
+	return job
+}
+
 func TestWhatTakesTooLongOrIsNotWantedEnds(t *testing.T) {
 	s := start(t, server.Options{}, work.Options{Time: 200 * time.Millisecond})
 	s.refused(422, "as long as this server lets one", "POST", "/v1/jobs?wait=60", endless(t))
 
 	s = start(t, server.Options{}, work.Options{})
-	_, data, _ := s.ask("POST", "/v1/jobs", endless(t))
-	var job jobs.Job
-	require.NoError(t, json.Unmarshal(data, &job))
-	require.Eventually(t, func() bool {
-		j, err := s.store.Get(t.Context(), "everybody", job.ID)
-		return err == nil && j.State == jobs.Running
-	}, 30*time.Second, time.Millisecond)
+	job := s.running()
 	status, _, _ := s.ask("GET", "/v1/jobs/"+job.ID+"/result", nil)
 	require.Equal(t, 202, status)
 	status, _, _ = s.ask("DELETE", "/v1/jobs/"+job.ID, nil)
@@ -380,13 +385,7 @@ func TestWhatTakesTooLongOrIsNotWantedEnds(t *testing.T) {
 
 func TestAWorkerThatStopsGivesItsJobsBack(t *testing.T) {
 	s := start(t, server.Options{}, work.Options{})
-	_, data, _ := s.ask("POST", "/v1/jobs", endless(t))
-	var job jobs.Job
-	require.NoError(t, json.Unmarshal(data, &job))
-	require.Eventually(t, func() bool {
-		j, err := s.store.Get(t.Context(), "everybody", job.ID)
-		return err == nil && j.State == jobs.Running
-	}, 30*time.Second, time.Millisecond)
+	job := s.running()
 	now, cancel := context.WithCancel(t.Context())
 	cancel()
 	s.worker.Close(now)

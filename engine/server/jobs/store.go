@@ -90,7 +90,12 @@ func Open(ctx context.Context, nc *nats.Conn, o Options) (*Store, error) {
 // token is a name as part of a subject.
 func token(name string) string {
 	sum := sha256.Sum256([]byte(name))
-	return strings.ToLower(base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(sum[:10]))
+	return letters(sum[:10])
+}
+
+// letters writes bytes in small letters and digits, five bits each.
+func letters(bits []byte) string {
+	return strings.ToLower(base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(bits))
 }
 
 func (o record) key() string { return o.Owner + "." + o.ID }

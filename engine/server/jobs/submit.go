@@ -5,11 +5,9 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
-	"encoding/base32"
 	"encoding/json"
 	"errors"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -29,7 +27,7 @@ func newID(owner, mark string) string {
 		sum := sha256.Sum256([]byte(owner + "\x00" + mark))
 		copy(bits[:], sum[:])
 	}
-	return strings.ToLower(base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(bits[:]))
+	return letters(bits[:])
 }
 
 // Submission is a request on its way into the queue.
