@@ -109,7 +109,6 @@ type Queue struct {
 	held   int
 	room   *sync.Cond
 	closed bool
-	iters  []jetstream.MessagesContext
 	done   sync.WaitGroup
 }
 
@@ -119,7 +118,7 @@ type line struct {
 	tasks  map[string][]*Task
 }
 
-// Queue opens the queue of a model. It holds so many tasks at most that nobody has taken yet.
+// Queue opens the queue of a model. It holds about so many tasks at most that nobody has taken yet.
 func (s *Store) Queue(ctx context.Context, model string, window int) (*Queue, error) {
 	q := &Queue{store: s, model: model, window: window, ready: make(chan struct{}, 1), tasks: map[string]*line{}}
 	q.room = sync.NewCond(&q.mu)
@@ -129,45 +128,58 @@ func (s *Store) Queue(ctx context.Context, model string, window int) (*Queue, er
 			q.Close()
 			return nil, unreachable(err)
 		}
-		iter, err := consumer.Messages(jetstream.PullMaxMessages(1))
-		if err != nil {
-			q.Close()
-			return nil, unreachable(err)
-		}
 		q.tasks[string(p)] = &line{tasks: map[string][]*Task{}}
-		q.iters = append(q.iters, iter)
-		q.done.Go(func() { q.pull(string(p), iter) })
+		q.done.Go(func() { q.pull(string(p), consumer) })
 	}
 	return q, nil
 }
 
-// pull takes messages of a priority while there is room.
-func (q *Queue) pull(class string, iter jetstream.MessagesContext) {
-	for {
-		q.mu.Lock()
-		for q.held >= q.window && !q.closed {
-			q.room.Wait()
+// patience is how long one request for messages stands. Close waits for those that do.
+const patience = time.Second
+
+// pull takes messages of a priority while there is room. It asks for as many as there is room for: jetstream's
+// iterator asks for the next one while the last request may still be on its way, and then at times not at all.
+func (q *Queue) pull(class string, consumer jetstream.Consumer) {
+	for room := q.hasRoom(); room > 0; room = q.hasRoom() {
+		batch, err := consumer.Fetch(room, jetstream.FetchMaxWait(patience))
+		if err == nil {
+			for msg := range batch.Messages() {
+				q.put(class, msg)
+			}
+			err = batch.Error()
 		}
-		q.mu.Unlock()
-		msg, err := iter.Next()
-		if errors.Is(err, jetstream.ErrMsgIteratorClosed) {
-			return
-		} else if err != nil {
-			time.Sleep(100 * time.Millisecond) // the connection is gone, and comes back by itself
-			continue
+		if err != nil {
+			time.Sleep(patience / 10) // the connection is gone, and comes back by itself
 		}
-		t := &Task{store: q.store, msg: msg, Owner: msg.Headers().Get("Owner"), ID: msg.Headers().Get("Job"), stop: make(chan struct{})}
-		t.beat()
-		q.mu.Lock()
-		l := q.tasks[class]
-		if len(l.tasks[t.Owner]) == 0 {
-			l.owners = append(l.owners, t.Owner)
-		}
-		l.tasks[t.Owner] = append(l.tasks[t.Owner], t)
-		q.held++
-		q.mu.Unlock()
-		q.wake()
 	}
+}
+
+// hasRoom waits until there is room for several tasks, and gives for how many; none once the queue is closed.
+func (q *Queue) hasRoom() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for q.held > q.window/2 && !q.closed {
+		q.room.Wait()
+	}
+	if q.closed {
+		return 0
+	}
+	return q.window - q.held
+}
+
+// put adds the task of a message.
+func (q *Queue) put(class string, msg jetstream.Msg) {
+	t := &Task{store: q.store, msg: msg, Owner: msg.Headers().Get("Owner"), ID: msg.Headers().Get("Job"), stop: make(chan struct{})}
+	t.beat()
+	q.mu.Lock()
+	l := q.tasks[class]
+	if len(l.tasks[t.Owner]) == 0 {
+		l.owners = append(l.owners, t.Owner)
+	}
+	l.tasks[t.Owner] = append(l.tasks[t.Owner], t)
+	q.held++
+	q.mu.Unlock()
+	q.wake()
 }
 
 func (q *Queue) wake() {
@@ -234,10 +246,7 @@ func (q *Queue) Close() {
 	q.closed = true
 	q.room.Broadcast()
 	q.mu.Unlock()
-	for _, iter := range q.iters {
-		iter.Drain() // what has come already is pulled, and given back below
-	}
-	q.done.Wait()
+	q.done.Wait() // what is still asked for comes, and is given back below
 	for t := q.pop(); t != nil; t = q.pop() {
 		t.Release()
 	}
