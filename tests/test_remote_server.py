@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import pathlib
 import subprocess
@@ -9,6 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -193,3 +195,24 @@ def test_a_server_that_is_killed_keeps_jobs_and_results(gpt2_pair: Pair, tmp_pat
             with gpt2_pair.model.trace(ids):
                 want = gpt2_pair.model.lm_head.output.save()
             equal(found[0], want, "logits")
+
+
+def test_memory_stays_flat(gpt2_pair: Pair, tmp_path: pathlib.Path) -> None:
+    """Over 10,000 jobs, once as many are kept as come in the time that they are kept for."""
+    with Server(tmp_path, "--model", named(gpt2_pair), "--keep", "3s") as server:
+        model = LanguageModel(gpt2_pair.model.name_or_path, remote=server.host, tokenizer=False)
+
+        def run(count: int) -> None:
+            for i in range(count):
+                with model.trace([i % 7 + 1]):
+                    model.lm_head.output.save()
+
+        def private() -> int:
+            return psutil.Process(server.process.pid).memory_full_info().uss
+
+        with concurrent.futures.ThreadPoolExecutor(8) as clients:
+            list(clients.map(run, [500] * 8))
+            before = private()
+            list(clients.map(run, [1250] * 8))
+            grown = private() - before
+        assert grown < 40 * 2**20, f"{grown / 2**20:.0f} MiB more after 10,000 jobs"

@@ -206,7 +206,7 @@ func serveCommand() *cobra.Command {
 	f.StringVar(&cert, "tls-cert", "", "certificate, for HTTPS")
 	f.StringVar(&certKey, "tls-key", "", "its key")
 	f.Int64Var(&body, "max-body", 256<<20, "bytes of a request, decompressed")
-	f.Float64Var(&rate, "rate", 50, "jobs a second of one key")
+	f.Float64Var(&rate, "rate", 50, "jobs a second of one key; without keys there is no limit")
 	c.MarkFlagsRequiredTogether("tls-cert", "tls-key")
 	c.MarkFlagsMutuallyExclusive("nats", "nats-listen")
 	return c

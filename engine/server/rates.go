@@ -18,14 +18,18 @@ func newRates(general float64) *rates {
 	return &rates{general: general, known: map[string]*rate.Limiter{}}
 }
 
-// take notes a job, and gives how long its owner has to wait first: then it was not noted.
+// take notes a job, and gives how long its owner has to wait first: then it was not noted. Where there are no keys
+// nobody is to be kept from anybody, and nobody waits.
 func (r *rates) take(a *asked) time.Duration {
+	if a.key == nil {
+		return 0
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	limiter := r.known[a.owner]
 	if limiter == nil {
 		own := r.general
-		if a.key != nil && a.key.Rate > 0 {
+		if a.key.Rate > 0 {
 			own = a.key.Rate
 		}
 		limiter = rate.NewLimiter(rate.Limit(own), max(1, int(2*own)))

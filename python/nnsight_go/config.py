@@ -13,6 +13,7 @@ them again, and have no effect: ``.save()`` is always there, and values always f
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
@@ -24,6 +25,11 @@ T = TypeVar("T")
 
 def path() -> Path:
     """The user's file, whether it is there or not."""
+    return _path(os.environ.get("XDG_CONFIG_HOME"), os.environ.get("HOME"))
+
+
+@functools.lru_cache(maxsize=1)
+def _path(*_: str | None) -> Path:
     import platformdirs
 
     return platformdirs.user_config_path("nnsight-go") / "config.json"
@@ -31,8 +37,19 @@ def path() -> Path:
 
 def _stored() -> dict[str, dict[str, Any]]:
     """What the user's file says; nothing where it is not there or makes no sense."""
+    where = path()
     try:
-        found = json.loads(path().read_text())
+        now = where.stat()
+    except OSError:
+        return {}
+    return _read(where, now.st_ino, now.st_mtime_ns, now.st_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _read(where: Path, *_: int) -> dict[str, dict[str, Any]]:
+    """What a file says, read once for each version of it."""
+    try:
+        found = json.loads(where.read_text())
     except (OSError, ValueError):
         return {}
     return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
@@ -95,14 +112,14 @@ class Api(_Group):
     Attributes:
         HOST: the server that ``remote=True`` means, ``https://...``.
         APIKEY: what it knows the user by. It is shown nowhere.
-        COMPRESS: whether requests and responses are compressed.
+        COMPRESS: whether requests and responses are compressed; None: where the server is another machine.
     """
 
     __slots__ = ()
     title = "API"
     HOST = _Setting("", "NNSIGHT_GO_HOST")
     APIKEY = _Setting[str | None](None, "NNSIGHT_GO_API_KEY", secret=True)
-    COMPRESS = _Setting(True)
+    COMPRESS = _Setting[bool | None](None)
 
 
 class App(_Group):
@@ -136,7 +153,7 @@ class Config:
 
     def save(self) -> None:
         """Writes what the program has set into the user's file, beside what stands there; only the user may read it."""
-        stored = _stored()
+        stored = dict(_stored())
         for group in (self.API, self.APP):
             if group.given:
                 stored[group.title] = stored.get(group.title, {}) | group.given

@@ -31,6 +31,7 @@ from . import (
     opening,
     report,
     scaling,
+    server,
     sweep,
 )
 from .models import Setting
@@ -45,6 +46,7 @@ PARTS = {
     "caching": caching.measure,
     "opening": opening.measure,
     "hosted": hosted.measure,
+    "server": server.measure,
     "scaling": scaling.measure,
     "llama": llama.measure,
 }

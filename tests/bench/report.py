@@ -30,6 +30,7 @@ TITLES = {
     "opening": "Opening and imports",
     "llama": "Llama, two layers of a model of a billion parameters",
     "hosted": "What a trace adds to the forward of a small wrapped module",
+    "server": "A server, over loopback",
     "scaling": "Scaling",
 }
 

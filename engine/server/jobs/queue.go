@@ -24,7 +24,7 @@ func (s *Store) AddModel(ctx context.Context, name string, description []byte) e
 	_, err := s.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
 		Name: streamOf(name), Subjects: []string{"work." + token(name) + ".>"}, Retention: jetstream.WorkQueuePolicy,
 		Storage: jetstream.FileStorage, Replicas: s.options.Replicas, MaxAge: s.options.Keep, MaxBytes: s.options.Storage,
-		Discard: jetstream.DiscardNew, Duplicates: 2 * time.Minute})
+		Discard: jetstream.DiscardNew, Duplicates: min(2*time.Minute, s.options.Keep)})
 	if err != nil {
 		return unreachable(err)
 	}
@@ -215,6 +215,24 @@ func (q *Queue) TryTake(ctx context.Context) *Task {
 		}
 	}
 	return nil
+}
+
+// TakeWithin is Take of a task that is there before a time has passed.
+func (q *Queue) TakeWithin(ctx context.Context, d time.Duration) *Task {
+	late := time.NewTimer(d)
+	defer late.Stop()
+	for {
+		if t := q.TryTake(ctx); t != nil {
+			return t
+		}
+		select {
+		case <-q.ready:
+		case <-late.C:
+			return nil
+		case <-ctx.Done():
+			return nil
+		}
+	}
 }
 
 func (q *Queue) pop() *Task {

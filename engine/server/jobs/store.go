@@ -236,6 +236,50 @@ func (s *Store) List(ctx context.Context, owner string, most int) ([]*Job, error
 // Watch calls told with each state that a job goes through from now on, until ctx ends or it is final.
 // It begins with the one that the job is in.
 func (s *Store) Watch(ctx context.Context, owner, id string, told func(*Job) error) error {
+	var last State
+	return s.follow(ctx, owner, id, func(*Job) (final bool, err error) {
+		j, err := s.Get(ctx, owner, id) // for its position, and because an event may be lost
+		if err != nil {
+			return false, err
+		}
+		if j.State != last || j.State == Queued {
+			if err := told(j); err != nil {
+				return false, err
+			}
+		}
+		last = j.State
+		return last.Final(), nil
+	})
+}
+
+// Wait gives a job once it is final, or as it is when ctx ends.
+func (s *Store) Wait(ctx context.Context, owner, id string) (*Job, error) {
+	var last *Job
+	err := s.follow(ctx, owner, id, func(event *Job) (bool, error) {
+		if event == nil {
+			r, err := s.get(ctx, owner, id)
+			if err != nil {
+				return false, err
+			}
+			event = &r.Job
+		}
+		last = event
+		return last.State.Final(), nil
+	})
+	if last != nil && ctx.Err() != nil {
+		if last.State == Queued {
+			if now, err := s.Get(context.WithoutCancel(ctx), owner, id); err == nil { // with its position
+				last = now
+			}
+		}
+		return last, nil
+	}
+	return last, err
+}
+
+// follow calls f at once, at each event of a job and from time to time, until that says that the job is final.
+// What an event says of the job is given to f; nil where it is to look itself.
+func (s *Store) follow(ctx context.Context, owner, id string, f func(event *Job) (final bool, err error)) error {
 	if !wellFormed(id) {
 		return ErrNone
 	}
@@ -247,37 +291,23 @@ func (s *Store) Watch(ctx context.Context, owner, id string, told func(*Job) err
 	defer func() { _ = sub.Unsubscribe() }()
 	again := time.NewTicker(5 * time.Second) // an event may be lost with a connection
 	defer again.Stop()
-	var last State
+	var event *Job
 	for {
-		j, err := s.Get(ctx, owner, id)
-		if err != nil {
+		if final, err := f(event); final || err != nil {
 			return err
 		}
-		if j.State != last || j.State == Queued {
-			if err := told(j); err != nil {
-				return err
-			}
-		}
-		if last = j.State; last.Final() {
-			return nil
-		}
+		event = nil
 		select {
-		case <-events:
+		case m := <-events:
+			var j Job
+			if json.Unmarshal(m.Data, &j) == nil {
+				event = &j
+			}
 		case <-again.C:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
-}
-
-// Wait gives a job once it is final, or as it is when ctx ends.
-func (s *Store) Wait(ctx context.Context, owner, id string) (*Job, error) {
-	var last *Job
-	err := s.Watch(ctx, owner, id, func(j *Job) error { last = j; return nil })
-	if last != nil && ctx.Err() != nil {
-		return last, nil
-	}
-	return last, err
 }
 
 // Cancel ends a job, if it is not final already, and gives it.

@@ -46,6 +46,9 @@ type served struct {
 	model  *engine.Model
 	queue  *jobs.Queue
 	chains *remote.Chains
+	ending sync.WaitGroup // results on their way into the store
+	shared int            // jobs of the last pass, if there were several
+	took   time.Duration  // that it took
 }
 
 const (
@@ -56,6 +59,9 @@ const (
 
 	mostTogether   = 64   // jobs that share a forward pass
 	tokensTogether = 4096 // and their tokens
+
+	mostPatience = 5 * time.Millisecond // for the next that may share it
+	patientPart  = 10                   // and this part of what the last one took
 )
 
 // errStopped is why a job is abandoned when its worker stops.
@@ -86,7 +92,7 @@ func Start(ctx context.Context, store *jobs.Store, models map[string]*engine.Mod
 		if err != nil {
 			return nil, err
 		}
-		w.models = append(w.models, &served{name, m, q, remote.NewChains(kept, keptFor)})
+		w.models = append(w.models, &served{name: name, model: m, queue: q, chains: remote.NewChains(kept, keptFor)})
 	}
 	taking, stop := context.WithCancel(context.Background())
 	running, abandon := context.WithCancelCause(context.Background())
@@ -138,6 +144,7 @@ func (w *Worker) announce(ctx context.Context) {
 func (w *Worker) serve(taking, running context.Context, s *served) {
 	defer s.chains.Close()
 	defer s.queue.Close()
+	defer s.ending.Wait()
 	runtime.LockOSThread() // torch's threads belong to the one that computes: another would have to make them anew
 	defer runtime.UnlockOSThread()
 	var next *job
@@ -155,10 +162,12 @@ func (w *Worker) serve(taking, running context.Context, s *served) {
 		}
 		var all []*job
 		all, next = w.gather(taking, s, first)
-		w.running.Add(int32(len(all)))
+		begun := time.Now()
 		w.run(running, s, all)
-		w.running.Add(-int32(len(all)))
-		w.done.Add(int64(len(all)))
+		s.shared, s.took = 0, time.Since(begun)
+		if len(all) > 1 {
+			s.shared = len(all)
+		}
 	}
 }
 
@@ -172,6 +181,7 @@ type job struct {
 // read reads the request of a task. It ends the task, and gives nil, where that cannot be done.
 func (w *Worker) read(t *jobs.Task) *job {
 	j := &job{Task: t, begun: time.Now()}
+	w.running.Add(1)
 	err := w.guarded(j, func() (err error) {
 		j.request, err = remote.Parse(t.Request, w.options.Limits)
 		return err
@@ -191,7 +201,8 @@ func (w *Worker) read(t *jobs.Task) *job {
 }
 
 // gather gives a job and those that wait already and may share its forward pass, and the next one, if that was
-// taken to see that it may not.
+// taken to see that it may not. Where the last pass was shared, it waits a little for those that were in it: whoever
+// sends one job after the other sends the next soon after the last.
 func (w *Worker) gather(ctx context.Context, s *served, first *job) (all []*job, next *job) {
 	all = []*job{first}
 	if !first.request.Shareable() {
@@ -200,6 +211,9 @@ func (w *Worker) gather(ctx context.Context, s *served, first *job) (all []*job,
 	tokens := first.request.Tokens()
 	for len(all) < mostTogether && tokens < tokensTogether {
 		t := s.queue.TryTake(ctx)
+		if t == nil && len(all) < s.shared {
+			t = s.queue.TakeWithin(ctx, min(mostPatience, s.took/patientPart))
+		}
 		if t == nil {
 			break
 		}
@@ -248,9 +262,9 @@ func (w *Worker) together(running context.Context, s *served, all []*job) bool {
 	if err != nil {
 		return false
 	}
+	s.ending.Wait() // no more results than those of one pass wait for the store
 	for i, j := range all {
-		j.Complete(context.Background(), results[i])
-		w.ended(j, jobs.Completed, len(results[i]))
+		w.complete(s, j, results[i])
 	}
 	return true
 }
@@ -279,13 +293,22 @@ func (w *Worker) alone(running context.Context, s *served, j *job) {
 	})
 	switch {
 	case err == nil:
-		j.Complete(context.Background(), result)
-		w.ended(j, jobs.Completed, len(result))
+		s.ending.Wait()
+		w.complete(s, j, result)
 	case context.Cause(running) == errStopped:
 		j.Retry(context.Background())
+		w.running.Add(-1)
 	default:
 		w.failed(j, err)
 	}
+}
+
+// complete stores what came of a job, while the next ones run.
+func (w *Worker) complete(s *served, j *job, result []byte) {
+	s.ending.Go(func() {
+		j.Complete(context.Background(), result)
+		w.ended(j, jobs.Completed, len(result))
+	})
 }
 
 func (w *Worker) failed(j *job, err error) {
@@ -295,6 +318,8 @@ func (w *Worker) failed(j *job, err error) {
 
 // ended tells of a job that has ended, to the log and to who counts.
 func (w *Worker) ended(j *job, state jobs.State, bytes int) {
+	w.running.Add(-1)
+	w.done.Add(1)
 	took := time.Since(j.begun)
 	w.options.Log.Info("job", "id", j.ID, "key", j.Owner, "model", j.Model(), "state", state, "seconds", took.Seconds(), "bytes", bytes)
 	if w.options.Done != nil {

@@ -43,6 +43,10 @@ MOST_PAUSE = 30.0
 # For how long one request waits for a result, in seconds: with nobody to see it, and where it is shown how it goes.
 WAIT, SHOWN_WAIT = 25.0, 1.0
 
+# What a server sees of who asks, and the names of this machine.
+AGENT = "nnsight-go"
+HERE = frozenset(("localhost", "127.0.0.1", "::1"))
+
 _AGAIN = frozenset((429, 502, 503, 504))  # answers of a server that may say something else soon
 
 FINAL = frozenset(("COMPLETED", "ERROR", "CANCELLED"))
@@ -53,8 +57,12 @@ _client_lock = threading.Lock()
 @functools.cache
 def _client(host: str, process: int) -> httpx2.Client:
     """The connections of a process to a server."""
-    limits = httpx2.Limits(max_connections=64, max_keepalive_connections=16)
-    return httpx2.Client(base_url=host, timeout=httpx2.Timeout(60.0, connect=10.0), limits=limits)
+    return httpx2.Client(limits=httpx2.Limits(max_connections=64, max_keepalive_connections=64))
+
+
+@functools.lru_cache(maxsize=256)
+def _url(address: str) -> httpx2.URL:
+    return httpx2.URL(address)
 
 
 class Answered:
@@ -97,14 +105,19 @@ class Server:
                 'remote="local" tries a remote trace out in this process.',
                 **positions.fields(here()),
             )
-        if not host.startswith(("http://", "https://")):
+        self.host = host.rstrip("/")
+        try:
+            where = _url(self.host)
+        except httpx2.InvalidURL:
+            where = httpx2.URL()
+        if where.scheme not in ("http", "https") or not where.host:
             raise InputError(
                 f"{host!r} is no address of a server",
                 hint='Addresses look like "https://host" or "http://127.0.0.1:8000".',
                 **positions.fields(here()),
             )
-        self.host = host.rstrip("/")
         self._key = key
+        self._is_here = where.host in HERE
 
     def __repr__(self) -> str:
         return f"<Server {self.host}>"
@@ -139,12 +152,13 @@ class Server:
         Raises:
             RemoteError: the server cannot be reached or refuses; or what its answer says.
         """
-        sent = {"Accept-Encoding": "zstd" if CONFIG.API.COMPRESS else "identity", **(headers or {})}
+        compress = not self._is_here if (wanted := CONFIG.API.COMPRESS) is None else wanted
+        sent = {"Accept-Encoding": "zstd" if compress else "identity", "User-Agent": AGENT, **(headers or {})}
         if self._own_key:
             sent["Authorization"] = f"Bearer {self._own_key}"
         if body is not None:
             sent["Content-Type"] = file.MEDIA
-            if len(body) > COMPRESS_BYTES and CONFIG.API.COMPRESS:
+            if compress and len(body) > COMPRESS_BYTES:
                 body = _compressed(body)
                 sent["Content-Encoding"] = "zstd"
         pause = PAUSE
@@ -169,8 +183,12 @@ class Server:
     def _once(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], wait: float) -> Answered:
         with _client_lock:
             client = _client(self.host, os.getpid())
-        timeout = httpx2.Timeout(60.0, connect=10.0, read=60.0 + wait)
-        with client.stream(method, path, content=body, headers=headers, timeout=timeout) as response:
+        # What client.stream does, without merging addresses, headers and cookies, which takes as long again.
+        timeout = {"connect": 10.0, "read": 60.0 + wait, "write": 60.0, "pool": 60.0}
+        request = httpx2.Request(
+            method, _url(self.host + path), headers=headers, content=body, extensions={"timeout": timeout}
+        )
+        with contextlib.closing(client.send(request, stream=True)) as response:
             data = bytearray()
             for chunk in response.iter_raw():
                 data += chunk
