@@ -40,6 +40,8 @@ type Store struct {
 	results  jetstream.ObjectStore
 	answers  jetstream.Stream // small results
 	queues   sync.Map         // name -> jetstream.Stream, as far as they were used
+	rooms    rooms
+	fresh    fresh
 }
 
 // Open finds the store of a NATS server or cluster, or makes it there.
@@ -63,7 +65,7 @@ func Open(ctx context.Context, nc *nats.Conn, o Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{options: o, nc: nc, js: js}
+	s := &Store{options: o, nc: nc, js: js, rooms: rooms{left: map[string]int{}}}
 	if s.jobs, err = js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
 		Bucket: "jobs", TTL: o.Keep, Storage: jetstream.FileStorage, Replicas: o.Replicas, History: 1}); err != nil {
 		return nil, unreachable(err)
@@ -348,6 +350,9 @@ func (s *Store) Result(ctx context.Context, owner, id string) ([]byte, error) {
 		return nil, ErrNone
 	}
 	key := owner + "." + id
+	if data := s.fresh.take(key); data != nil {
+		return data, nil
+	}
 	message, err := s.answers.GetLastMsgForSubject(ctx, "answer."+key)
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
 		return nil, fault.New(fault.Remote, "the result of job %s is no longer kept", id).WithHint("Run it again.")
@@ -375,8 +380,52 @@ func (s *Store) storeResult(ctx context.Context, r *record, data []byte) error {
 			return fault.New(fault.Remote, "the result, %d bytes, cannot be kept: %v", len(data), err)
 		}
 	}
-	_, err := s.js.PublishMsg(ctx, m)
-	return err
+	if _, err := s.js.PublishMsg(ctx, m); err != nil {
+		return err
+	}
+	s.fresh.put(r.key(), data)
+	return nil
+}
+
+// fresh holds the latest results that this process has stored: most are asked for at once, and once.
+type fresh struct {
+	mu      sync.Mutex
+	bytes   int
+	order   []string
+	results map[string][]byte
+}
+
+// mostFresh is how many bytes of results, or results, are held.
+const mostFresh, mostFreshResults = 32 << 20, 256
+
+func (f *fresh) put(key string, data []byte) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.results == nil {
+		f.results = map[string][]byte{}
+	}
+	if _, there := f.results[key]; !there {
+		f.order = append(f.order, key)
+	}
+	f.bytes += len(data) - len(f.results[key])
+	f.results[key] = data
+	for f.bytes > mostFresh || len(f.order) > mostFreshResults {
+		f.bytes -= len(f.results[f.order[0]])
+		delete(f.results, f.order[0])
+		f.order = f.order[1:]
+	}
+}
+
+// take gives a result and holds it no longer.
+func (f *fresh) take(key string) []byte {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	data := f.results[key]
+	if data != nil {
+		f.bytes -= len(data)
+		delete(f.results, key)
+	}
+	return data
 }
 
 // Upload keeps a tensor that requests of its owner name by its hash.

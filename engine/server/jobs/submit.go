@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -66,8 +67,13 @@ func (s *Store) Submit(ctx context.Context, in *Submission) (*Job, error) {
 	return &r.Job, nil
 }
 
-// room reports an error where an owner has too many jobs in a queue.
+// room reports an error where an owner has too many jobs in a queue. Their number is asked for when as many have come
+// as there was room for: of those that came since, some may have ended.
 func (s *Store) room(ctx context.Context, r *record) error {
+	name := r.Owner + " " + r.Model
+	if s.rooms.take(name) {
+		return nil
+	}
 	stream, err := s.queueOf(ctx, r.Model)
 	if err != nil {
 		return err
@@ -76,10 +82,41 @@ func (s *Store) room(ctx context.Context, r *record) error {
 	if err != nil {
 		return unreachable(err)
 	}
-	if len(info.State.Subjects) >= s.options.MaxQueue {
+	left := s.options.MaxQueue - len(info.State.Subjects)
+	if left <= 0 {
 		return ErrFull
 	}
+	s.rooms.put(name, left-1)
 	return nil
+}
+
+// rooms holds how many jobs may come without asking, by owner and model.
+type rooms struct {
+	mu   sync.Mutex
+	left map[string]int
+}
+
+// mostRooms is how many owners are known at once: the others are asked for each time.
+const mostRooms = 1 << 14
+
+func (r *rooms) take(name string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	left := r.left[name]
+	if left > 1 {
+		r.left[name] = left - 1
+	} else {
+		delete(r.left, name)
+	}
+	return left > 0
+}
+
+func (r *rooms) put(name string, left int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if left > 0 && len(r.left) < mostRooms {
+		r.left[name] = left
+	}
 }
 
 // enqueue puts a job into the queue of its model.
