@@ -282,15 +282,25 @@ func TestKeysOpenWhatIsTheirs(t *testing.T) {
 }
 
 func TestRates(t *testing.T) {
-	s := start(t, server.Options{Rate: 2}, work.Options{})
+	known := keys.Open(filepath.Join(t.TempDir(), "keys.json"))
+	ada, _, err := known.Create(keys.Key{Name: "Ada"})
+	require.NoError(t, err)
+	bob, _, err := known.Create(keys.Key{Name: "Bob", Rate: 1000})
+	require.NoError(t, err)
+	s := start(t, server.Options{Rate: 2, Keys: known}, work.Options{})
 	r := request(t, name, saved(1))
+	asAda, asBob := "Authorization: Bearer "+ada, "Authorization: Bearer "+bob
 	for range 4 {
-		status, _, _ := s.ask("POST", "/v1/jobs", r)
+		status, _, _ := s.ask("POST", "/v1/jobs", r, asAda)
 		require.Equal(t, 202, status)
 	}
-	s.refused(429, "faster than", "POST", "/v1/jobs", r)
-	_, _, head := s.ask("POST", "/v1/jobs", r)
+	s.refused(429, "faster than", "POST", "/v1/jobs", r, asAda)
+	_, _, head := s.ask("POST", "/v1/jobs", r, asAda)
 	require.NotEmpty(t, head.Get("Retry-After"))
+	for range 20 {
+		status, _, _ := s.ask("POST", "/v1/jobs", r, asBob)
+		require.Equal(t, 202, status)
+	}
 }
 
 func TestUploads(t *testing.T) {
