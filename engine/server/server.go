@@ -109,10 +109,26 @@ func (s *Server) routes() {
 	for route, h := range keyed {
 		s.mux.HandleFunc(route, s.keyed(h))
 	}
-	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		fail(w, http.StatusNotFound, fault.New(fault.Remote, "there is nothing at %s %s", r.Method, r.URL.Path).
-			WithHint("GET /openapi.yaml describes what there is."))
-	})
+	s.mux.HandleFunc("/", s.elsewhere)
+}
+
+// elsewhere answers what no route does: there is nothing, or not by that method.
+func (s *Server) elsewhere(w http.ResponseWriter, r *http.Request) {
+	var allowed []string
+	for _, method := range []string{"GET", "HEAD", "POST", "PUT", "DELETE"} {
+		other := *r
+		other.Method = method
+		if _, route := s.mux.Handler(&other); route != "/" {
+			allowed = append(allowed, method)
+		}
+	}
+	if len(allowed) > 0 {
+		w.Header().Set("Allow", strings.Join(allowed, ", "))
+		fail(w, http.StatusMethodNotAllowed, fault.New(fault.Remote, "%s is asked for by %s, and not by %s", r.URL.Path, strings.Join(allowed, ", "), r.Method))
+		return
+	}
+	fail(w, http.StatusNotFound, fault.New(fault.Remote, "there is nothing at %s %s", r.Method, r.URL.Path).
+		WithHint("GET /openapi.yaml describes what there is."))
 }
 
 // ServeHTTP answers a request.

@@ -38,14 +38,14 @@ const name = "some/model"
 
 // site is a server with a worker.
 type site struct {
-	t      *testing.T
+	t      testing.TB
 	url    string
 	model  *engine.Model
 	store  *jobs.Store
 	worker *work.Worker
 }
 
-func start(t *testing.T, o server.Options, w work.Options) *site {
+func start(t testing.TB, o server.Options, w work.Options) *site {
 	m, err := engine.Open(enginetest.Directory(t, enginetest.GPT2, 1), engine.Options{Prepack: -1, Load: true})
 	require.NoError(t, err)
 	e, err := jobs.Embed(t.TempDir(), "", 0, "")
@@ -108,7 +108,7 @@ func saved(tokens ...int64) *graph.Graph {
 	return &graph.Graph{Invokes: []graph.Invoke{{Rows: [][]int64{tokens}}}, Nodes: []graph.Node{read, node(graph.KindSave, graph.Ref(0))}}
 }
 
-func request(t *testing.T, model string, g *graph.Graph) []byte {
+func request(t testing.TB, model string, g *graph.Graph) []byte {
 	var w remote.Writer
 	text, err := json.Marshal(remote.Request{Version: 1, Model: model, Kind: remote.Trace,
 		Steps: []remote.Step{{Program: []string{"g"}, End: true, Want: []string{"results"}}}})
@@ -345,7 +345,7 @@ func TestUploads(t *testing.T) {
 }
 
 // endless is a generation that goes on for longer than anybody waits.
-func endless(t *testing.T) []byte {
+func endless(t testing.TB) []byte {
 	var w remote.Writer
 	r := remote.Request{Version: 1, Model: name, Kind: remote.Generate, Prompt: &remote.Prompt{Rows: [][]int64{{1}}},
 		Settings: &gen.Settings{MaxNewTokens: 30, LengthPenalty: 1, EarlyStopping: "false"}}

@@ -78,17 +78,23 @@ func (s *Store) room(ctx context.Context, r *record) error {
 	if err != nil {
 		return err
 	}
-	info, err := stream.Info(ctx, jetstream.WithSubjectFilter("work."+token(r.Model)+".*."+r.Owner+".*"))
-	if err != nil {
-		return unreachable(err)
+	subjects := jetstream.WithSubjectFilter("work." + token(r.Model) + ".*." + r.Owner + ".*")
+	for range 4 {
+		info, err := stream.Info(ctx, subjects)
+		if err != nil {
+			return unreachable(err)
+		}
+		if left := s.options.MaxQueue - len(info.State.Subjects); left > 0 {
+			s.rooms.put(name, left-1)
+			return nil
+		}
+		time.Sleep(lag)
 	}
-	left := s.options.MaxQueue - len(info.State.Subjects)
-	if left <= 0 {
-		return ErrFull
-	}
-	s.rooms.put(name, left-1)
-	return nil
+	return ErrFull
 }
+
+// lag is for how long a job may stand in the queue after its owner has been told that it has ended.
+const lag = 25 * time.Millisecond
 
 // rooms holds how many jobs may come without asking, by owner and model.
 type rooms struct {
