@@ -12,12 +12,11 @@ from typing import Any, Self
 from nnsight_go import command
 
 
-class Process:
-    """``nnsight-go ARGUMENTS``; ``said`` is its log."""
+class Program:
+    """A program that runs; ``said`` is its log."""
 
-    def __init__(self, *arguments: Any) -> None:
-        words = [str(command.program()), *map(str, arguments)]
-        self.process = subprocess.Popen(words, env=command.environment(), stderr=subprocess.PIPE, text=True)
+    def __init__(self, words: list[str], environment: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
         self.said: list[str] = []
         self._more = threading.Condition()
         self._ended = False
@@ -63,6 +62,13 @@ class Process:
         self._reader.join()
         assert self.process.stderr is not None
         self.process.stderr.close()
+
+
+class Process(Program):
+    """``nnsight-go ARGUMENTS``."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__([str(command.program()), *map(str, arguments)], command.environment())
 
 
 class Server(Process):

@@ -1,12 +1,16 @@
 package jobs
 
 import (
+	"context"
+	"errors"
+	"net/http"
 	"net/url"
 	"strings"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 )
 
@@ -63,4 +67,33 @@ func redacted(urls string) string {
 		}
 	}
 	return strings.Join(out, ",")
+}
+
+// settling is for how long something is tried again while a cluster finds its leaders.
+const settling, settlingPause = time.Minute, 250 * time.Millisecond
+
+// settled does something again that fails because the queue does not answer now, which passes.
+func settled(ctx context.Context, f func() error) error {
+	late := time.Now().Add(settling)
+	for {
+		err := f()
+		if err == nil || !passing(err) || ctx.Err() != nil || time.Now().After(late) {
+			return err
+		}
+		select {
+		case <-time.After(settlingPause):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+// passing reports whether an error of the queue's says nothing about what it was asked.
+func passing(err error) bool {
+	var api *jetstream.APIError
+	if errors.As(err, &api) {
+		return api.Code == http.StatusServiceUnavailable
+	}
+	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, nats.ErrTimeout) || errors.Is(err, nats.ErrNoResponders) ||
+		errors.Is(err, jetstream.ErrNoStreamResponse) || errors.Is(err, nats.ErrDisconnected) || errors.Is(err, nats.ErrConnectionReconnecting)
 }

@@ -66,9 +66,21 @@ func Open(ctx context.Context, nc *nats.Conn, o Options) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{options: o, nc: nc, js: js, rooms: rooms{left: map[string]int{}}}
+	return s, settled(ctx, func() error { return s.make(ctx) })
+}
+
+// make makes what is not there yet.
+func (s *Store) make(ctx context.Context) (err error) {
+	o, js := s.options, s.js
 	if s.jobs, err = js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
 		Bucket: "jobs", TTL: o.Keep, Storage: jetstream.FileStorage, Replicas: o.Replicas, History: 1}); err != nil {
-		return nil, unreachable(err)
+		return unreachable(err)
+	}
+	if err = s.consistent(ctx, "KV_jobs"); err == nil {
+		s.jobs, err = js.KeyValue(ctx, "jobs")
+	}
+	if err != nil {
+		return unreachable(err)
 	}
 	for _, b := range []struct {
 		to   *jetstream.ObjectStore
@@ -77,16 +89,38 @@ func Open(ctx context.Context, nc *nats.Conn, o Options) (*Store, error) {
 	}{{&s.models, "models", 0}, {&s.uploads, "uploads", o.Keep}, {&s.payloads, "payloads", o.Keep}, {&s.results, "results", o.Keep}} {
 		if *b.to, err = js.CreateOrUpdateObjectStore(ctx, jetstream.ObjectStoreConfig{
 			Bucket: b.name, TTL: b.keep, Storage: jetstream.FileStorage, Replicas: o.Replicas, MaxBytes: o.Storage}); err != nil {
-			return nil, unreachable(err)
+			return unreachable(err)
+		}
+		if err = s.consistent(ctx, "OBJ_"+b.name); err == nil {
+			*b.to, err = js.ObjectStore(ctx, b.name)
+		}
+		if err != nil {
+			return unreachable(err)
 		}
 	}
 	s.answers, err = js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
 		Name: "ANSWERS", Subjects: []string{"answer.>"}, MaxAge: o.Keep, MaxMsgsPerSubject: 1, MaxBytes: o.Storage,
-		Discard: jetstream.DiscardOld, Storage: jetstream.FileStorage, Replicas: o.Replicas, AllowDirect: true})
+		Discard: jetstream.DiscardOld, Storage: jetstream.FileStorage, Replicas: o.Replicas, AllowDirect: o.Replicas == 1})
 	if err != nil {
-		return nil, unreachable(err)
+		return unreachable(err)
 	}
-	return s, nil
+	return nil
+}
+
+// consistent lets the leader of a stream alone be read, where there are copies: others are behind, and a job that one
+// of them has not heard of yet is there all the same. Whoever reads it by what it was before keeps to that.
+func (s *Store) consistent(ctx context.Context, name string) error {
+	if s.options.Replicas == 1 {
+		return nil
+	}
+	stream, err := s.js.Stream(ctx, name)
+	if err != nil {
+		return err
+	}
+	config := stream.CachedInfo().Config
+	config.AllowDirect = false
+	_, err = s.js.UpdateStream(ctx, config)
+	return err
 }
 
 // token is a name as part of a subject.
@@ -125,7 +159,11 @@ func (s *Store) get(ctx context.Context, owner, id string) (r record, err error)
 }
 
 func (s *Store) read(ctx context.Context, key string) (r record, err error) {
-	entry, err := s.jobs.Get(ctx, key)
+	var entry jetstream.KeyValueEntry
+	err = settled(ctx, func() (err error) {
+		entry, err = s.jobs.Get(ctx, key)
+		return err
+	})
 	if errors.Is(err, jetstream.ErrKeyNotFound) {
 		return r, ErrNone
 	} else if err != nil {
@@ -353,7 +391,11 @@ func (s *Store) Result(ctx context.Context, owner, id string) ([]byte, error) {
 	if data := s.fresh.take(key); data != nil {
 		return data, nil
 	}
-	message, err := s.answers.GetLastMsgForSubject(ctx, "answer."+key)
+	var message *jetstream.RawStreamMsg
+	err := settled(ctx, func() (err error) {
+		message, err = s.answers.GetLastMsgForSubject(ctx, "answer."+key)
+		return err
+	})
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
 		return nil, fault.New(fault.Remote, "the result of job %s is no longer kept", id).WithHint("Run it again.")
 	} else if err != nil {
@@ -362,7 +404,11 @@ func (s *Store) Result(ctx context.Context, owner, id string) ([]byte, error) {
 	if message.Header.Get("Object") == "" {
 		return message.Data, nil
 	}
-	data, err := s.results.GetBytes(ctx, key)
+	var data []byte
+	err = settled(ctx, func() (err error) {
+		data, err = s.results.GetBytes(ctx, key)
+		return err
+	})
 	if err != nil {
 		return nil, unreachable(err)
 	}
@@ -377,7 +423,7 @@ func (s *Store) storeResult(ctx context.Context, r *record, data []byte) error {
 	} else {
 		m.Header.Set("Object", "1")
 		if _, err := s.results.PutBytes(ctx, r.key(), data); err != nil {
-			return fault.New(fault.Remote, "the result, %d bytes, cannot be kept: %v", len(data), err)
+			return fault.New(fault.Remote, "the result, %d bytes, cannot be kept: %v", len(data), err).WithCause(err)
 		}
 	}
 	if _, err := s.js.PublishMsg(ctx, m); err != nil {

@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"slices"
 	"sync"
 	"time"
@@ -55,8 +56,12 @@ func (s *Store) Submit(ctx context.Context, in *Submission) (*Job, error) {
 	if err != nil {
 		return nil, err
 	}
-	if r.revision, err = s.jobs.Create(ctx, r.key(), data); errors.Is(err, jetstream.ErrKeyExists) {
-		return s.Get(ctx, in.Owner, r.ID) // it was sent before
+	err = settled(ctx, func() (err error) {
+		r.revision, err = s.jobs.Create(ctx, r.key(), data)
+		return err
+	})
+	if errors.Is(err, jetstream.ErrKeyExists) {
+		return s.again(ctx, in, r.ID)
 	} else if err != nil {
 		return nil, unreachable(err)
 	}
@@ -66,6 +71,24 @@ func (s *Store) Submit(ctx context.Context, in *Submission) (*Job, error) {
 	}
 	return &r.Job, nil
 }
+
+// again gives a job that was sent before. One that has never been begun may have not come into the queue: if it
+// has, it is known there.
+func (s *Store) again(ctx context.Context, in *Submission, id string) (*Job, error) {
+	r, err := s.get(ctx, in.Owner, id)
+	if err != nil {
+		return nil, err
+	}
+	if r.State == Queued && time.Since(r.Created) < memory {
+		if err := s.enqueue(ctx, &r, in.Request); err != nil {
+			return nil, err
+		}
+	}
+	return s.Get(ctx, in.Owner, id)
+}
+
+// memory is for how long a queue knows what came into it.
+const memory = 2 * time.Minute
 
 // room reports an error where an owner has too many jobs in a queue. Their number is asked for when as many have come
 // as there was room for: of those that came since, some may have ended.
@@ -80,7 +103,11 @@ func (s *Store) room(ctx context.Context, r *record) error {
 	}
 	subjects := jetstream.WithSubjectFilter("work." + token(r.Model) + ".*." + r.Owner + ".*")
 	for range 4 {
-		info, err := stream.Info(ctx, subjects)
+		var info *jetstream.StreamInfo
+		err := settled(ctx, func() (err error) {
+			info, err = stream.Info(ctx, subjects)
+			return err
+		})
 		if err != nil {
 			return unreachable(err)
 		}
@@ -138,11 +165,11 @@ func (s *Store) enqueue(ctx context.Context, r *record, request []byte) error {
 			return unreachable(err)
 		}
 	}
-	_, err := s.js.PublishMsg(ctx, m, jetstream.WithMsgID(r.ID))
-	switch {
-	case errors.Is(err, jetstream.ErrNoStreamResponse), errors.Is(err, nats.ErrNoResponders):
-		return NoModel(r.Model)
-	case err != nil:
+	err := settled(ctx, func() error {
+		_, err := s.js.PublishMsg(ctx, m, jetstream.WithMsgID(fmt.Sprintf("%s.%d", r.ID, r.revision)))
+		return err
+	})
+	if err != nil {
 		return unreachable(err)
 	}
 	return nil
