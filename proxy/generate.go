@@ -26,7 +26,7 @@ type Settings = gen.Settings
 //	})
 //	rows, err := g.Run(ctx)
 type Generation struct {
-	model    *engine.Model
+	model    Model
 	settings Settings
 	rows     [][]int64
 	begun    fault.Pos
@@ -52,7 +52,7 @@ func (s *Step) Tokens() []int64 { return s.tokens }
 func (s *Step) Last() bool { return s.done }
 
 // Generate begins a generation of prompts, each continued on a row of its own.
-func Generate(model *engine.Model, settings Settings, prompts ...string) *Generation {
+func Generate(model Model, settings Settings, prompts ...string) *Generation {
 	g := GenerateIDs(model, settings)
 	for _, p := range prompts {
 		ids, err := model.Encode(p)
@@ -65,7 +65,7 @@ func Generate(model *engine.Model, settings Settings, prompts ...string) *Genera
 }
 
 // GenerateIDs begins a generation of rows of token ids.
-func GenerateIDs(model *engine.Model, settings Settings, rows ...[]int64) *Generation {
+func GenerateIDs(model Model, settings Settings, rows ...[]int64) *Generation {
 	return &Generation{model: model, settings: settings, rows: rows, begun: caller()}
 }
 
@@ -106,7 +106,14 @@ func (g *Generation) run(ctx context.Context) ([][]int64, error) {
 	if g.err != nil {
 		return nil, g.err
 	}
-	generation, err := gen.New(g.model.Native, g.rows, nil, g.settings)
+	if m, there := g.model.(*RemoteModel); there {
+		return g.runThere(ctx, m)
+	}
+	m, here := g.model.(*engine.Model)
+	if !here {
+		return nil, strange(g.model)
+	}
+	generation, err := gen.New(m.Native, g.rows, nil, g.settings)
 	if err != nil {
 		return nil, err
 	}
@@ -126,12 +133,15 @@ func (g *Generation) step(ctx context.Context, generation *gen.Generation, numbe
 	for _, record := range g.each {
 		record(s)
 	}
-	err := trace.run(ctx, func(consts []aten.Tensor) (*host.Run, error) {
+	err := trace.begin()
+	if err != nil {
+		return atStep(err, number)
+	}
+	err = trace.run(ctx, func(consts []aten.Tensor) (*host.Run, error) {
 		return generation.Begin(&trace.graph, consts, true)
 	})
 	if err != nil {
-		fault.As(err).Step = number
-		return err
+		return atStep(err, number)
 	}
 	if s.tokens, err = generation.Next(); err != nil {
 		return err
@@ -149,7 +159,7 @@ func (g *Generation) step(ctx context.Context, generation *gen.Generation, numbe
 type Drawn struct {
 	Step   int
 	Tokens []int64  // one a row
-	Text   []string // what became certain of each row's text, without special tokens
+	Text   []string // what became certain of each row's text, without special tokens; "" where there is no tokenizer
 }
 
 // Stream runs the generation on a goroutine of its own, which sends what each step drew and closes the
@@ -203,7 +213,14 @@ type text struct {
 }
 
 func (g *Generation) texts(rows int) ([]*text, error) {
-	tokenizer, err := g.model.Tokenizer()
+	m, here := g.model.(*engine.Model)
+	if there, ok := g.model.(*RemoteModel); ok {
+		m, here = there.here, there.here != nil
+	}
+	if !here {
+		return make([]*text, rows), nil
+	}
+	tokenizer, err := m.Tokenizer()
 	if err != nil {
 		return nil, err
 	}
@@ -216,7 +233,7 @@ func (g *Generation) texts(rows int) ([]*text, error) {
 
 // add takes the row's next token. Behind a token that ends the row comes padding, which is no text.
 func (t *text) add(token int64, last bool, eos []int64) (string, error) {
-	if t.ended {
+	if t == nil || t.ended {
 		return "", nil
 	}
 	piece, err := t.stream.Step(token)

@@ -11,7 +11,8 @@
 //	if err := tr.Run(ctx); err != nil { ... }
 //	fmt.Println(logits.Tensor().Shape())
 //
-// [Generate] begins a generation, each step of which is a trace of its own.
+// [Generate] begins a generation, each step of which is a trace of its own. [Dial] names a server, on whose models
+// the same traces run.
 //
 // Mistakes in recording (an unknown module, a value of another trace) are kept and returned by Run,
 // so that a program reads as straight-line code.
@@ -31,9 +32,15 @@ import (
 	torch "github.com/wangkuiyi/gotorch"
 )
 
+// Model is what traces are of: an [engine.Model], or a [RemoteModel].
+type Model interface {
+	// Encode gives the token ids of a text.
+	Encode(text string) ([]int64, error)
+}
+
 // Trace is a program over a model's activations.
 type Trace struct {
-	model  *engine.Model
+	model  Model
 	graph  graph.Graph
 	consts []torch.Tensor
 	saved  map[graph.ID]*Value
@@ -46,7 +53,7 @@ type Trace struct {
 
 // New starts a trace. Autograd follows what its lines ask the gradient of ([Value.Backward]), and tensors
 // of the program that require gradients.
-func New(model *engine.Model) *Trace {
+func New(model Model) *Trace {
 	return &Trace{model: model, saved: map[graph.ID]*Value{}, lines: map[fault.Pos]int32{}}
 }
 
@@ -173,32 +180,48 @@ func (m *Module) Call(args ...any) *Value {
 	return m.invoke.add(graph.Node{Kind: graph.KindModule, Path: m.path, Args: m.invoke.args(args)})
 }
 
-// Run runs the trace and fills its saved values. Cancelling the context ends the run between two
-// operators; nothing is left behind. A trace runs once.
+// Run runs the trace, here or on the server of its model, and fills its saved values. Cancelling the context ends
+// the run between two operators; nothing is left behind. A trace runs once.
 func (t *Trace) Run(ctx context.Context) error {
-	return t.run(ctx, func(consts []aten.Tensor) (*host.Run, error) {
-		run, err := t.model.Start(&t.graph, consts)
-		if err != nil {
-			if e := fault.As(err); e.Pos.IsZero() && e.Invoke >= 0 && e.Invoke < len(t.begun) {
-				e.Pos = t.begun[e.Invoke] // a prompt that the model cannot take
+	if err := t.begin(); err != nil {
+		return err
+	}
+	switch m := t.model.(type) {
+	case *RemoteModel:
+		return m.trace(ctx, t)
+	case *engine.Model:
+		return t.run(ctx, func(consts []aten.Tensor) (*host.Run, error) {
+			run, err := m.Start(&t.graph, consts)
+			if err != nil {
+				if e := fault.As(err); e.Pos.IsZero() && e.Invoke >= 0 && e.Invoke < len(t.begun) {
+					e.Pos = t.begun[e.Invoke] // a prompt that the model cannot take
+				}
 			}
-		}
-		return run, err
-	})
+			return run, err
+		})
+	}
+	return strange(t.model)
+}
+
+// strange is the error of a model that is neither of those that there are.
+func strange(m Model) error {
+	return fault.New(fault.Input, "a %T is no model that can be traced", m).WithHint("Give an *engine.Model or a *proxy.RemoteModel.")
+}
+
+// begin completes what was recorded. It gives the first mistake in it.
+func (t *Trace) begin() error {
+	if t.err == nil && t.ran {
+		t.err = fault.New(fault.Graph, "this trace has run").WithHint("Record a new one.")
+	}
+	t.ran = true
+	t.endPasses()
+	return t.err
 }
 
 // run does what Run says with a run that start makes, which takes over the constants.
 func (t *Trace) run(ctx context.Context, start func(consts []aten.Tensor) (*host.Run, error)) error {
 	runtime.LockOSThread() // torch's grad mode and thread pool belong to threads
 	defer runtime.UnlockOSThread()
-	if t.err == nil && t.ran {
-		t.err = fault.New(fault.Graph, "this trace has run").WithHint("Record a new one.")
-	}
-	t.ran = true
-	t.endPasses()
-	if t.err != nil {
-		return t.err
-	}
 	consts, err := t.lend()
 	if err != nil {
 		return err

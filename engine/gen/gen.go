@@ -75,13 +75,29 @@ func New(m *host.Native, rows, masks [][]int64, s Settings) (*Generation, error)
 			lead++
 		}
 		g.lead = append(g.lead, lead)
-		all := make([]int64, g.prompt-len(row), g.prompt+s.MaxNewTokens)
+	}
+	g.rows = padded(rows, g.prompt, s)
+	return g, nil
+}
+
+// Padded gives the rows that a generation of prompts begins with, padding on the left included.
+func Padded(prompts [][]int64, s Settings) [][]int64 {
+	longest := 0
+	for _, row := range prompts {
+		longest = max(longest, len(row))
+	}
+	return padded(repeated(prompts, max(s.Returned, s.Beams)), longest, s)
+}
+
+func padded(rows [][]int64, length int, s Settings) (out [][]int64) {
+	for _, row := range rows {
+		all := make([]int64, length-len(row), length+max(s.MaxNewTokens, 0))
 		for i := range all {
 			all[i] = s.Pad
 		}
-		g.rows = append(g.rows, append(all, row...))
+		out = append(out, append(all, row...))
 	}
-	return g, nil
+	return out
 }
 
 // Begin starts the next step with a program: see [host.Cache.Begin].

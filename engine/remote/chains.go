@@ -67,7 +67,7 @@ func (c *Chains) take(owner string, r *Request) (g *gen.Generation, random aten.
 	}
 	if fits && known.scored {
 		s := &r.Steps[at]
-		fits = s.Scores != "" && !slices.Contains(s.Want, wantResults)
+		fits = s.Scores != "" && !slices.Contains(s.Want, WantResults)
 	}
 	if !fits {
 		known.free()

@@ -186,7 +186,7 @@ func (x *performing) results(run *host.Run, from graph.ID, s *Step) (out StepRes
 
 // answer adds results to the response, if they are wanted, and those of the tensors that they number.
 func (x *performing) answer(results []graph.Result, tensors []aten.Tensor, s *Step) (out StepResult, err error) {
-	if !slices.Contains(s.Want, wantResults) {
+	if !slices.Contains(s.Want, WantResults) {
 		return out, nil
 	}
 	numbers := map[graph.ID]graph.ID{}
@@ -366,7 +366,7 @@ func (x *performing) draw(g *gen.Generation, s *Step, out *StepResult, scored bo
 			return false, err
 		}
 	}
-	if s.Scores == "" && slices.Contains(s.Want, wantScores) {
+	if s.Scores == "" && slices.Contains(s.Want, WantScores) {
 		out.Scores, err = x.send(scores)
 		return true, err
 	}
@@ -388,7 +388,7 @@ func (x *performing) draw(g *gen.Generation, s *Step, out *StepResult, scored bo
 		return false, err
 	}
 	defer left.Free()
-	if slices.Contains(s.Want, wantLeft) {
+	if slices.Contains(s.Want, WantLeft) {
 		if out.Left, err = x.send(left); err != nil {
 			return false, err
 		}
@@ -398,7 +398,7 @@ func (x *performing) draw(g *gen.Generation, s *Step, out *StepResult, scored bo
 			return false, err
 		}
 	}
-	if slices.Contains(s.Want, wantDrawn) {
+	if slices.Contains(s.Want, WantDrawn) {
 		d := DrawnOf(g, slices.Clone(tokens))
 		out.Drawn = &d
 	}

@@ -161,7 +161,7 @@ func generation(t *testing.T, steps int, chain string, sample bool) Request {
 	for range steps {
 		r.Steps = append(r.Steps, Step{End: true})
 	}
-	r.Steps[steps-1].Want = []string{wantDrawn, wantResults}
+	r.Steps[steps-1].Want = []string{WantDrawn, WantResults}
 	if sample {
 		r.Random = "random"
 	}
@@ -223,7 +223,7 @@ func TestScoresAreTheClientsToChange(t *testing.T) {
 	m := open(t)
 	p := &Performer{Model: m}
 	r := generation(t, 1, "", false)
-	r.Steps[0].Want = []string{wantScores}
+	r.Steps[0].Want = []string{WantScores}
 	out, err := perform(t, p, wire(t, r, nil, nil))
 	require.NoError(t, err)
 	answer, _ := response(t, out)
@@ -241,7 +241,7 @@ func TestScoresAreTheClientsToChange(t *testing.T) {
 	changed, err := aten.FromFloat32s(numbers, scores.Shape()...)
 	require.NoError(t, err)
 	defer changed.Free()
-	r.Steps[0].Want, r.Steps[0].Scores = []string{wantDrawn, wantLeft}, "s"
+	r.Steps[0].Want, r.Steps[0].Scores = []string{WantDrawn, WantLeft}, "s"
 	out, err = perform(t, p, wire(t, r, nil, map[string]aten.Tensor{"s": changed}))
 	require.NoError(t, err)
 	answer, _ = response(t, out)
@@ -274,7 +274,7 @@ func TestWhatTheClientSaysOfAStepLater(t *testing.T) {
 		sent := map[string]aten.Tensor{}
 		for k := range 4 {
 			last := &r.Steps[k]
-			last.Want = []string{wantScores}
+			last.Want = []string{WantScores}
 			answer, f := ask(r, sent) // the scores come back ...
 			if chains != nil {
 				require.Len(t, chains.kept, 1, "the step is kept")
@@ -282,7 +282,7 @@ func TestWhatTheClientSaysOfAStepLater(t *testing.T) {
 			scores, err := f.tensor(answer.Steps[0].Scores)
 			require.NoError(t, err)
 			defer scores.Free()
-			last.Want, last.Scores = []string{wantDrawn}, string(rune('a'+k))
+			last.Want, last.Scores = []string{WantDrawn}, string(rune('a'+k))
 			sent[last.Scores] = scores
 			if k == 2 { // something else has drawn in between
 				last.Random = "random"
@@ -332,7 +332,7 @@ func TestBadRequests(t *testing.T) {
 	drawn := generation(t, 1, "", true)
 	drawn.Random = "nothing"
 	scored := generation(t, 2, "", false)
-	scored.Steps[0].Want = []string{wantScores}
+	scored.Steps[0].Want = []string{WantScores}
 	alone := generation(t, 1, "", false)
 	alone.Steps[0].Random = "c"
 	unended := generation(t, 2, "", false)

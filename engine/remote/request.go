@@ -27,10 +27,10 @@ const (
 
 // What a step may be asked to give.
 const (
-	wantResults = "results"
-	wantDrawn   = "drawn"
-	wantScores  = "scores"
-	wantLeft    = "left"
+	WantResults = "results"
+	WantDrawn   = "drawn"
+	WantScores  = "scores"
+	WantLeft    = "left"
 )
 
 // MaxSteps is the most steps of a request.
@@ -162,7 +162,7 @@ func (r *Request) check(l Limits) error {
 			switch {
 			case followed && !s.End:
 				return malformed("step %d has no end, and others follow it", i)
-			case followed && s.Scores == "" && slices.Contains(s.Want, wantScores):
+			case followed && s.Scores == "" && slices.Contains(s.Want, WantScores):
 				return malformed("the tokens of step %d wait for scores, and others follow it", i)
 			case s.Random != "" && r.Random == "":
 				return malformed("step %d sends a state of the generator, and the request none", i)
