@@ -65,7 +65,7 @@ def nodes(program: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[tuple[str, 
             out.append(stack.enter_context(Program([str(program), "-c", str(config)])))
         for node in out:
             node.wait_for(
-                "JetStream cluster new metadata leader|JetStream cluster recovered|Self is new JetStream cluster metadata leader"
+                "JetStream cluster (new metadata leader|recovered)|Self is new JetStream cluster metadata leader"
             )
         yield ",".join(f"nats://127.0.0.1:{port}" for port in ports[:3]), out
 
