@@ -146,7 +146,7 @@ def test_keys(gpt2_pair: Pair, tmp_path: pathlib.Path) -> None:
 
 
 def submitted(pair: Pair, host: str, jobs: int) -> list[tuple[Any, torch.Tensor, list[int]]]:
-    """Jobs that nobody waits for yet, with what each saves. None shares a pass with the next, which has another mode."""
+    """Jobs that nobody waits for yet, with what each saves. None shares a pass with the next: their modes differ."""
     out = []
     for i in range(jobs):
         ids = pair.ids(5, seed=i)

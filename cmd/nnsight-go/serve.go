@@ -60,6 +60,7 @@ type running struct {
 	limits   remote.Limits
 	seconds  time.Duration
 	memory   int64
+	mostWork float64
 	drain    time.Duration
 	replicas int
 	keep     time.Duration
@@ -74,6 +75,7 @@ func (r *running) flags(c *cobra.Command) {
 	f.IntVar(&r.limits.NewTokens, "max-new-tokens", 4096, "tokens that a generation adds to each row")
 	f.Int64Var(&r.limits.Output, "max-output", 256<<20, "bytes of a result")
 	f.DurationVar(&r.seconds, "max-time", 5*time.Minute, "how long a job may run")
+	f.Float64Var(&r.mostWork, "max-work", 1e13, "multiplications that one line of a job may need, which cannot be interrupted; 0 for no limit")
 	f.Int64Var(&r.memory, "max-memory", 8<<30, "bytes of tensors that jobs may take beside the weights, on the CPU; negative for no limit")
 	f.DurationVar(&r.drain, "drain", 30*time.Second, "how long jobs under way may go on when the process is to end")
 	f.IntVar(&r.replicas, "replicas", 1, "copies of everything, in a cluster of NATS servers")
@@ -112,7 +114,7 @@ func (r *running) work(ctx context.Context, store *jobs.Store, models map[string
 	if err := aten.CapMemory(r.memory); err != nil {
 		return err
 	}
-	o.Limits, o.Time = r.limits, r.seconds
+	o.Limits, o.Time, o.Work = r.limits, r.seconds, r.mostWork
 	w, err := work.Start(ctx, store, models, o)
 	if err != nil {
 		return err

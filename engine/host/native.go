@@ -49,8 +49,9 @@ type Native struct {
 	prepack    int64 // bytes
 
 	training  atomic.Bool
-	apart     atomic.Bool // every token is computed
-	protected atomic.Bool // runs that begin leave the weights as they are
+	apart     atomic.Bool   // every token is computed
+	protected atomic.Bool   // runs that begin leave the weights as they are
+	mostWork  atomic.Uint64 // that a line of them may need: see LimitWork
 	plans     plans
 	hosted    bool // somebody else does its forward pass
 

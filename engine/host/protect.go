@@ -42,6 +42,9 @@ func (r *Run) considerate(in *plan.Instr) error {
 		if err := r.fewParts(in); err != nil {
 			return err
 		}
+		if err := r.bearable(in); err != nil {
+			return err
+		}
 		op, err := r.model.op(in.Name)
 		if err != nil {
 			return err

@@ -353,3 +353,32 @@ func BenchmarkProtect(b *testing.B) {
 		})
 	}
 }
+
+func TestALineDoesNotTakeForEver(t *testing.T) {
+	m := open(t, enginetest.GPT2)
+	large := func(p *program, n int64) graph.Arg { // as large as one likes, and takes no memory
+		one := p.call("ones", graph.List(graph.Int(1), graph.Int(1)))
+		return p.call("expand", one, graph.List(graph.Int(n), graph.Int(n)))
+	}
+	m.Protect(true)
+	m.LimitWork(1e13)
+	for name, line := range map[string]func(p *program) graph.Arg{
+		"a product":       func(p *program) graph.Arg { x := large(p, 1<<20); return p.call("mm", x, x) },
+		"a decomposition": func(p *program) graph.Arg { return p.call("linalg_svdvals", large(p, 1<<15), graph.Null()) },
+		"einsum": func(p *program) graph.Arg {
+			x := large(p, 1<<20)
+			return p.call("einsum", graph.String("ij,jk->ik"), graph.List(x, x))
+		},
+	} {
+		err := attempt(t, m, vector, func(p *program, _ graph.Arg) { p.save(line(p)) })
+		require.ErrorContains(t, err, "multiplications", name)
+		require.Equal(t, fault.Remote, fault.As(err).Code)
+		require.Equal(t, "user.py", fault.As(err).Pos.File)
+	}
+	require.NoError(t, attempt(t, m, vector, func(p *program, _ graph.Arg) { x := large(p, 64); p.save(p.call("mm", x, x)) }))
+	m.LimitWork(1000)
+	small := func(p *program, _ graph.Arg) { x := large(p, 16); p.save(p.call("mm", x, x)) }
+	require.ErrorContains(t, attempt(t, m, vector, small), "4.1e+03 multiplications, and a line may take 1.0e+03")
+	m.Protect(false)
+	require.NoError(t, attempt(t, m, vector, small), "a model of one's own")
+}

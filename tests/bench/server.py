@@ -21,7 +21,7 @@ from .models import IN_USE, Setting
 from .rows import Row, Tensors, agree
 
 CLIENTS = 32
-ALONE, TOGETHER = 64, 256  # jobs of a round, of one client and of all
+ALONE, TOGETHER = 64, 384  # jobs of a round, of one client and of all
 PROMPTS = {3: 0.25, 10: None}  # tokens of each, and what a job of many clients may take of one's alone
 BLOCK = 25  # traces in a row: threads of a forward pass here go on for a moment, beside what runs there
 LIMIT = 3e-3  # seconds that an idle server may add

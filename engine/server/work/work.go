@@ -23,6 +23,7 @@ import (
 type Options struct {
 	Limits remote.Limits
 	Time   time.Duration // that a job may run; 0 is five minutes
+	Work   float64       // multiplications that one operator of a job may need; 0 is no limit
 	Log    *slog.Logger  // is told of jobs, never of what is in them
 	Done   func(model string, state jobs.State, took time.Duration)
 }
@@ -81,6 +82,7 @@ func Start(ctx context.Context, store *jobs.Store, models map[string]*engine.Mod
 	w := &Worker{id: hex.EncodeToString(id[:]), store: store, options: o}
 	for name, m := range models {
 		m.Protect(true)
+		m.LimitWork(o.Work)
 		description, err := json.Marshal(public(m))
 		if err != nil {
 			return nil, err
