@@ -460,7 +460,7 @@ func TestOneThatFailsDoesNotHarmThoseBesideIt(t *testing.T) {
 }
 
 func TestARedTeam(t *testing.T) {
-	s := start(t, server.Options{}, work.Options{})
+	s := start(t, server.Options{}, work.Options{Work: 1e12})
 	before, err := s.model.Constant("transformer.wte.weight")
 	require.NoError(t, err)
 	defer before.Free()
@@ -521,6 +521,16 @@ func TestARedTeam(t *testing.T) {
 		e := s.refused(422, "", "POST", "/v1/jobs?wait=30", request(t, name, call("aten::zeros", graph.Arg{Kind: graph.ArgList, L: sizes})))
 		require.Equal(t, 13, e.Pos.Line)
 	}
+	// a time bomb: the product of matrices that take no memory
+	bomb := saved(1, 2)
+	bomb.Nodes = []graph.Node{
+		{Kind: graph.KindCall, Op: "aten::zeros", Args: []graph.Arg{graph.List(graph.Int(1), graph.Int(1))}, Pos: -1},
+		{Kind: graph.KindCall, Op: "aten::expand", Args: []graph.Arg{graph.Ref(0), graph.List(graph.Int(1<<20), graph.Int(1<<20))}, Pos: -1},
+		{Kind: graph.KindCall, Op: "aten::mm", Args: []graph.Arg{graph.Ref(1), graph.Ref(1)}, Pos: 0}, node(graph.KindSave, graph.Ref(2)),
+	}
+	bomb.Positions = []fault.Pos{{File: "theirs.py", Line: 13}}
+	e := s.refused(422, "1.2e+18 multiplications, and a line may take 1.0e+12", "POST", "/v1/jobs?wait=30", request(t, name, bomb))
+	require.Equal(t, 13, e.Pos.Line)
 	// deep nesting
 	deep := graph.Ref(0)
 	for range 10000 {
