@@ -154,7 +154,6 @@ func serveCommand() *cobra.Command {
 						WithHint("Make one: `nnsight-go key create --data %s NAME`. Or say --open, to let everybody in.", data)
 				}
 				log.Warn("there are no API keys: everybody on this machine is let in")
-				known = nil
 			}
 			models, closeAll, err := r.open()
 			if err != nil {
@@ -188,7 +187,7 @@ func serveCommand() *cobra.Command {
 				return err
 			}
 			metrics := server.NewMetrics() // the server listens before there are workers, so that it hears of them
-			handler, err := server.New(store, server.Options{Keys: known, Log: log, Body: body, Rate: rate}, metrics)
+			handler, err := server.New(store, server.Options{Keys: known, Unlocked: len(all) == 0, Log: log, Body: body, Rate: rate}, metrics)
 			if err != nil {
 				return err
 			}

@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
@@ -30,9 +31,11 @@ import (
 // Options say whom a server serves, and how much.
 type Options struct {
 	Keys *keys.Store // nil: everybody, without a key
-	Body int64       // bytes of a request, once decompressed; 0 is 256 MiB
-	Rate float64     // jobs a second of one key; 0 is 50
-	Log  *slog.Logger
+	// Unlocked lets everybody in for as long as no key was ever made: the first one closes the door.
+	Unlocked bool
+	Body     int64   // bytes of a request, once decompressed; 0 is 256 MiB
+	Rate     float64 // jobs a second of one key; 0 is 50
+	Log      *slog.Logger
 }
 
 // Server answers HTTP requests. Any number of goroutines may use it.
@@ -43,6 +46,7 @@ type Server struct {
 	rates   *rates
 	metrics *Metrics
 	mux     *http.ServeMux
+	locked  atomic.Bool // a key was seen
 }
 
 const (
@@ -153,15 +157,19 @@ const nobody = "everybody"
 func (s *Server) keyed(h func(*asked) error) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		a := &asked{w: w, r: r, ctx: r.Context(), owner: nobody}
-		if s.options.Keys != nil {
+		asks, err := s.asksForKeys()
+		if err != nil {
+			s.unreadable(w, err)
+			return
+		}
+		if asks {
 			scheme, given, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 			if !strings.EqualFold(scheme, "Bearer") {
 				given = ""
 			}
 			key, err := s.options.Keys.Find(given)
 			if err != nil {
-				s.options.Log.Error("keys", "error", err)
-				fail(w, http.StatusInternalServerError, fault.New(fault.Remote, "the server cannot read its keys"))
+				s.unreadable(w, err)
 				return
 			}
 			if key == nil {
@@ -172,12 +180,30 @@ func (s *Server) keyed(h func(*asked) error) http.HandlerFunc {
 			}
 			a.key, a.owner = key, key.ID
 		}
-		err := h(a)
+		err = h(a)
 		if err == nil || a.ctx.Err() != nil {
 			return
 		}
 		fail(w, statusOf(err), err)
 	}
+}
+
+// asksForKeys reports whether only those are let in that have a key.
+func (s *Server) asksForKeys() (bool, error) {
+	if s.options.Keys == nil || !s.options.Unlocked || s.locked.Load() {
+		return s.options.Keys != nil, nil
+	}
+	all, err := s.options.Keys.All()
+	if len(all) > 0 {
+		s.options.Log.Info("there is an API key: from now on nobody is let in without one")
+		s.locked.Store(true)
+	}
+	return len(all) > 0, err
+}
+
+func (s *Server) unreadable(w http.ResponseWriter, err error) {
+	s.options.Log.Error("keys", "error", err)
+	fail(w, http.StatusInternalServerError, fault.New(fault.Remote, "the server cannot read its keys"))
 }
 
 // refusal is an error with a status of its own.

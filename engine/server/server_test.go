@@ -281,6 +281,23 @@ func TestKeysOpenWhatIsTheirs(t *testing.T) {
 	s.refused(401, "", "GET", "/v1/jobs", nil, asAda)
 }
 
+func TestTheFirstKeyClosesTheDoor(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "keys.json")
+	known := keys.Open(path)
+	s := start(t, server.Options{Keys: known, Unlocked: true}, work.Options{})
+	status, _, _ := s.ask("POST", "/v1/jobs?wait=30", request(t, name, saved(1, 2)))
+	require.Equal(t, 200, status)
+	ada, key, err := keys.Open(path).Create(keys.Key{Name: "Ada"}) // by another process
+	require.NoError(t, err)
+	s.refused(401, "API key", "GET", "/v1/jobs", nil)
+	status, data, _ := s.ask("GET", "/v1/jobs", nil, "Authorization: Bearer "+ada)
+	require.Equal(t, 200, status)
+	require.JSONEq(t, `{"jobs": []}`, string(data), "those of nobody are nobody's")
+	require.NoError(t, known.Revoke(key.ID))
+	require.NoError(t, os.Remove(path))
+	s.refused(401, "API key", "GET", "/v1/jobs", nil)
+}
+
 func TestRates(t *testing.T) {
 	known := keys.Open(filepath.Join(t.TempDir(), "keys.json"))
 	ada, _, err := known.Create(keys.Key{Name: "Ada"})
