@@ -177,6 +177,7 @@ func fromSlice(data unsafe.Pointer, n int, dtype string, shape []int64) (Tensor,
 		return Tensor{}, err
 	}
 	defer lent.Free()
+	defer runtime.KeepAlive(data) // nothing that Go sees holds it meanwhile
 	return Clone(lent)
 }
 
