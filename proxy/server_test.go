@@ -42,9 +42,9 @@ func serve(t *testing.T, known *keys.Store, key string, o work.Options) *site {
 	require.NoError(t, err)
 	store, err := jobs.Open(t.Context(), nc, jobs.Options{})
 	require.NoError(t, err)
-	worker, err := work.Start(t.Context(), store, map[string]*engine.Model{"m": m}, o)
+	h, err := server.New(store, server.Options{Keys: known}, server.NewMetrics()) // it hears of workers from now on
 	require.NoError(t, err)
-	h, err := server.New(store, server.Options{Keys: known}, server.NewMetrics())
+	worker, err := work.Start(t.Context(), store, map[string]*engine.Model{"m": m}, o)
 	require.NoError(t, err)
 	s := &site{keys: known}
 	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -71,9 +71,12 @@ func TestTracesThereAreThoseHere(t *testing.T) {
 	here := open(t, enginetest.GPT2)
 	s := serve(t, nil, "", work.Options{})
 	there := s.Model("m", here)
-	found, err := s.Models(t.Context())
-	require.NoError(t, err)
-	require.Equal(t, []proxy.Hosted{{Name: "m", Architecture: "GPT2LMHeadModel", DType: "float32", Context: found[0].Context, Workers: 1}}, found)
+	require.Eventually(t, func() bool {
+		found, err := s.Models(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, []proxy.Hosted{{Name: "m", Architecture: "GPT2LMHeadModel", DType: "float32", Context: 32, Workers: found[0].Workers}}, found)
+		return found[0].Workers == 1
+	}, 20*time.Second, 10*time.Millisecond)
 	ran := 0
 	for seed := range uint64(60) {
 		r := rand.New(rand.NewPCG(seed, 7))

@@ -119,6 +119,22 @@ def test_a_job_that_nobody_waits_for(either: Pair, host: str) -> None:
     assert tracer.job.status == "COMPLETED"
 
 
+def test_generations_at_once(gpt2_pair: Pair, host: str) -> None:
+    """Many clients, whose generations share their steps: each has the tokens that it has alone."""
+
+    def tokens(i: int, remote: str | None) -> torch.Tensor:
+        with gpt2_pair.model.generate(
+            gpt2_pair.ids(2 + i % 5, seed=i), max_new_tokens=4 + i % 9, remote=remote
+        ) as tracer:
+            out = tracer.result.save()
+        return out
+
+    wanted = [tokens(i, None) for i in range(24)]
+    with concurrent.futures.ThreadPoolExecutor(12) as clients:
+        for got, want in zip(clients.map(lambda i: tokens(i, host), range(24)), wanted, strict=True):
+            assert torch.equal(got, want)
+
+
 def test_another_model(gpt2_pair: Pair, host: str) -> None:
     model = LanguageModel(str(gpt2_pair.directory), tokenizer=False)
     model._name_or_path = "no/such"

@@ -124,9 +124,6 @@ func Parse(data []byte, l Limits) (*Request, error) {
 		r.programs = append(r.programs, p)
 	}
 	tokens := r.Tokens()
-	if r.Kind == Generate {
-		tokens += (graph.CountTokens(r.Prompt.Rows) + len(r.Prompt.Rows)*r.Settings.MaxNewTokens) * max(r.Settings.Returned, r.Settings.Beams, 1)
-	}
 	if l.Tokens > 0 && tokens > l.Tokens {
 		return nil, fault.New(fault.Remote, "the request has %d tokens, and this server takes %d at once", tokens, l.Tokens).
 			WithHint("Split it into several.")

@@ -8,39 +8,44 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/graph"
 )
 
-// Shareable reports whether a request may share a forward pass with others: a whole trace in which every
-// invoke has rows of its own, and that asks for no gradients. The results are those that it has alone
-// (docs/contract.md, rule 5).
-func (r *Request) Shareable() bool {
+// Company says with whom a request may share forward passes: with those of the same, which can be compared. It is nil
+// for one that runs alone. What each gives is what it gives alone (docs/contract.md, rule 5).
+func (r *Request) Company() any {
+	if r.Kind == Generate {
+		return r.company()
+	}
 	if r.Kind != Trace || !r.Steps[0].End || len(r.Steps[0].Program) != 1 || r.Random != "" {
-		return false
+		return nil
 	}
 	for i := range r.Steps[0].Constants {
 		if r.Steps[0].Constants[i].Grad {
-			return false
+			return nil
 		}
 	}
 	g := r.programs[0].graph
 	for i := range g.Invokes {
 		if v := &g.Invokes[i]; v.Rows == nil && !v.Edit || v.Mode() != g.Invokes[0].Mode() {
-			return false
+			return nil // it sees the whole batch
 		}
 	}
 	for i := range g.Nodes {
 		if n := &g.Nodes[i]; n.Kind >= graph.KindTrack || strings.HasPrefix(n.Op, "nng::") {
-			return false
+			return nil // it asks for gradients
 		}
 	}
-	return len(g.Invokes) > 0
+	if len(g.Invokes) == 0 {
+		return nil
+	}
+	return g.Invokes[0].Mode()
 }
 
-// Mode is the autograd state that the model runs under: requests that share a pass have the same.
-func (r *Request) Mode() graph.Mode { return r.programs[0].graph.Invokes[0].Mode() }
-
-// Tokens is how many there are in the rows of a request.
+// Tokens is how many there are in the rows of a request, new ones included.
 func (r *Request) Tokens() (n int) {
 	for _, p := range r.programs {
 		n += p.graph.Tokens()
+	}
+	if r.Kind == Generate {
+		n += (graph.CountTokens(r.Prompt.Rows) + len(r.Prompt.Rows)*r.Settings.MaxNewTokens) * max(r.Settings.Returned, r.Settings.Beams, 1)
 	}
 	return n
 }
@@ -83,9 +88,12 @@ func (t *together) add(x *performing) error {
 	return nil
 }
 
-// PerformTogether runs shareable requests of one mode in one run, and gives the response of each. Where anything fails it
+// PerformTogether runs requests of one company in the same forward passes, and gives the response of each. Where anything fails it
 // gives an error and no response: who is to blame shows when each runs alone.
 func (p *Performer) PerformTogether(ctx context.Context, requests []*Request) (out [][]byte, err error) {
+	if requests[0].Kind == Generate {
+		return p.generateTogether(ctx, requests)
+	}
 	t := &together{graph: &graph.Graph{}}
 	var all []*performing
 	for _, r := range requests {

@@ -207,7 +207,8 @@ func (w *Worker) read(t *jobs.Task) *job {
 // sends one job after the other sends the next soon after the last.
 func (w *Worker) gather(ctx context.Context, s *served, first *job) (all []*job, next *job) {
 	all = []*job{first}
-	if !first.request.Shareable() {
+	company := first.request.Company()
+	if company == nil {
 		return all, nil
 	}
 	tokens := first.request.Tokens()
@@ -223,7 +224,7 @@ func (w *Worker) gather(ctx context.Context, s *served, first *job) (all []*job,
 		if j == nil {
 			continue
 		}
-		if tokens += j.request.Tokens(); tokens > tokensTogether || !j.request.Shareable() || j.request.Mode() != first.request.Mode() {
+		if tokens += j.request.Tokens(); tokens > tokensTogether || j.request.Company() != company {
 			return all, j
 		}
 		all = append(all, j)
