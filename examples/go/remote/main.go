@@ -3,7 +3,7 @@
 //	nnsight-go serve --model nnsight-go/landmarks
 //
 //	eval "$(tools/build/env.sh)"
-//	go run ./examples/go/remote http://127.0.0.1:8000
+//	go run ./examples/go/remote http://127.0.0.1:8418
 package main
 
 import (
