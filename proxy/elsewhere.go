@@ -43,9 +43,6 @@ func (g *Generation) runThere(ctx context.Context, m *RemoteModel) ([][]int64, e
 
 // advance sends the next step, or several, and takes what came of them.
 func (e *elsewhere) advance(ctx context.Context) error {
-	if err := e.draws(); err != nil {
-		return err
-	}
 	count := 1
 	if len(e.each) == 0 && len(e.after) == 0 {
 		count = min(atOnce, max(1, e.settings.MaxNewTokens-e.step))
@@ -69,7 +66,7 @@ func (e *elsewhere) advance(ctx context.Context) error {
 	for i := first; i < first+count; i++ { // of which the draft has made the earlier ones silent
 		e.draft.Steps[i].Want = []string{remote.WantResults, remote.WantDrawn}
 	}
-	if err := e.drawsOn(); err != nil {
+	if err := e.draws(); err != nil {
 		return err
 	}
 	request, err := e.draft.File()
@@ -123,25 +120,10 @@ func (e *elsewhere) takeDrawn(s *remote.StepResult) error {
 	return nil
 }
 
-// draws sends the generator's state with the first step, if there is anything to draw.
+// draws sends the generator's state with the first step and where the program has drawn from it since the last one, if
+// there is anything to draw.
 func (e *elsewhere) draws() error {
-	if e.step > 0 || !e.settings.Sample {
-		return nil
-	}
-	state, err := aten.RandomState("cpu")
-	if err != nil {
-		return err
-	}
-	defer state.Free()
-	if e.state, err = state.AppendBytes(nil); err != nil {
-		return err
-	}
-	return e.draft.Draw(state)
-}
-
-// drawsOn sends it again where the program has drawn from it since the last step.
-func (e *elsewhere) drawsOn() error {
-	if e.step == 0 || !e.settings.Sample {
+	if !e.settings.Sample {
 		return nil
 	}
 	state, err := aten.RandomState("cpu")
@@ -153,7 +135,7 @@ func (e *elsewhere) drawsOn() error {
 	if err != nil || bytes.Equal(now, e.state) {
 		return err
 	}
-	return e.draft.Draw(state)
+	return e.draft.Draw(e.step, state)
 }
 
 // keepState leaves the generator here as the answer says.

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/nnsight-go/nnsight-go/engine"
+	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/remote"
 )
@@ -273,11 +274,7 @@ func (t *Trace) write(draft *remote.Draft, want ...string) error {
 	if err != nil {
 		return err
 	}
-	defer func() {
-		for _, c := range consts {
-			c.Free()
-		}
-	}()
+	defer aten.FreeAll(consts)
 	return draft.Step(&t.graph, consts, want...)
 }
 
@@ -294,11 +291,7 @@ func (t *Trace) takeStep(answer *remote.Answer, s *remote.StepResult) error {
 	if err != nil {
 		return err
 	}
-	defer func() {
-		for _, x := range tensors {
-			x.Free()
-		}
-	}()
+	defer aten.FreeAll(tensors)
 	for _, r := range results {
 		if t.saved[r.Node] == nil {
 			return fault.New(fault.Remote, "the server's answer cannot be read: nothing was saved at node %d", r.Node)

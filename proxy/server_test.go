@@ -19,6 +19,7 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/server"
 	"github.com/nnsight-go/nnsight-go/engine/server/jobs"
 	"github.com/nnsight-go/nnsight-go/engine/server/keys"
+	"github.com/nnsight-go/nnsight-go/engine/server/servertest"
 	"github.com/nnsight-go/nnsight-go/engine/server/work"
 	"github.com/nnsight-go/nnsight-go/proxy"
 	"github.com/stretchr/testify/require"
@@ -36,16 +37,8 @@ type site struct {
 func serve(t *testing.T, known *keys.Store, key string, o work.Options) *site {
 	m, err := engine.Open(enginetest.Directory(t, enginetest.GPT2, 1), engine.Options{Load: true})
 	require.NoError(t, err)
-	e, err := jobs.Embed(t.TempDir(), "", 0, "")
-	require.NoError(t, err)
-	nc, err := e.Connect("")
-	require.NoError(t, err)
-	store, err := jobs.Open(t.Context(), nc, jobs.Options{})
-	require.NoError(t, err)
-	h, err := server.New(store, server.Options{Keys: known}, server.NewMetrics()) // it hears of workers from now on
-	require.NoError(t, err)
-	worker, err := work.Start(t.Context(), store, map[string]*engine.Model{"m": m}, o)
-	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, m.Close()) })
+	h, _, _ := servertest.Start(t, map[string]*engine.Model{"m": m}, jobs.Options{}, server.Options{Keys: known}, o)
 	s := &site{keys: known}
 	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if s.busy.Add(-1) >= 0 {
@@ -54,16 +47,10 @@ func serve(t *testing.T, known *keys.Store, key string, o work.Options) *site {
 		}
 		h.ServeHTTP(w, r)
 	}))
+	t.Cleanup(web.Close)
 	s.url = web.URL
 	s.Server, err = proxy.Dial(web.URL+"/", key)
 	require.NoError(t, err)
-	t.Cleanup(func() {
-		web.Close()
-		worker.Close(context.Background())
-		nc.Close()
-		e.Close()
-		require.NoError(t, m.Close())
-	})
 	return s
 }
 

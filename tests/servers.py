@@ -71,6 +71,12 @@ class Process(Program):
         super().__init__([str(command.program()), *map(str, arguments)], command.environment())
 
 
+def key_command(data: pathlib.Path, *words: str) -> str:
+    """What ``nnsight-go key WORDS`` prints."""
+    given = [str(command.program()), "key", "--data", str(data), *words]
+    return subprocess.run(given, env=command.environment(), check=True, capture_output=True, text=True).stdout
+
+
 class Server(Process):
     """``nnsight-go serve`` on a port of its own."""
 

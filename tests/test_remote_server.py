@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import pathlib
-import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,10 +18,10 @@ import test_gradients
 import test_invokes
 import test_programs
 import test_verbs
-from nnsight_go import LanguageModel, ModulePathError, OpError, RemoteError, command
+from nnsight_go import LanguageModel, ModulePathError, OpError, RemoteError
 from nnsight_go import remote as nng_remote
 from references import Pair, tensor_of
-from servers import Process, Server
+from servers import Process, Server, key_command
 from test_remote_local import Outcome, equal, steps_for, steps_with
 
 
@@ -143,11 +142,7 @@ def test_another_model(gpt2_pair: Pair, host: str) -> None:
 
 
 def test_keys(gpt2_pair: Pair, tmp_path: pathlib.Path) -> None:
-    def key(*words: str) -> str:
-        given = [str(command.program()), "key", "--data", str(tmp_path), *words]
-        return subprocess.run(given, env=command.environment(), check=True, capture_output=True, text=True).stdout
-
-    ada = key("create", "Ada").strip()
+    ada = key_command(tmp_path, "create", "Ada").strip()
     with Server(tmp_path, "--model", named(gpt2_pair)) as server:
         trace = {"remote": server.host}
         with pytest.raises(RemoteError, match="API key"), gpt2_pair.model.trace([1, 2], **trace):
@@ -155,7 +150,7 @@ def test_keys(gpt2_pair: Pair, tmp_path: pathlib.Path) -> None:
         request = urllib.request.Request(server.host + "/v1/models", headers={"Authorization": f"Bearer {ada}"})
         with urllib.request.urlopen(request) as answer:
             assert json.load(answer)["models"][0]["workers"] == 1
-        key("revoke", key("list").split()[0])
+        key_command(tmp_path, "revoke", key_command(tmp_path, "list").split()[0])
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(request)
         assert ada not in "".join(server.said)

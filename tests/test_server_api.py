@@ -15,10 +15,10 @@ import playwright.sync_api
 import pytest
 from playwright.sync_api import expect
 
-from nnsight_go import LanguageModel, NnsightError, command
+from nnsight_go import LanguageModel, NnsightError
 from nnsight_go.remote.server import Server as Client
 from references import Pair
-from servers import Server
+from servers import Server, key_command
 from test_remote_server import named
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -31,10 +31,9 @@ FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-ba
 def keyed(gpt2_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str]]:
     """A server that lets one key in, and that key."""
     data = tmp_path_factory.mktemp("server")
-    words = [str(command.program()), "key", "create", "tests", "--data", str(data)]
-    done = subprocess.run(words, env=command.environment(), check=True, capture_output=True, text=True)
+    made = key_command(data, "create", "tests").strip()
     with Server(data, "--model", named(gpt2_pair), "--rate", 1e6) as server:
-        yield server, done.stdout.split()[-1]
+        yield server, made
         assert server.end() == 0, "".join(server.said)
 
 

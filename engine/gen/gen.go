@@ -100,6 +100,9 @@ func padded(rows [][]int64, length int, s Settings) (out [][]int64) {
 	return out
 }
 
+// Ended tells which rows have ended.
+func (g *Generation) Ended() []bool { return g.ended }
+
 // Begin starts the next step with a program: see [host.Cache.Begin].
 func (g *Generation) Begin(program *graph.Graph, consts []aten.Tensor, end bool) (*host.Run, error) {
 	if g.done {

@@ -1,8 +1,6 @@
 package host
 
 import (
-	"strings"
-
 	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
@@ -22,8 +20,7 @@ var cuts = map[string]struct{ size, dim aten.Place }{
 }
 
 // fewParts is the error of a call that would cut a tensor into too many parts.
-func (r *Run) fewParts(in *plan.Instr) error {
-	base, _, _ := strings.Cut(in.Name, ".")
+func (r *Run) fewParts(in *plan.Instr, base string) error {
 	cut, ok := cuts[base]
 	self := given(in, aten.Place{Name: "self"})
 	if !ok || self == nil {

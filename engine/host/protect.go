@@ -2,6 +2,7 @@ package host
 
 import (
 	"slices"
+	"strings"
 
 	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
@@ -39,10 +40,11 @@ func (m *Native) storages() map[uintptr]string {
 func (r *Run) considerate(in *plan.Instr) error {
 	switch in.Op {
 	case plan.OpCall:
-		if err := r.fewParts(in); err != nil {
+		base, _, _ := strings.Cut(in.Name, ".")
+		if err := r.fewParts(in, base); err != nil {
 			return err
 		}
-		if err := r.bearable(in); err != nil {
+		if err := r.bearable(in, base); err != nil {
 			return err
 		}
 		op, err := r.model.op(in.Name)

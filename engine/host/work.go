@@ -44,12 +44,11 @@ var works = map[string]work{
 }
 
 // bearable is the error of a call that would take longer than a line may.
-func (r *Run) bearable(in *plan.Instr) error {
+func (r *Run) bearable(in *plan.Instr, base string) error {
 	most := math.Float64frombits(r.model.mostWork.Load())
 	if most == 0 {
 		return nil
 	}
-	base, _, _ := strings.Cut(in.Name, ".")
 	estimate, known := works[base]
 	if !known {
 		return nil

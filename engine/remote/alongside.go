@@ -3,6 +3,7 @@ package remote
 import (
 	"context"
 	"encoding/json"
+	"slices"
 
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/gen"
@@ -15,6 +16,10 @@ type alongside struct{ settings string }
 // grow as they do alone, beside whatever others.
 func (r *Request) company() any {
 	s := *r.Settings
+	rows := len(r.Prompt.Rows)
+	if rows == 0 || r.Prompt.Masks != nil && len(r.Prompt.Masks) != rows {
+		return nil // an error of its own
+	}
 	if s.Sample || s.Beams > 1 || s.Returned > 1 || r.Random != "" || len(r.Steps) < s.MaxNewTokens || s.MaxNewTokens < 1 {
 		return nil
 	}
@@ -41,7 +46,6 @@ func (r *Request) company() any {
 type grown struct {
 	*performing
 	first, rows int // its rows in the batch
-	ended       []bool
 	done        bool
 }
 
@@ -52,7 +56,7 @@ func (p *Performer) generateTogether(ctx context.Context, requests []*Request) (
 	var rows, masks [][]int64
 	masked := false
 	for _, r := range requests {
-		g := &grown{performing: p.begin(ctx, r), first: len(rows), rows: len(r.Prompt.Rows), ended: make([]bool, len(r.Prompt.Rows))}
+		g := &grown{performing: p.begin(ctx, r), first: len(rows), rows: len(r.Prompt.Rows)}
 		all = append(all, g)
 		settings.MaxNewTokens = max(settings.MaxNewTokens, r.Settings.MaxNewTokens)
 		rows = append(rows, r.Prompt.Rows...)
@@ -62,11 +66,7 @@ func (p *Performer) generateTogether(ctx context.Context, requests []*Request) (
 				masks = append(masks, r.Prompt.Masks[i])
 				continue
 			}
-			ones := make([]int64, len(row))
-			for k := range ones {
-				ones[k] = 1
-			}
-			masks = append(masks, ones)
+			masks = append(masks, slices.Repeat([]int64{1}, len(row)))
 		}
 	}
 	if !masked {
@@ -89,7 +89,8 @@ func (p *Performer) generateTogether(ctx context.Context, requests []*Request) (
 			if g.done {
 				continue
 			}
-			if err := g.take(step, tokens[g.first:g.first+g.rows]); err != nil {
+			over := !slices.Contains(batch.Ended()[g.first:g.first+g.rows], false)
+			if err := g.take(step, tokens[g.first:g.first+g.rows], over); err != nil {
 				return nil, err
 			}
 			if g.done {
@@ -110,20 +111,10 @@ func (p *Performer) generateTogether(ctx context.Context, requests []*Request) (
 	return out, nil
 }
 
-// take notes what a step has drawn for it.
-func (g *grown) take(number int, tokens []int64) error {
+// take notes what a step has drawn for it, and whether all of its rows have ended.
+func (g *grown) take(number int, tokens []int64, over bool) error {
 	s := &g.request.Steps[number]
-	g.done = number+1 >= g.request.Settings.MaxNewTokens
-	if ends := g.request.Settings.EOS; len(ends) > 0 {
-		over := true
-		for r, token := range tokens {
-			for _, end := range ends {
-				g.ended[r] = g.ended[r] || token == end
-			}
-			over = over && g.ended[r]
-		}
-		g.done = g.done || over
-	}
+	g.done = over || number+1 >= g.request.Settings.MaxNewTokens
 	if len(s.Want) == 0 {
 		return nil
 	}
@@ -132,10 +123,8 @@ func (g *grown) take(number int, tokens []int64) error {
 		return err
 	}
 	step.Step = number
-	for _, want := range s.Want {
-		if want == WantDrawn {
-			step.Drawn = &Drawn{Tokens: append([]int64(nil), tokens...), Done: g.done}
-		}
+	if slices.Contains(s.Want, WantDrawn) {
+		step.Drawn = &Drawn{Tokens: slices.Clone(tokens), Done: g.done}
 	}
 	g.response.Steps = append(g.response.Steps, step)
 	return nil

@@ -1,7 +1,6 @@
 package remote
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -32,7 +31,7 @@ func (d *Draft) Step(g *graph.Graph, consts []aten.Tensor, want ...string) error
 	d.writer.Bytes(program, graph.Encode(g))
 	s := Step{Program: []string{program}, Constants: []Constant{}, End: true, Want: want}
 	for _, c := range consts {
-		name, err := d.tensor(c)
+		name, err := d.writer.Add(c)
 		if err != nil {
 			return err
 		}
@@ -42,20 +41,14 @@ func (d *Draft) Step(g *graph.Graph, consts []aten.Tensor, want ...string) error
 	return nil
 }
 
-// Draw notes the state of the generator that the request draws from or, once there are steps, the last one.
-func (d *Draft) Draw(state aten.Tensor) error {
-	name, err := d.tensor(state)
-	if n := len(d.Steps); n == 0 {
-		d.Random = name
-	} else {
-		d.Steps[n-1].Random = name
+// Draw notes the state of the generator that the tokens of a step, and those after it, are drawn from.
+func (d *Draft) Draw(step int, state aten.Tensor) (err error) {
+	random := &d.Random
+	if step > 0 {
+		random = &d.Steps[step].Random
 	}
+	*random, err = d.writer.Add(state)
 	return err
-}
-
-func (d *Draft) tensor(t aten.Tensor) (string, error) {
-	name := fmt.Sprintf("tensor.%d", len(d.writer.entries))
-	return name, d.writer.Tensor(name, t)
 }
 
 // File gives the request as it travels.
@@ -86,7 +79,7 @@ func ReadAnswer(data []byte) (*Answer, error) {
 		return nil, garbled(err)
 	}
 	a := &Answer{file: f}
-	if err := json.NewDecoder(bytes.NewReader(text)).Decode(&a.Response); err != nil {
+	if err := json.Unmarshal(text, &a.Response); err != nil {
 		return nil, garbled(err)
 	}
 	if a.Version != version {
@@ -129,5 +122,5 @@ func (a *Answer) State() (t aten.Tensor, err error) {
 // garbled is the error of a response that makes no sense.
 func garbled(err error) error {
 	return fault.New(fault.Remote, "the server's answer cannot be read: %v", err).
-		WithHint("Client and server must speak the same version of the protocol (docs/remote-protocol.md).")
+		WithHint(sameVersion)
 }

@@ -76,6 +76,12 @@ func (w *Writer) Tensor(name string, t aten.Tensor) error {
 	return nil
 }
 
+// Add is Tensor with a name of its own, which it gives.
+func (w *Writer) Add(t aten.Tensor) (string, error) {
+	name := fmt.Sprintf("tensor.%d", len(w.entries))
+	return name, w.Tensor(name, t)
+}
+
 // File gives the file.
 func (w *Writer) File() ([]byte, error) {
 	out, err := safetensors.Encode(w.entries)
@@ -87,8 +93,10 @@ func (w *Writer) File() ([]byte, error) {
 
 func malformed(format string, args ...any) *fault.Error {
 	return fault.New(fault.Remote, "the request is not well formed: "+format, args...).
-		WithHint("Client and server must speak the same version of the protocol (docs/remote-protocol.md).")
+		WithHint(sameVersion)
 }
+
+const sameVersion = "Client and server must speak the same version of the protocol (docs/remote-protocol.md)."
 
 // ReadUpload reads a file of one tensor, called "tensor", that requests name by its hash.
 func ReadUpload(data []byte) (Blob, error) {

@@ -219,8 +219,7 @@ func (x *performing) send(t aten.Tensor) (string, error) {
 		return "", fault.New(fault.Remote, "the values that the trace saves take more than the %d bytes that this server sends at once",
 			x.Limits.Output).WithHint("Save less: the positions you look at, or what you compute from them.")
 	}
-	name := fmt.Sprintf("tensor.%d", len(x.writer.entries))
-	return name, x.writer.Tensor(name, t)
+	return x.writer.Add(t)
 }
 
 // constants gives the tensors that the graph of a step numbers.

@@ -557,6 +557,8 @@ func TestGenerationsThatShareSteps(t *testing.T) {
 		"several of each":         func(r *Request) { r.Settings.Returned = 2 },
 		"a step that has no end":  func(r *Request) { r.Steps[5].End = false },
 		"more new ones than said": func(r *Request) { r.Settings.MaxNewTokens = 7 },
+		"no rows":                 func(r *Request) { r.Prompt = &Prompt{} },
+		"masks of other rows":     func(r *Request) { r.Prompt = &Prompt{Rows: r.Prompt.Rows, Masks: [][]int64{}} },
 	} {
 		request := one
 		settings := *one.Settings

@@ -29,6 +29,7 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/server"
 	"github.com/nnsight-go/nnsight-go/engine/server/jobs"
 	"github.com/nnsight-go/nnsight-go/engine/server/keys"
+	"github.com/nnsight-go/nnsight-go/engine/server/servertest"
 	"github.com/nnsight-go/nnsight-go/engine/server/work"
 	"github.com/nnsight-go/nnsight-go/engine/weights/safetensors"
 	"github.com/stretchr/testify/require"
@@ -48,26 +49,10 @@ type site struct {
 func start(t testing.TB, o server.Options, w work.Options) *site {
 	m, err := engine.Open(enginetest.Directory(t, enginetest.GPT2, 1), engine.Options{Prepack: -1, Load: true})
 	require.NoError(t, err)
-	e, err := jobs.Embed(t.TempDir(), "", 0, "")
-	require.NoError(t, err)
-	nc, err := e.Connect("")
-	require.NoError(t, err)
-	store, err := jobs.Open(t.Context(), nc, jobs.Options{MaxQueue: 1000})
-	require.NoError(t, err)
-	metrics := server.NewMetrics()
-	w.Done = metrics.Done
-	worker, err := work.Start(t.Context(), store, map[string]*engine.Model{name: m}, w)
-	require.NoError(t, err)
-	h, err := server.New(store, o, metrics)
-	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, m.Close()) })
+	h, store, worker := servertest.Start(t, map[string]*engine.Model{name: m}, jobs.Options{MaxQueue: 1000}, o, w)
 	s := httptest.NewServer(h)
-	t.Cleanup(func() {
-		s.Close()
-		worker.Close(context.Background())
-		nc.Close()
-		e.Close()
-		require.NoError(t, m.Close())
-	})
+	t.Cleanup(s.Close)
 	return &site{t, s.URL, m, store, worker}
 }
 

@@ -88,6 +88,15 @@ func settled(ctx context.Context, f func() error) error {
 	}
 }
 
+// asked is settled of what gives something.
+func asked[T any](ctx context.Context, f func() (T, error)) (out T, err error) {
+	err = settled(ctx, func() (err error) {
+		out, err = f()
+		return err
+	})
+	return out, err
+}
+
 // passing reports whether an error of the queue's says nothing about what it was asked.
 func passing(err error) bool {
 	var api *jetstream.APIError

@@ -127,11 +127,7 @@ func (s *Store) Queue(ctx context.Context, model string, window int) (*Queue, er
 	q := &Queue{store: s, model: model, window: window, ready: make(chan struct{}, 1), tasks: map[string]*line{}}
 	q.room = sync.NewCond(&q.mu)
 	for _, p := range Priorities {
-		var consumer jetstream.Consumer
-		err := settled(ctx, func() (err error) {
-			consumer, err = s.js.Consumer(ctx, streamOf(model), string(p))
-			return err
-		})
+		consumer, err := asked(ctx, func() (jetstream.Consumer, error) { return s.js.Consumer(ctx, streamOf(model), string(p)) })
 		if err != nil {
 			q.Close()
 			return nil, unreachable(err)

@@ -159,11 +159,7 @@ func (s *Store) get(ctx context.Context, owner, id string) (r record, err error)
 }
 
 func (s *Store) read(ctx context.Context, key string) (r record, err error) {
-	var entry jetstream.KeyValueEntry
-	err = settled(ctx, func() (err error) {
-		entry, err = s.jobs.Get(ctx, key)
-		return err
-	})
+	entry, err := asked(ctx, func() (jetstream.KeyValueEntry, error) { return s.jobs.Get(ctx, key) })
 	if errors.Is(err, jetstream.ErrKeyNotFound) {
 		return r, ErrNone
 	} else if err != nil {
@@ -391,10 +387,8 @@ func (s *Store) Result(ctx context.Context, owner, id string) ([]byte, error) {
 	if data := s.fresh.take(key); data != nil {
 		return data, nil
 	}
-	var message *jetstream.RawStreamMsg
-	err := settled(ctx, func() (err error) {
-		message, err = s.answers.GetLastMsgForSubject(ctx, "answer."+key)
-		return err
+	message, err := asked(ctx, func() (*jetstream.RawStreamMsg, error) {
+		return s.answers.GetLastMsgForSubject(ctx, "answer."+key)
 	})
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
 		return nil, fault.New(fault.Remote, "the result of job %s is no longer kept", id).WithHint("Run it again.")
@@ -404,11 +398,7 @@ func (s *Store) Result(ctx context.Context, owner, id string) ([]byte, error) {
 	if message.Header.Get("Object") == "" {
 		return message.Data, nil
 	}
-	var data []byte
-	err = settled(ctx, func() (err error) {
-		data, err = s.results.GetBytes(ctx, key)
-		return err
-	})
+	data, err := asked(ctx, func() ([]byte, error) { return s.results.GetBytes(ctx, key) })
 	if err != nil {
 		return nil, unreachable(err)
 	}

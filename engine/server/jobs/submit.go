@@ -56,10 +56,7 @@ func (s *Store) Submit(ctx context.Context, in *Submission) (*Job, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = settled(ctx, func() (err error) {
-		r.revision, err = s.jobs.Create(ctx, r.key(), data)
-		return err
-	})
+	r.revision, err = asked(ctx, func() (uint64, error) { return s.jobs.Create(ctx, r.key(), data) })
 	if errors.Is(err, jetstream.ErrKeyExists) {
 		return s.again(ctx, in, r.ID)
 	} else if err != nil {
@@ -103,11 +100,7 @@ func (s *Store) room(ctx context.Context, r *record) error {
 	}
 	subjects := jetstream.WithSubjectFilter("work." + token(r.Model) + ".*." + r.Owner + ".*")
 	for range 4 {
-		var info *jetstream.StreamInfo
-		err := settled(ctx, func() (err error) {
-			info, err = stream.Info(ctx, subjects)
-			return err
-		})
+		info, err := asked(ctx, func() (*jetstream.StreamInfo, error) { return stream.Info(ctx, subjects) })
 		if err != nil {
 			return unreachable(err)
 		}
@@ -165,9 +158,8 @@ func (s *Store) enqueue(ctx context.Context, r *record, request []byte) error {
 			return unreachable(err)
 		}
 	}
-	err := settled(ctx, func() error {
-		_, err := s.js.PublishMsg(ctx, m, jetstream.WithMsgID(fmt.Sprintf("%s.%d", r.ID, r.revision)))
-		return err
+	_, err := asked(ctx, func() (*jetstream.PubAck, error) {
+		return s.js.PublishMsg(ctx, m, jetstream.WithMsgID(fmt.Sprintf("%s.%d", r.ID, r.revision)))
 	})
 	if err != nil {
 		return unreachable(err)
