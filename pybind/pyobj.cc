@@ -6,31 +6,21 @@
 #include <torch/csrc/utils/pyobject_preservation.h>
 
 #include <algorithm>
-#include <exception>
-#include <memory>
 #include <vector>
 
 #include "boundary.h"
+#include "looking.h"
+#include "python.h"
+#include "recording.h"
 
 namespace {
 
 using at::Tensor;
+using python::fast;
+using python::guarded;
+using python::Object;
 
 Tensor& as_tensor(void* t) { return *static_cast<Tensor*>(t); }
-
-template <typename T, typename F>
-T guarded(T failed, F body) noexcept {
-  try {
-    return body();
-  } catch (const c10::Error& e) {
-    PyErr_SetString(PyExc_RuntimeError, e.what_without_backtrace());
-  } catch (const std::exception& e) {
-    PyErr_SetString(PyExc_RuntimeError, e.what());
-  } catch (...) {
-    PyErr_SetString(PyExc_RuntimeError, "an unknown C++ exception");
-  }
-  return failed;
-}
 
 // Another TensorImpl for the same tensor: it shares storage and version counter, and takes part in
 // autograd as the same output of the same node. A leaf that requires grad has no node to share, so
@@ -50,11 +40,6 @@ Tensor alias_of(const Tensor& t) {
   }
   return copy;
 }
-
-struct Release {
-  void operator()(PyObject* o) const { Py_DECREF(o); }
-};
-using Object = std::unique_ptr<PyObject, Release>;
 
 // A Python tensor and its TensorImpl own each other in turn: the object's cdata always holds the
 // impl, and the impl's slot points back at the object; while C++ holds the impl too (use count over
@@ -139,58 +124,13 @@ PyObject* become(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* proxy(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  static PyObject* const rec = PyUnicode_InternFromString("_rec");
-  static PyObject* const id = PyUnicode_InternFromString("_id");
   return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
     if (count != 4 || !PyType_Check(args[0]) || !THPVariable_Check(args[1])) {
       PyErr_SetString(PyExc_TypeError, "a class, a placeholder, a recorder and a number are needed");
       return nullptr;
     }
-    Tensor copy(THPVariable_Unpack(args[1]).unsafeGetTensorImpl()->shallow_copy_and_detach(
-        /*version_counter=*/0, /*allow_tensor_metadata_change=*/true));
-    copy.unsafeGetTensorImpl()->set_python_dispatch(true);  // C++ that is handed it comes to its __torch_dispatch__
-    Object made(THPVariable_Wrap(copy, reinterpret_cast<PyTypeObject*>(args[0])));
-    if (!made || PyObject_GenericSetAttr(made.get(), rec, args[2]) != 0 ||
-        PyObject_GenericSetAttr(made.get(), id, args[3]) != 0)
-      return nullptr;
-    return made.release();
+    return recording::make(args[0], args[1], args[2], args[3]).release();
   });
-}
-
-template <typename F>
-PyCFunction fast(F function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
-
-// The hook that `look` gives. Its self is a tuple: the thread, and what `look` was given.
-PyObject* looked(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  enum { kThread, kMissing, kKey, kValues, kIds, kVisit, kSpot };
-  auto own = [&](int i) { return PyTuple_GET_ITEM(self, i); };
-  if (count != 3) {
-    PyErr_SetString(PyExc_TypeError, "a hook is called with a module, its arguments and its output");
-    return nullptr;
-  }
-  if (PyLong_AsUnsignedLong(own(kThread)) != PyThread_get_thread_ident()) Py_RETURN_NONE;
-  int missing = PyDict_Contains(own(kMissing), own(kKey));
-  if (missing < 0) return nullptr;
-  if (missing == 0) Py_RETURN_NONE;  // a later call
-  if (!THPVariable_Check(args[2])) return PyObject_CallFunctionObjArgs(own(kVisit), own(kSpot), args[2], nullptr);
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(own(kIds)); i++)
-    if (PyDict_SetItem(own(kValues), PyList_GET_ITEM(own(kIds), i), args[2]) != 0) return nullptr;
-  if (PyDict_DelItem(own(kMissing), own(kKey)) != 0) return nullptr;
-  Py_RETURN_NONE;
-}
-
-PyObject* look(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  static PyMethodDef hook = {"look", fast(looked), METH_FASTCALL, nullptr};
-  if (count != 6 || !PyDict_Check(args[0]) || !PyDict_Check(args[2]) || !PyList_Check(args[3])) {
-    PyErr_SetString(PyExc_TypeError, "dict missing, key, dict values, list ids, visit and spot are needed");
-    return nullptr;
-  }
-  Object thread(PyLong_FromUnsignedLong(PyThread_get_thread_ident()));
-  if (!thread) return nullptr;
-  Object own(PyTuple_Pack(7, thread.get(), args[0], args[1], args[2], args[3], args[4], args[5]));
-  return own ? PyCFunction_New(&hook, own.get()) : nullptr;
 }
 
 }  // namespace
@@ -218,7 +158,12 @@ int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls) {
 PyObject* nngpy_calls() {
   static PyMethodDef calls[] = {{"become", fast(become), METH_FASTCALL, nullptr},
                                 {"proxy", fast(proxy), METH_FASTCALL, nullptr},
-                                {"look", fast(look), METH_FASTCALL, nullptr}};
+                                {"keep", fast(looking::keep), METH_FASTCALL, nullptr},
+                                {"look", fast(looking::look), METH_FASTCALL, nullptr},
+                                {"prepare", fast(recording::prepare), METH_FASTCALL, nullptr},
+                                {"output", recording::output, METH_O, nullptr},
+                                {"save", recording::save, METH_O, nullptr}};
+  if (!recording::ready()) return nullptr;
   Object out(PyDict_New());
   for (PyMethodDef& call : calls) {
     Object function(PyCFunction_New(&call, nullptr));

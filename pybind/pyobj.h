@@ -31,9 +31,13 @@ int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls);
  *   become(proxies, tensors, cls)          nngpy_adopt with Python tensors, a list
  *   proxy(cls, placeholder, rec, id)       an instance of cls, which has __torch_dispatch__, over a copy
  *                                          of a placeholder, with the attributes _rec and _id
- *   look(missing, key, values, ids, visit, spot)
+ *   look(modules, call, args, kwargs)      call(*args, **kwargs), and gives a list: what each of a tuple of modules
+ *                                          gave when it was first called on this thread, or ...
+ *   keep(missing, key, values, ids, visit, spot)
  *                                          a forward hook: on this thread a module's output, while key is missing, is
- *                                          put into values by each of ids. What is no tensor goes to visit(spot, it) */
+ *                                          put into values by each of ids. What is no tensor goes to visit(spot, it)
+ *   output(envoy), save(proxy)             what the Python of these names does (recording.h), once
+ *   prepare(...)                           has told what that needs */
 PyObject* nngpy_calls(void);
 
 /* A callable around a Python function that is no frame in tracebacks [new reference]. It binds like

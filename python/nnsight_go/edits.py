@@ -125,6 +125,8 @@ def depends(what: str) -> NoReturn:
 class EditRecorder(Recorder):
     """Records a block that has no input yet: sizes that depend on one are not known."""
 
+    plain = False
+
     def __init__(self, native: Native) -> None:
         super().__init__(native)
         self.edit: Edit | None = None

@@ -40,17 +40,21 @@ class Envoy(Placed):
 
     _native: Native
     _path: str
+    _first: str  # the first of its paths, where it has several
     _class: str
     _extra: str
     _children: dict[str, Envoy]
     _listed: list[Envoy] | None  # the children of a list of modules
+    _named: bool  # it is a dictionary of modules
     _params: list[str]
 
     def __init__(self, native: Native, path: str, info: dict[str, Any]) -> None:
         own = self.__dict__
         own["_native"], own["_path"], own["_class"], own["_extra"] = native, path, info["class"], info["extra"]
+        own["_first"] = path
         own["_children"], own["_params"] = {}, info["params"]
         own["_listed"] = [] if info["class"] in ("ModuleList", "Sequential") else None
+        own["_named"] = info["class"] == "ModuleDict"
 
     # ---- values in a trace ----
 
@@ -322,7 +326,7 @@ class Envoy(Placed):
             ) from None
 
     def __len__(self) -> int:
-        if self._class not in ("ModuleList", "Sequential", "ModuleDict"):
+        if self._listed is None and not self._named:
             raise TypeError(f"{self._name()} is a {self._class} and has no len()")
         return len(self._children)
 

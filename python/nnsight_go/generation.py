@@ -32,6 +32,7 @@ _LATER, _DRAWN = -2, -3
 class StepRecorder(Recorder):
     """Records what the program does at one step."""
 
+    plain = False
     _rows: list[list[int]] | None = None  # those of its invoke: the engine knows them
 
     def __init__(self, generation: Generation, step: int) -> None:

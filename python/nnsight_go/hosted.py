@@ -33,13 +33,15 @@ if TYPE_CHECKING:
     from .hosted_skipping import Beside
     from .proxy import Proxy
     from .rowwise import Cuts
-    from .straight import Key, Straight
+    from .straight import Key, Looks, Straight
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 _KEPT = 32  # layouts of a model that are remembered
 _training = operator.itemgetter("training")
-_compiled = operator.attrgetter("_compiled_call_impl")  # what a module.compile() has left
+compiled: Callable[[torch.nn.Module], Any] = operator.attrgetter("_compiled_call_impl")
+"""What a module.compile() has left."""
+
 _WANTS = 2  # what a step says of a run that needs an access point
 
 
@@ -328,17 +330,17 @@ class Hosted:
     ) -> contextlib.AbstractContextManager[None]:
         if not inside and ports.keys() <= self.modules.keys():
             plain = hosting.hooks(self.modules, ports, visit, self.wrapped, looks)
-            return self._uncompiled(plain) if self._compiles(ports) else plain
+            return self._uncompiled(plain) if self.compiles(ports) else plain
         named = {path for path in ports if path not in self.modules}
         sides = {path: sides for path, sides in ports.items() if path not in named}
         return self._seeing(sides, visit, None if inside else named)
 
-    def _compiles(self, paths: Iterable[str]) -> bool:
+    def compiles(self, paths: Iterable[str]) -> bool:
         """Whether hooks of modules would be called from compiled code, which has them traced or left out."""
-        if not self._optimized and not any(map(_compiled, self._all)):
+        if not self._optimized and not any(map(compiled, self._all)):
             return False
         for path, module in self.modules.items():
-            whole = _compiled(module) is not None  # its own hooks are in there, too
+            whole = compiled(module) is not None  # its own hooks are in there, too
             if whole or path in self._optimized:
                 below = f"{path}." if path else ""
                 if any(p.startswith(below) if p != path else whole for p in paths):
@@ -442,15 +444,29 @@ class Hosted:
         leaving = Leaving(layout, left) if left else None
         looks = {}
         if not left and not stops:
-            look, values = _ffi.calls()["look"], block.values
+            keep, values = _ffi.calls()["keep"], block.values
             for path, (spot, ids) in schedule.looks[invoke].items():
-                looks[path] = look(missing, spot.key, values, ids, visit, spot)
+                looks[path] = keep(missing, spot.key, values, ids, visit, spot)
         try:
             self.forward(given, _with(schedule.sides[invoke], leaving), visit, leaving=leaving, looks=looks)
         except Unwind:  # all of it is done
             return
         if missing:
             raise self.missed(next(s for s in layout.spots if (s.name, s.port) in missing))
+
+    def look(self, given: Given, looks: Looks) -> list[Any]:
+        """A forward pass of which nothing is wanted but what some modules give, which are called once: their tensors.
+
+        None stands for one that is not there.
+        """
+        found: list[Any] = hosting.called(_ffi.calls()["look"], looks.modules, self.module, *given)
+        for value, spot in zip(found, looks.spots, strict=True):
+            if not isinstance(value, torch.Tensor) and value is not None:
+                if value is ...:
+                    raise self.missed(spot)
+                self.forget()
+                raise hosting.mismatch(spot, value)
+        return found
 
     def tensors(self, spot: Spot, tree: Tree, value: Any) -> dict[str, Any]:
         """The tensors of what stands at an access point by their names, in order; None for one that is not there.
@@ -463,7 +479,7 @@ class Hosted:
         found = hosting.tensors(tree, value)
         if found is None:
             self.forget()
-            raise hosting.mismatch(spot, tree, value)
+            raise hosting.mismatch(spot, value)
         names = [leaf.name for leaf in hosting.leaves(tree)]
         return {n: None if x is hosting.ABSENT else x for n, x in zip(names, found, strict=True)}
 

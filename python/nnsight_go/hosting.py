@@ -437,7 +437,7 @@ def _torch_state() -> Callable[[], contextlib.AbstractContextManager[Any]]:
     return state
 
 
-def mismatch(spot: Spot, tree: Tree, value: Any) -> InputError:
+def mismatch(spot: Spot, value: Any) -> InputError:
     """The error of a module that gives another structure than it was known for."""
     side = ("input", "output")[spot.port]
     return InputError(

@@ -19,24 +19,25 @@ import torch
 Place: TypeAlias = tuple[CodeType, int] | tuple[str, int, str] | None
 
 _OURS = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep, "<__array_function__")
-_foreign: dict[str, bool] = {}  # file name -> it is the user's
+files: dict[str, bool] = {}  # file name -> it is the user's
 
 
-def _is_users(filename: str) -> bool:
-    users = _foreign[filename] = not filename.startswith(_OURS)
+def is_users(filename: str) -> bool:
+    """Whether a file is the user's; notes it in ``files``."""
+    users = files[filename] = not filename.startswith(_OURS)
     return users
 
 
 def here() -> Place:
     """The innermost line that belongs neither to this package nor to torch."""
     frame = sys._getframe(1)
-    known = _foreign
+    known = files
     while frame is not None:
         code = frame.f_code
         name = code.co_filename
         users = known.get(name)
         if users is None:
-            users = _is_users(name)
+            users = is_users(name)
         if users:
             return code, frame.f_lasti
         frame = frame.f_back  # type: ignore[assignment]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .recorder import Recorder
 
 # An integer without axes, because torch takes that, and no other tensor, for a number where it wants one.
-_PLACEHOLDER = torch.empty((), dtype=torch.int64, device="meta")
+PLACEHOLDER = torch.empty((), dtype=torch.int64, device="meta")
 
 _BACKWARD = torch.Tensor.backward
 
@@ -38,7 +38,7 @@ class Proxy(torch.Tensor):
 
     @staticmethod
     def _make(rec: Recorder, id: int) -> Proxy:
-        proxy: Proxy = _ffi.calls()["proxy"](Proxy, _PLACEHOLDER, rec, id)
+        proxy: Proxy = _ffi.calls()["proxy"](Proxy, PLACEHOLDER, rec, id)
         if rec.living is not None:
             rec.living.add(proxy)
         return proxy

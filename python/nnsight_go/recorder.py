@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -109,6 +109,9 @@ class Results:
         self._id = id
 
 
+NOWHERE: tuple[int, Mapping[tuple[str, int], Point]] = (-2, {})  # -1: no invoke is open
+
+
 class Recorder:
     """Records one trace of a model.
 
@@ -120,8 +123,11 @@ class Recorder:
     # Replaces values of other recordings among arguments, where they can be used.
     localized: Callable[[Any], Any] | None = None
 
+    plain = True  # save() is as it is here (pybind/recording.h)
+
     # What most traces leave as it is.
     invoke = -1
+    near = NOWHERE  # an invoke, and what its lines mean by path and port
     edits: Sequence[Edit] = ()  # what each invoke with an input brings along
     pinned: Place = None  # a line that used sizes of the input
     forced: Place = None  # a line that used values
@@ -184,6 +190,8 @@ class Recorder:
                 self._bring(edit)
         self.invokes.append(Invoke(rows, masks))
         self.invoke = len(self.invokes) - 1
+        if not self.native.by_input:
+            self.near = self.invoke, self.native.points
         if self.edits and any(edit.resizes for edit in self.edits):
             self._resized.add(self.invoke)
         return self.invoke

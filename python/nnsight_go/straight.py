@@ -5,12 +5,13 @@ just come to. Doing such a block needs no plan: at each access point the operati
 has behind it. That costs a fraction of what a visit of the engine does, which is given all other blocks: those
 whose order differs from the pass's, that want values in the middle, or gradients.
 
-``plan`` says whether a recording is of that kind. What it gives does the work of one access point after the other.
+``plan`` says whether a recording is of that kind, and what is to be done where. ``Straight`` does it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import types
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,23 @@ _CALLABLE = (
 _MOST = 64  # schedules that a model remembers
 
 
+@dataclasses.dataclass(slots=True)
+class Looks:
+    """What a block keeps that does nothing else: what modules give, which are called once and give one tensor.
+
+    Attributes:
+        modules: which.
+        spots: their outputs.
+        kept: by value that is wanted: the number of its module.
+        around: these modules and those around them. Where one of them has been compiled, it calls no hooks.
+    """
+
+    modules: tuple[torch.nn.Module, ...]
+    spots: list[Spot]
+    kept: list[int]
+    around: list[torch.nn.Module]
+
+
 class Schedule:
     """Where each node of a block is done. It holds for every recording that says the same.
 
@@ -61,6 +79,7 @@ class Schedule:
             else is done there; with the nodes that read it.
         edited: the access points at which something is replaced or changed in place.
         ends: by node: those that none uses after it.
+        only: what the block keeps, if that is all that it does.
     """
 
     def __init__(self, invokes: int) -> None:
@@ -71,6 +90,7 @@ class Schedule:
         self.mixes = False
         self.edited: set[Key | None] = set()
         self.ends: dict[int, list[int]] = {}
+        self.only: Looks | None = None
 
 
 class Straight:
@@ -182,8 +202,8 @@ def _changed(node: tuple[Any, ...]) -> Any:
     return None
 
 
-def plan(rec: HostedRecorder, wanted: list[int]) -> Straight | None:
-    """What a whole recording says, if it goes straight ahead; None where it needs the engine.
+def plan(rec: HostedRecorder, wanted: list[int]) -> Schedule | None:
+    """Where each node of a whole recording is done, if it goes straight ahead; None where it needs the engine.
 
     Args:
         rec: the recording, at the end of its block.
@@ -191,12 +211,7 @@ def plan(rec: HostedRecorder, wanted: list[int]) -> Straight | None:
     """
     if rec.gradients is not None or len(rec.made) != len(rec.nodes) or mode_now() != rec.mode or not _unchanged(rec):
         return None
-    schedule = _schedule(rec, wanted)
-    return None if schedule is None else Straight(rec, schedule)
-
-
-def _schedule(rec: HostedRecorder, wanted: list[int]) -> Schedule | None:
-    """The schedule of a recording, remembered by what decides it: a trace in a loop says the same each time."""
+    # remembered by what decides it: a trace in a loop says the same each time
     nodes, known = rec.nodes, rec.hosted.schedules
     says = (nodes, wanted, rec.layouts, len(rec.invokes), rec.mode)
     key = (nodes[0][2] if nodes else None, len(nodes))
@@ -245,7 +260,24 @@ def _scheduled(rec: HostedRecorder, wanted: list[int]) -> Schedule | None:
         out.sides.append(hosting.sides(steps))
         looks = [key for key, ids in steps.items() if _looks(rec, invoke, key, ids)]
         out.looks.append({key[0]: (Spot(*key, call=0), steps[key]) for key in looks})
+    if len(rec.invokes) == 1 and not out.first[0] and len(out.looks[0]) == len(out.steps[0]):
+        out.only = _only(rec, out.looks[0], wanted)
     return out
+
+
+def _only(rec: HostedRecorder, looks: dict[str, tuple[Spot, list[int]]], wanted: list[int]) -> Looks | None:
+    """What a block keeps that does nothing but read at these modules."""
+    modules = rec.hosted.modules
+    if rec.hosted.compiles(looks) or not rec.hosted.wrapped.isdisjoint(looks):
+        return None
+    number = {id: i for i, (_, ids) in enumerate(looks.values()) for id in ids}
+    around = [m for path, m in modules.items() if any(f"{look}.".startswith(f"{path}.") for look in looks if path)]
+    return Looks(
+        modules=tuple([modules[path] for path in looks]),
+        spots=[spot for spot, _ in looks.values()],
+        kept=[number[id] for id in wanted],
+        around=[modules[""], *around],
+    )
 
 
 def _looks(rec: HostedRecorder, invoke: int, key: Key, ids: list[int]) -> bool:

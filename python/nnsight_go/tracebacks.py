@@ -62,22 +62,25 @@ def install() -> None:
             return
         import importlib
 
+        from . import quick
+
+        twins = quick.twins()
         for module, classes in _ENTRANCES.items():
             for cls, names in classes.items():
                 for name in names:
-                    _enter(getattr(importlib.import_module(f"{__package__}.{module}"), cls), name)
+                    _enter(getattr(importlib.import_module(f"{__package__}.{module}"), cls), name, twins)
         _installed = True
 
 
-def _enter(cls: type, name: str) -> None:
+def _enter(cls: type, name: str, twins: dict[Any, Any]) -> None:
     attribute = cls.__dict__[name]
     if isinstance(attribute, property):
-        get, put = (part and _boundary(part) for part in (attribute.fget, attribute.fset))
+        get, put = (part and _boundary(twins.get(part, part)) for part in (attribute.fget, attribute.fset))
         setattr(cls, name, property(get, put, None, attribute.__doc__))
     elif isinstance(attribute, classmethod | staticmethod):
         setattr(cls, name, type(attribute)(_boundary(attribute.__func__)))
     else:
-        setattr(cls, name, _boundary(attribute))
+        setattr(cls, name, _boundary(twins.get(attribute, attribute)))
 
 
 def _boundary(function: Any) -> Any:

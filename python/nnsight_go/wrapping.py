@@ -25,13 +25,13 @@ from .edits import Edit, Editable, Editing
 from .envoy import Envoy
 from .errors import InputError, ModulePathError, NnsightError, OpError
 from .generation import StepRecorder
-from .hosted import Given, Hosted, HostedRun, Layout
+from .hosted import Given, Hosted, HostedRun, Layout, compiled
 from .hosted_source import HostedSource
 from .native import NoTensor, Run, become
 from .points import Leaf, Point
 from .positions import here
 from .proxy import Proxy
-from .recorder import Recorder, current
+from .recorder import NOWHERE, Recorder, current
 from .rowwise import Together
 from .scanning import ScanRecorder
 from .tracing import Invoker, Tracer
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 ROW: list[list[int]] = [[0]]  # an invoke of a hosted model is one row to the engine, whatever its input is
 
-_NOWHERE: tuple[int, Mapping[tuple[str, int], Point]] = (-2, {})  # -1: no invoke is open
-
 
 class HostedRecorder(Recorder):
     """Records a trace of a module."""
@@ -51,7 +49,6 @@ class HostedRecorder(Recorder):
     native: Any
     uncalled = "Use the module around it, whose code does its work."
     sourced = False  # layouts have operations, which a line or an edit has asked for
-    near: tuple[int, Mapping[tuple[str, int], Point]] = _NOWHERE  # an invoke, and what its lines mean by path and port
     _told = 0
 
     def __init__(self, hosted: Hosted) -> None:
@@ -118,7 +115,7 @@ class HostedRecorder(Recorder):
         layouts = {i: self.hosted.inside(of, self.given[self._passes[i]]) for i, of in self.layouts.items()}
         for layout in layouts.values():
             _are_alike(layout, next(iter(layouts.values())))
-        self.layouts, self.sourced, self.near = layouts, True, _NOWHERE
+        self.layouts, self.sourced, self.near = layouts, True, NOWHERE
 
     def operations(self, path: str, name: str) -> dict[str, Point]:
         """The results of a module's operations by name, at the call that the invoke has got to."""
@@ -158,7 +155,7 @@ class HostedRecorder(Recorder):
         """Makes a later call of a module the one that its lines mean."""
         key = (self._inside(lambda: path), self.hosted.paths[path])
         self._calls[key] = self._calls.get(key, 0) + calls
-        self.near = _NOWHERE
+        self.near = NOWHERE
 
     def batch(self, invoke: int) -> tuple[int, int]:
         """Sizes of access points are known as they are."""
@@ -183,10 +180,9 @@ class HostedRecorder(Recorder):
 
     def _go_on(self, ids: list[int], end: bool, adopt: Any) -> list[torch.Tensor]:
         if end and self._run is None and not (self.edits and any(v.edit for v in self.invokes)):
-            block = straight.plan(self, ids)
-            if block is not None:
-                self._do(block, ids)
-                become(adopt, [block.values[id] for id in ids])
+            schedule = straight.plan(self, ids)
+            if schedule is not None:
+                become(adopt, self._straight(schedule, ids))
                 self._keep(ids)
                 return []
         for node in self.nodes[self._told :]:
@@ -279,8 +275,22 @@ class HostedRecorder(Recorder):
             return self.read(*last)
         return None
 
+    def _straight(self, schedule: straight.Schedule, ids: list[int]) -> list[torch.Tensor]:
+        """Does a block that goes straight ahead, without the engine, and gives the values of nodes."""
+        only = schedule.only
+        if only is None or self.stopped or self.left or any(map(compiled, only.around)):
+            block = straight.Straight(self, schedule)
+            self._do(block, ids)
+            return [block.values[id] for id in ids]
+        found = self.hosted.look(self.given[0], only)
+        values = [found[i] for i in only.kept]
+        for id, value in zip(ids, values, strict=True):
+            if value is None:
+                raise self.absent(id)
+        return values
+
     def _do(self, block: straight.Straight, ids: list[int]) -> None:
-        """Does a block that goes straight ahead, without the engine."""
+        """Does its nodes, in the passes of all invokes."""
         if self.stopped:
             last = max((self.nodes[id][1] for id in ids), default=-1)
             for invoke in range(last + 1):
@@ -409,13 +419,14 @@ class ModuleEnvoy(Envoy):
 
     _module: torch.nn.Module
     _hosted: Hosted
-    _first: str  # the first of its paths, where it has several
 
     def __init__(self, hosted: Hosted, path: str, module: torch.nn.Module) -> None:
         info = {"class": type(module).__name__, "extra": module.extra_repr(), "params": []}
         Envoy.__init__(self, hosted, path, info)  # type: ignore[arg-type]
         own = self.__dict__
         own["_module"], own["_hosted"], own["_first"] = module, hosted, hosted.paths[path]
+        own["_listed"] = [] if isinstance(module, torch.nn.ModuleList | torch.nn.Sequential) else None
+        own["_named"] = isinstance(module, torch.nn.ModuleDict)
 
     @property
     def _own_path(self) -> str:

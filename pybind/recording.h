@@ -1,0 +1,200 @@
+// The lines that most blocks are made of, `module.output` and `.save()`, as they are recorded.
+//
+// Each does what the Python beside it does (Envoy._read, Proxy.save), where nothing out of the ordinary is the case,
+// and leaves everything else to that: it is asked first, and whatever it finds strange goes to Python from the start.
+#pragma once
+
+#include <ATen/core/grad_mode.h>
+#include <Python.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "python.h"
+
+namespace recording {
+
+using python::guarded;
+using python::Object;
+using python::owned;
+
+// What Python has that these functions need, told once: `prepare`.
+struct Parts {
+  PyObject* current;      // the thread's recorder is an attribute of it
+  PyObject* proxy;        // the class
+  PyObject* placeholder;  // that proxies lie over
+  PyObject* leaf;         // the class of an access point's single tensor
+  PyObject* files;        // dict: whether a file is the user's, by name
+  PyObject* is_users;     // says so of a new one
+  PyObject* read;         // (envoy, port): the value of an access point, where it takes more
+  PyObject* save;         // (proxy): keeps it, where it takes more
+};
+inline Parts parts{};
+
+// Names of attributes, made once: `ready`.
+namespace names {
+#define NNG_NAMES(F)                                                                                           \
+  F(recorder) F(near) F(invoke) F(native) F(skipped) F(bound) F(path) F(port) F(tree) F(order) F(name) F(nodes) \
+  F(made) F(living) F(add) F(closed) F(plain) F(_rec) F(_id) F(_native) F(_first) F(_writes) F(_leaf_meta)      \
+  F(_named) F(_fresh) F(_looked) F(_failed) F(_saved)
+#define NNG_DECLARE(name) inline PyObject* name = nullptr;
+NNG_NAMES(NNG_DECLARE)
+#undef NNG_DECLARE
+}  // namespace names
+
+// Makes the names. False where there is no memory for them.
+inline bool ready() {
+#define NNG_MAKE(name) \
+  if (names::name == nullptr && (names::name = PyUnicode_InternFromString(#name)) == nullptr) return false;
+  NNG_NAMES(NNG_MAKE)
+#undef NNG_MAKE
+  return true;
+}
+
+inline Object get(PyObject* of, PyObject* name) { return Object(PyObject_GetAttr(of, name)); }
+
+// A proxy of a class over a copy of a placeholder.
+inline Object make(PyObject* cls, PyObject* placeholder, PyObject* rec, PyObject* id) {
+  at::Tensor copy(THPVariable_Unpack(placeholder)
+                      .unsafeGetTensorImpl()
+                      ->shallow_copy_and_detach(/*version_counter=*/0, /*allow_tensor_metadata_change=*/true));
+  copy.unsafeGetTensorImpl()->set_python_dispatch(true);  // C++ that is handed it comes to its __torch_dispatch__
+  Object made(THPVariable_Wrap(copy, reinterpret_cast<PyTypeObject*>(cls)));
+  if (!made || PyObject_GenericSetAttr(made.get(), names::_rec, rec) != 0 ||
+      PyObject_GenericSetAttr(made.get(), names::_id, id) != 0)
+    return nullptr;
+  return made;
+}
+
+// The line of the user's that runs, as positions.here gives it.
+inline Object here() {
+  Object frame = owned(reinterpret_cast<PyObject*>(PyEval_GetFrame()));
+  while (frame) {
+    auto* f = reinterpret_cast<PyFrameObject*>(frame.get());
+    Object code(reinterpret_cast<PyObject*>(PyFrame_GetCode(f)));
+    PyObject* file = reinterpret_cast<PyCodeObject*>(code.get())->co_filename;
+    Object users = owned(PyDict_GetItemWithError(parts.files, file));
+    if (!users && !PyErr_Occurred()) users.reset(PyObject_CallOneArg(parts.is_users, file));
+    if (!users) return nullptr;
+    if (users.get() == Py_True) {
+      Object at(PyLong_FromLong(PyFrame_GetLasti(f)));
+      return Object(at ? PyTuple_Pack(2, code.get(), at.get()) : nullptr);
+    }
+    frame.reset(reinterpret_cast<PyObject*>(PyFrame_GetBack(f)));
+  }
+  return owned(Py_None);
+}
+
+// The autograd state of this line, as nodes carry it.
+inline long mode_now() { return (at::GradMode::is_enabled() ? 1 : 0) | (c10::InferenceMode::is_enabled() ? 2 : 0); }
+
+// Recorder.read: records reading the one tensor of an access point, and gives its proxy.
+inline Object read(PyObject* rec, PyObject* point, PyObject* leaf) {
+  enum { kRead = 4 };  // wire.Kind.READ
+  Object invoke = get(rec, names::invoke), nodes = get(rec, names::nodes), made = get(rec, names::made);
+  Object path = get(point, names::path), port = get(point, names::port), order = get(point, names::order);
+  Object name = get(leaf, names::name), infer = get(rec, names::_leaf_meta), written = get(rec, names::_writes);
+  Object named = get(rec, names::_named), fresh = get(rec, names::_fresh), living = get(rec, names::living);
+  if (!invoke || !nodes || !made || !path || !port || !order || !name || !infer || !written || !named || !fresh ||
+      !living)
+    return nullptr;
+  Py_ssize_t writes = 0;
+  if (PyDict_GET_SIZE(written.get()) > 0) {
+    PyObject* before = PyDict_GetItemWithError(written.get(), invoke.get());
+    if (before == nullptr && PyErr_Occurred()) return nullptr;
+    writes = before == nullptr ? 0 : PyList_GET_SIZE(before);
+  }
+  Object id(PyLong_FromSsize_t(PyList_GET_SIZE(nodes.get()))), place = here();
+  if (!id || !place) return nullptr;
+  Object node(Py_BuildValue("(iOOlOOiO)", kRead, invoke.get(), place.get(), mode_now(), path.get(), port.get(), 0,
+                            name.get()));
+  Object call(Py_BuildValue("(O(OOOn)O)", infer.get(), invoke.get(), order.get(), leaf, writes, Py_None));
+  Object spoken(PyTuple_Pack(2, point, place.get()));
+  Object mine = owned(PyDict_GetItemWithError(named.get(), invoke.get()));
+  if (!mine && !PyErr_Occurred()) {
+    mine.reset(PyDict_New());
+    if (!mine || PyDict_SetItem(named.get(), invoke.get(), mine.get()) != 0) return nullptr;
+  }
+  Object proxy = make(parts.proxy, parts.placeholder, rec, id.get());
+  if (!node || !call || !spoken || !mine || !proxy) return nullptr;
+  // from here on nothing is left half-done
+  if (PyDict_SetItem(mine.get(), id.get(), spoken.get()) != 0 || PySet_Add(fresh.get(), id.get()) != 0 ||
+      PyList_Append(made.get(), call.get()) != 0 || PyList_Append(nodes.get(), node.get()) != 0)
+    return nullptr;
+  if (living.get() != Py_None) {
+    Object added(PyObject_CallMethodOneArg(living.get(), names::add, proxy.get()));
+    if (!added) return nullptr;
+  }
+  return proxy;
+}
+
+// The value of a module's side, if the block that is open has named it before, or it is one tensor; else null,
+// without an error: it takes more than that.
+inline Object seen(PyObject* envoy, PyObject* port) {
+  Object rec = get(parts.current, names::recorder);
+  if (!rec || rec.get() == Py_None) return nullptr;
+  Object near = get(rec.get(), names::near), invoke = get(rec.get(), names::invoke);
+  Object native = get(rec.get(), names::native), skipped = get(rec.get(), names::skipped);
+  if (!near || !invoke || !native || !skipped || PyDict_GET_SIZE(skipped.get()) != 0) return nullptr;
+  int same = PyObject_RichCompareBool(PyTuple_GET_ITEM(near.get(), 0), invoke.get(), Py_EQ);
+  Object own = get(envoy, names::_native), known = get(envoy, names::_first);
+  if (!own || !known) PyErr_Clear();  // what is no module of the model's
+  if (same != 1 || !own || own.get() != native.get() || !known) return nullptr;
+  Object side(PyTuple_Pack(2, known.get(), port));
+  Object point = owned(side ? PyDict_GetItemWithError(PyTuple_GET_ITEM(near.get(), 1), side.get()) : nullptr);
+  if (!point) return nullptr;
+  Object path = get(point.get(), names::path), bound = get(rec.get(), names::bound), tree = get(point.get(), names::tree);
+  if (!path || !bound || !tree) return nullptr;
+  Object key(PyTuple_Pack(3, invoke.get(), path.get(), port));
+  Object before = owned(key ? PyDict_GetItemWithError(bound.get(), key.get()) : nullptr);
+  if (before || PyErr_Occurred()) return before;
+  if (reinterpret_cast<PyObject*>(Py_TYPE(tree.get())) != parts.leaf) return nullptr;
+  Object proxy = read(rec.get(), point.get(), tree.get());
+  if (proxy && PyDict_SetItem(bound.get(), key.get(), proxy.get()) != 0) return nullptr;
+  return proxy;
+}
+
+// output(envoy): what Envoy._read(OUTPUT) gives.
+inline PyObject* output(PyObject*, PyObject* envoy) {
+  enum { kOutput = 1 };
+  return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
+    Object port(PyLong_FromLong(kOutput));
+    if (!port) return nullptr;
+    Object value = parts.current == nullptr ? nullptr : seen(envoy, port.get());
+    if (value || PyErr_Occurred()) return value.release();
+    return PyObject_CallFunctionObjArgs(parts.read, envoy, port.get(), nullptr);
+  });
+}
+
+// save(proxy): what Proxy.save does.
+inline PyObject* save(PyObject*, PyObject* proxy) {
+  return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
+    auto more = [&]() -> PyObject* { return PyErr_Occurred() ? nullptr : PyObject_CallOneArg(parts.save, proxy); };
+    Object rec = get(proxy, names::_rec), id = get(proxy, names::_id), now = get(parts.current, names::recorder);
+    if (!rec || !id || !now || now.get() != rec.get()) return more();
+    Object closed = get(rec.get(), names::closed), plain = get(rec.get(), names::plain);
+    Object failed = get(rec.get(), names::_failed), looked = get(rec.get(), names::_looked);
+    if (!closed || !plain || !failed || !looked || closed.get() != Py_None || plain.get() != Py_True ||
+        PyDict_GET_SIZE(failed.get()) != 0 || PyDict_GET_SIZE(looked.get()) != 0)
+      return more();
+    Object saved = get(rec.get(), names::_saved), fresh = get(rec.get(), names::_fresh);
+    Object key(PyLong_FromVoidPtr(proxy));
+    if (!saved || !fresh || !key || PyDict_SetItem(saved.get(), key.get(), proxy) != 0 ||
+        PySet_Discard(fresh.get(), id.get()) < 0)
+      return nullptr;
+    Py_INCREF(proxy);
+    return proxy;
+  });
+}
+
+// prepare(current, proxy, placeholder, leaf, files, is_users, read, save): see Parts.
+inline PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 8 || !PyType_Check(args[1]) || !THPVariable_Check(args[2]) || !PyDict_Check(args[4])) {
+    PyErr_SetString(PyExc_TypeError, "it takes the eight parts of recording.h");
+    return nullptr;
+  }
+  for (Py_ssize_t i = 0; i < count; i++) Py_INCREF(args[i]);  // for as long as the process lives
+  parts = {args[0], args[1], args[2], args[3], args[4], args[5], args[6], args[7]};
+  Py_RETURN_NONE;
+}
+
+}  // namespace recording

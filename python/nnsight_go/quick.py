@@ -1,0 +1,23 @@
+"""The lines that most blocks are made of, recorded by builtins (``pybind/recording.h``).
+
+Each does what its twin here does where nothing out of the ordinary is the case, and calls that twin where it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import _ffi, positions, proxy, recorder
+from .envoy import Envoy
+from .points import Leaf
+from .proxy import Proxy
+
+
+def twins() -> dict[Any, Any]:
+    """The builtins, by the function that each stands for."""
+    output: Any = Envoy.output
+    calls, twins = _ffi.calls(), {output.fget: "output", Proxy.save: "save"}
+    calls["prepare"](
+        recorder.current, Proxy, proxy.PLACEHOLDER, Leaf, positions.files, positions.is_users, Envoy._read, Proxy.save
+    )
+    return {function: calls[name] for function, name in twins.items()}
