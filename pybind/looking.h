@@ -6,6 +6,7 @@
 
 #include <vector>
 
+#include "adopting.h"
 #include "python.h"
 
 namespace looking {
@@ -91,12 +92,15 @@ class Mounted {
   std::vector<std::pair<Object, Object>> all_;
 };
 
-// look(modules, call, args, kwargs): a list of what each of a tuple of modules gives when it is first called during
-// call(*args, **kwargs), by this thread; ... where it is not called.
+// look(modules, call, args, kwargs, kept, proxies, cls): call(*args, **kwargs), after which each proxy is the tensor
+// that the module of the number kept[i] has given when it was first called, on this thread; then None. Where one has
+// given something else, a list of what all have given, ... for one that was not called: no proxy has become anything.
 inline PyObject* look(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
-    if (count != 4 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[2]) || !PyDict_Check(args[3])) {
-      PyErr_SetString(PyExc_TypeError, "tuple modules, a callable, tuple args and dict kwargs are needed");
+    if (count != 7 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[2]) || !PyDict_Check(args[3]) ||
+        !PyList_Check(args[4]) || !PyList_Check(args[5]) || PyList_GET_SIZE(args[4]) != PyList_GET_SIZE(args[5])) {
+      PyErr_SetString(PyExc_TypeError,
+                      "tuple modules, a callable, tuple args, dict kwargs, lists kept and proxies and a class are needed");
       return nullptr;
     }
     Py_ssize_t n = PyTuple_GET_SIZE(args[0]);
@@ -106,14 +110,30 @@ inline PyObject* look(PyObject*, PyObject* const* args, Py_ssize_t count) {
       Py_INCREF(Py_Ellipsis);
       PyList_SET_ITEM(found.get(), i, Py_Ellipsis);
     }
-    Mounted mounted;
-    for (Py_ssize_t i = 0; i < n; i++) {
-      Object place(PyLong_FromSsize_t(i));
-      Object own(place ? PyTuple_Pack(3, thread.get(), found.get(), place.get()) : nullptr);
-      if (!own || !mounted.put(PyTuple_GET_ITEM(args[0], i), own.get())) return nullptr;
+    {
+      Mounted mounted;
+      for (Py_ssize_t i = 0; i < n; i++) {
+        Object place(PyLong_FromSsize_t(i));
+        Object own(place ? PyTuple_Pack(3, thread.get(), found.get(), place.get()) : nullptr);
+        if (!own || !mounted.put(PyTuple_GET_ITEM(args[0], i), own.get())) return nullptr;
+      }
+      Object out(PyObject_Call(args[1], args[2], args[3]));
+      if (!out) return nullptr;
     }
-    Object out(PyObject_Call(args[1], args[2], args[3]));
-    return out ? found.release() : nullptr;
+    for (Py_ssize_t i = 0; i < n; i++)
+      if (!THPVariable_Check(PyList_GET_ITEM(found.get(), i))) return found.release();
+    std::vector<PyObject*> values;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[4]); i++) {
+      Py_ssize_t number = PyLong_AsSsize_t(PyList_GET_ITEM(args[4], i));
+      if (number < 0 || number >= n) {
+        PyErr_SetString(PyExc_IndexError, "there is no module of that number");
+        return nullptr;
+      }
+      values.push_back(PyList_GET_ITEM(found.get(), number));
+    }
+    auto source = [&](Py_ssize_t i) { return THPVariable_Unpack(values[i]); };
+    if (adopting::adopt(args[5], args[6], source) != 0) return nullptr;
+    Py_RETURN_NONE;
   });
 }
 

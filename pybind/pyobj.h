@@ -31,8 +31,10 @@ int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls);
  *   become(proxies, tensors, cls)          nngpy_adopt with Python tensors, a list
  *   proxy(cls, placeholder, rec, id)       an instance of cls, which has __torch_dispatch__, over a copy
  *                                          of a placeholder, with the attributes _rec and _id
- *   look(modules, call, args, kwargs)      call(*args, **kwargs), and gives a list: what each of a tuple of modules
- *                                          gave when it was first called on this thread, or ...
+ *   frozen(x)                              what an input is like, to be compared and hashed: sizes, dtypes and devices of
+ *                                          tensors, plain values, containers; of all else, which it is
+ *   look(modules, call, args, kwargs, kept, proxies, cls)
+ *                                          call(*args, **kwargs); proxies become what modules gave (looking.h)
  *   keep(missing, key, values, ids, visit, spot)
  *                                          a forward hook: on this thread a module's output, while key is missing, is
  *                                          put into values by each of ids. What is no tensor goes to visit(spot, it)

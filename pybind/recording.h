@@ -34,7 +34,7 @@ inline Parts parts{};
 namespace names {
 #define NNG_NAMES(F)                                                                                           \
   F(recorder) F(near) F(invoke) F(native) F(skipped) F(bound) F(path) F(port) F(tree) F(order) F(name) F(nodes) \
-  F(made) F(living) F(add) F(closed) F(plain) F(_rec) F(_id) F(_native) F(_first) F(_writes) F(_leaf_meta)      \
+  F(made) F(living) F(add) F(look_near) F(closed) F(plain) F(_rec) F(_id) F(_native) F(_first) F(_writes) F(_leaf_meta)      \
   F(_named) F(_fresh) F(_looked) F(_failed) F(_saved)
 #define NNG_DECLARE(name) inline PyObject* name = nullptr;
 NNG_NAMES(NNG_DECLARE)
@@ -132,13 +132,17 @@ inline Object read(PyObject* rec, PyObject* point, PyObject* leaf) {
 inline Object seen(PyObject* envoy, PyObject* port) {
   Object rec = get(parts.current, names::recorder);
   if (!rec || rec.get() == Py_None) return nullptr;
-  Object near = get(rec.get(), names::near), invoke = get(rec.get(), names::invoke);
-  Object native = get(rec.get(), names::native), skipped = get(rec.get(), names::skipped);
-  if (!near || !invoke || !native || !skipped || PyDict_GET_SIZE(skipped.get()) != 0) return nullptr;
-  int same = PyObject_RichCompareBool(PyTuple_GET_ITEM(near.get(), 0), invoke.get(), Py_EQ);
-  Object own = get(envoy, names::_native), known = get(envoy, names::_first);
+  Object invoke = get(rec.get(), names::invoke), native = get(rec.get(), names::native);
+  Object skipped = get(rec.get(), names::skipped), own = get(envoy, names::_native), known = get(envoy, names::_first);
   if (!own || !known) PyErr_Clear();  // what is no module of the model's
-  if (same != 1 || !own || own.get() != native.get() || !known) return nullptr;
+  if (!invoke || !native || !skipped || PyDict_GET_SIZE(skipped.get()) != 0 || !known || own.get() != native.get())
+    return nullptr;
+  Object near = get(rec.get(), names::near);
+  if (near && PyTuple_GET_ITEM(near.get(), 0) != invoke.get()) {
+    Object looked(PyObject_CallMethodNoArgs(rec.get(), names::look_near));
+    near = looked ? get(rec.get(), names::near) : nullptr;
+  }
+  if (!near || PyObject_RichCompareBool(PyTuple_GET_ITEM(near.get(), 0), invoke.get(), Py_EQ) != 1) return nullptr;
   Object side(PyTuple_Pack(2, known.get(), port));
   Object point = owned(side ? PyDict_GetItemWithError(PyTuple_GET_ITEM(near.get(), 1), side.get()) : nullptr);
   if (!point) return nullptr;

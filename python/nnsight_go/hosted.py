@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from . import _ffi, hosting, operations, positions, wire
-from .errors import InputError
+from .errors import InputError, NnsightError, users
 from .hosted_skipping import Leaving
 from .hosting import NO_HOOKS, Paused, Spot, Unwind, Visit
 from .native import Run, _close, _pointers, started
@@ -136,6 +136,7 @@ class Hosted:
         self.ops: dict[tuple[str, int], Point] = {}  # those of every pass, which native models know
         self.steps: OrderedDict[Any, list[Layout]] = OrderedDict()  # of generations (hosted_generation)
         self.latest: Layout | None = None  # of the kind of input that was traced last
+        self._latest: tuple[Any, Any] = (None, None)  # that kind, and its layout, unless all has been forgotten
         self._handles: dict[Any, int] = {}
         self._handle_of: weakref.WeakKeyDictionary[Layout, int] = weakref.WeakKeyDictionary()
         # a parameter goes where its module goes
@@ -174,13 +175,15 @@ class Hosted:
     def layout(self, given: Given) -> Layout:
         """The access points of a forward pass of that input, which is tried out on fake tensors once a kind."""
         key = self.kind(given)
+        at, latest = self._latest
+        if at == key:
+            return latest
         known = self._layouts.get(key)
         if known is None:
             known = self._found_out(key, given, really=True)
-        if known is not self.latest:
-            with contextlib.suppress(KeyError):  # another thread has had all forgotten
-                self._layouts.move_to_end(key)
-            self.latest = known
+        with contextlib.suppress(KeyError):  # another thread has had all forgotten
+            self._layouts.move_to_end(key)
+        self._latest, self.latest = (key, known), known
         return known
 
     def imagined(self, given: Given) -> Layout:
@@ -200,10 +203,8 @@ class Hosted:
 
     def kind(self, given: Given) -> Any:
         """What decides about the structure of a forward pass, as far as it can be seen before."""
-        with torch._C.DisableTorchFunction():  # the block's mode looks at every call, also at a tensor's shape
-            args, kwargs = given
-            trains = (*map(_training, self._attributes), *[m.training for m in self._scripted])
-            return hosting.frozen(args), hosting.frozen(kwargs) if kwargs else None, trains
+        trains = (*map(_training, self._attributes), *[m.training for m in self._scripted])
+        return _ffi.calls()["frozen"](given), trains
 
     def inside(self, layout: Layout, given: Given, really: bool = True) -> Layout:
         """A layout with the results of operations as well, for which that input is tried out once more.
@@ -229,6 +230,7 @@ class Hosted:
     def forget(self) -> None:
         """Forgets what forward passes look like, after one that was different."""
         self._layouts.clear()
+        self._latest = (None, None)
         self.schedules.clear()
 
     def _try_out(self, given: Given, really: bool, alone: Layout | None = None) -> Layout:
@@ -454,16 +456,22 @@ class Hosted:
         if missing:
             raise self.missed(next(s for s in layout.spots if (s.name, s.port) in missing))
 
-    def look(self, given: Given, looks: Looks) -> list[Any]:
+    def look(self, given: Given, looks: Looks, adopt: Sequence[Proxy]) -> list[Any] | None:
         """A forward pass of which nothing is wanted but what some modules give, which are called once: their tensors.
 
-        None stands for one that is not there.
+        Proxies become them. Where one is not there, none does: what there is, with None in its place.
         """
-        found: list[Any] = hosting.called(_ffi.calls()["look"], looks.modules, self.module, *given)
-        for value, spot in zip(found, looks.spots, strict=True):
+        look = _ffi.calls()["look"]
+        try:
+            found: list[Any] | None = look(looks.modules, self.module, *given, looks.kept, adopt, torch.Tensor)
+        except NnsightError:
+            raise
+        except Exception as error:
+            raise users(error)  # noqa: B904
+        for value, spot in zip(found or (), looks.spots, strict=found is not None):
+            if value is ...:
+                raise self.missed(spot)
             if not isinstance(value, torch.Tensor) and value is not None:
-                if value is ...:
-                    raise self.missed(spot)
                 self.forget()
                 raise hosting.mismatch(spot, value)
         return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from . import hosting, positions, settings, torchmap, wire
+from . import _ffi, hosting, positions, settings, torchmap, wire
 from .continuation import Continuation
 from .drawing import Drawing
 from .errors import InputError
@@ -288,7 +288,7 @@ class HostedGeneration(Generation):
 
         given = self._inputs if exact else hosting.mapped(self._inputs, rough)
         options = {k: v for k, v in self._options.items() if k != "max_new_tokens"}
-        return exact, min(self.most, _TRIED), hosting.frozen(options), self._hosted.kind(((), given))
+        return exact, min(self.most, _TRIED), _ffi.calls()["frozen"](options), self._hosted.kind(((), given))
 
     def _try_out(self) -> list[Layout]:
         """Generates a few tokens from copies, to know what steps come to."""

@@ -231,20 +231,6 @@ def mapped(x: Any, f: Callable[[torch.Tensor], Any]) -> Any:
     return x
 
 
-_SEQUENCES = (tuple, list)
-
-
-def frozen(x: Any) -> Any:
-    """What an input is like, to be compared and hashed: sizes and dtypes of tensors, plain values, containers."""
-    if isinstance(x, torch.Tensor):
-        return (x.shape, x.dtype, x.device)
-    if isinstance(x, _SEQUENCES):
-        return (type(x), *map(frozen, x))
-    if isinstance(x, dict):
-        return tuple([(k, frozen(v)) for k, v in x.items()])
-    return x if isinstance(x, int | float | str | bool | type(None)) else id(x)
-
-
 def sides(points: Iterable[tuple[str, int]]) -> dict[str, set[int]]:
     """The sides of modules that access points are, by path."""
     out: dict[str, set[int]] = {}

@@ -140,10 +140,18 @@ class Recorder:
     _run: Running | None = None  # what the engine does of this trace, once a value was needed
     _sent = _NOTHING
 
+    # What it has many of: with more attributes beside them than these, a dictionary of them is slow to make.
+    __slots__ = (
+        "__dict__", "nodes", "made", "metas", "several", "moved", "invokes", "captures", "kept", "bound", "at_end",
+        "when_done", "skipped", "_captured", "_const_nodes", "_named", "_fresh", "_looked", "_writes", "_resized",
+        "_saved", "_failed",
+    )  # fmt: skip
+
     def __init__(self, native: Native) -> None:
         self.native = native
         self.runner: Runner = native  # where the graph runs: here, or elsewhere
         self.default_dtype, self.autocast = torch.get_default_dtype(), torch._C._is_any_autocast_enabled()
+        self.mode = (1 if _grad_enabled() else 0) | (2 if _inference() else 0)  # that the model runs under
         self.nodes: list[tuple[Any, ...]] = []
         self.made: list[tuple[Callable[..., Any], Any, Any] | None] = []
         self.metas: dict[int, Any] = {}
@@ -167,7 +175,6 @@ class Recorder:
         self._saved: dict[int, Any] = {}
         self._forced: tuple[int, dict[int, torch.Tensor]] = (-1, {})
         self._failed: dict[int, NnsightError] = {}
-        self.mode = mode_now()  # that the model runs under
 
     # ---- invokes ----
 
@@ -366,6 +373,9 @@ class Recorder:
                 **positions.fields(here()),
             )
         return self.invoke
+
+    def look_near(self) -> None:
+        """Finds out what the lines of the open invoke mean, where that is not known before one names something."""
 
     def touch(self, point: Point) -> int:
         """Gives the invoke that the program writes to an access point in, and moves its position there.
@@ -660,15 +670,16 @@ class Recorder:
         """Runs the graph and turns every saved proxy into its tensor."""
         if self.at_end:
             self.conclude()
-        saved = self.saved()
+        saved = list(self._saved.values())
         if self.living is not None:
             # these hold proxies too
             self.made, self.metas, self.bound, self._forced, self._writes = [], {}, {}, (-1, {}), {}
             saved += self.living.now()
         if self.living is not None or not {Proxy}.issuperset(map(type, saved)):  # some twice, or in containers
             saved = list({id(p): p for p in proxies(saved)}.values())
-        for p in saved if self._failed else saved[:1]:
-            self.alive(p)
+        if self._failed or self.closed is not None:
+            for p in saved:
+                self.alive(p)
         if saved or self.must_run():
             brought: list[Proxy] = []
             if self.elsewhere and self.gradients is not None:
@@ -701,7 +712,8 @@ class Recorder:
 
     def close(self, why: str) -> None:
         """Ends the recording: proxies that were not saved raise ``NotSavedError`` from now on."""
-        self._free()
+        if self._run is not None:
+            self._free()
         self.closed = why
         self.made = []  # nodes stay: errors name values by them, and so do constants, for the graph
         nothing: dict[Any, Any] = {}  # one for all: none of them is filled any more

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import hosting
+from . import _ffi, hosting
 from .hosting import Spot
 from .straight import Key, Straight
 
@@ -121,7 +121,7 @@ class Together:
             sizes = (*x.shape[: self._axis], *x.shape[self._axis + 1 :])
             return (sizes, str(x.dtype), str(x.device))
 
-        return hosting.frozen(hosting.mapped(one, of))
+        return _ffi.calls()["frozen"](hosting.mapped(one, of))
 
     def _stacked(self, given: Sequence[Given], rows: Sequence[int]) -> Given:
         """Inputs of a kind as one."""

@@ -66,7 +66,8 @@ class HostedRecorder(Recorder):
         """Begins an invoke."""
         self._passes[self.open_invoke(ROW, None)] = len(self.given)
         self.given.append(given)
-        self.sourced = self.sourced or any(map(self._is_of_operations, self.edits))
+        if self.edits:
+            self.sourced = self.sourced or any(map(self._is_of_operations, self.edits))
 
     def _is_of_operations(self, edit: Edit) -> bool:
         """Whether an edit names results of operations."""
@@ -109,6 +110,11 @@ class HostedRecorder(Recorder):
             if len(self.layouts) > 1:
                 _are_alike(known, next(iter(self.layouts.values())))
         return known
+
+    def look_near(self) -> None:
+        """Finds out which access points the open invoke's pass has."""
+        if self.invoke in self._passes:
+            self.layout(self.invoke)
 
     def look_inside(self) -> None:
         """Makes the results of operations access points, too."""
@@ -182,7 +188,7 @@ class HostedRecorder(Recorder):
         if end and self._run is None and not (self.edits and any(v.edit for v in self.invokes)):
             schedule = straight.plan(self, ids)
             if schedule is not None:
-                become(adopt, self._straight(schedule, ids))
+                self._straight(schedule, ids, adopt)
                 self._keep(ids)
                 return []
         for node in self.nodes[self._told :]:
@@ -256,7 +262,7 @@ class HostedRecorder(Recorder):
             last = self._carry_on()
             if last is not None:
                 self.save(last)
-        super().close_invoke()
+        self.invoke = -1
 
     def _carry_on(self) -> Proxy | None:
         """A value that has the pass come to all its edits, where no line goes so far: what it does may show them."""
@@ -275,19 +281,17 @@ class HostedRecorder(Recorder):
             return self.read(*last)
         return None
 
-    def _straight(self, schedule: straight.Schedule, ids: list[int]) -> list[torch.Tensor]:
-        """Does a block that goes straight ahead, without the engine, and gives the values of nodes."""
+    def _straight(self, schedule: straight.Schedule, ids: list[int], adopt: list[Proxy]) -> None:
+        """Does a block that goes straight ahead, without the engine. These proxies become the values of nodes."""
         only = schedule.only
         if only is None or self.stopped or self.left or any(map(compiled, only.around)):
             block = straight.Straight(self, schedule)
             self._do(block, ids)
-            return [block.values[id] for id in ids]
-        found = self.hosted.look(self.given[0], only)
-        values = [found[i] for i in only.kept]
-        for id, value in zip(ids, values, strict=True):
-            if value is None:
-                raise self.absent(id)
-        return values
+            become(adopt, [block.values[id] for id in ids])
+            return
+        found = self.hosted.look(self.given[0], only, adopt)
+        if found is not None:
+            raise self.absent(next(id for id, number in zip(ids, only.kept, strict=True) if found[number] is None))
 
     def _do(self, block: straight.Straight, ids: list[int]) -> None:
         """Does its nodes, in the passes of all invokes."""
@@ -600,7 +604,8 @@ class NNsight(ModuleEnvoy, Editable):
             trace: False runs the module at once, and returns what it gives.
             kwargs: the same by name.
         """
-        remotely.refuse(remote)
+        if remote or sessions.opened.session is not None:
+            remotely.refuse(remote)
         tracer = HostedTracer(self, args, kwargs)
         if trace:
             return tracer

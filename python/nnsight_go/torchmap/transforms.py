@@ -33,12 +33,11 @@ class _Blocks(threading.local):
 
 
 _here = _Blocks()
-_open = 0  # blocks, of all threads
 _prepared = False
 
 
 def prepare() -> None:
-    """Lets transforms and scripted functions take proxies, once a process."""
+    """Lets transforms, scripted functions and custom autograd functions take proxies, once a process."""
     global _prepared
     if _prepared:
         return
@@ -50,6 +49,7 @@ def prepare() -> None:
                 setattr(module, name, _on_real(getattr(module, name)))
             for script in (torch._C.ScriptFunction, torch._C.ScriptMethod):
                 setattr(script, "__call__", _computed(script.__call__))  # noqa: B010
+            torch.autograd.Function.apply = classmethod(_apply)  # type: ignore[assignment]
             _prepared = True
 
 
@@ -92,29 +92,16 @@ def outside() -> Iterator[None]:
 
 def begin() -> None:
     """Readies torch for a block of this thread."""
-    global _open
     if not _prepared:
         prepare()
     if "torch._dynamo.eval_frame" in sys.modules:
         _hold_back()
     _here.count += 1
-    with _lock:
-        _open += 1
-        if _open == 1:
-            _Function.apply = _looking
 
 
 def end() -> None:
     """Undoes ``begin``."""
-    global _open
     _here.count -= 1
-    with _lock:
-        _open -= 1
-        if _open == 0:
-            if _applied is None:
-                del _Function.apply
-            else:
-                _Function.apply = _applied
 
 
 # ---- compiled functions ----
@@ -146,9 +133,7 @@ def uncompiled() -> Iterator[None]:
 
 # ---- custom autograd functions: computed at their line, so that their own backward is part of the graph ----
 
-_Function: Any = torch.autograd.Function
-_applied = _Function.__dict__.get("apply")
-_found = next(kind.__dict__["apply"] for kind in _Function.__mro__ if "apply" in kind.__dict__)
+_found = next(kind.__dict__["apply"] for kind in torch.autograd.Function.__mro__ if "apply" in kind.__dict__)
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -158,6 +143,3 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     from ..gradients import custom
 
     return custom(current.recorder, bound, args, kwargs)
-
-
-_looking = classmethod(_apply)

@@ -1,0 +1,100 @@
+// Proxies become tensors.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <Python.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/utils/pyobject_preservation.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "python.h"
+
+namespace adopting {
+
+using at::Tensor;
+using python::Object;
+
+// Another TensorImpl for the same tensor: it shares storage and version counter, and takes part in
+// autograd as the same output of the same node. A leaf that requires grad has no node to share, so
+// its alias is a view recorded by autograd: gradients reach the leaf through it.
+inline Tensor alias_of(const Tensor& t) {
+  if (t.requires_grad() && t.grad_fn() == nullptr) return t.view_as(t);
+  auto impl = t.unsafeGetTensorImpl()->shallow_copy_and_detach(
+      /*version_counter=*/t.is_inference() ? c10::VariableVersion() : t.unsafeGetTensorImpl()->version_counter(),
+      /*allow_tensor_metadata_change=*/true);
+  Tensor copy(std::move(impl));
+  if (t.grad_fn() != nullptr) {
+    torch::autograd::impl::set_gradient_edge(copy, torch::autograd::impl::gradient_edge(t));
+    if (t.retains_grad()) {
+      copy.retain_grad();
+      copy.mutable_grad() = t.grad();
+    }
+  }
+  return copy;
+}
+
+// A Python tensor and its TensorImpl own each other in turn: the object's cdata always holds the
+// impl, and the impl's slot points back at the object; while C++ holds the impl too (use count over
+// one) the impl owns a reference on the object, so that the object's attributes outlive Python's
+// last name for it. Exchanging the impls of two objects therefore exchanges the cdata pointers and
+// the slots, and then moves those owned references to the objects the impls now belong to.
+inline void exchange(PyObject* proxy, PyObject* wrapper) {
+  auto* p = reinterpret_cast<THPVariable*>(proxy);
+  auto* w = reinterpret_cast<THPVariable*>(wrapper);
+  at::TensorImpl* placeholder = p->cdata.unsafeGetTensorImpl();
+  at::TensorImpl* impl = w->cdata.unsafeGetTensorImpl();
+  bool placeholder_owns = p->cdata.use_count() > 1;
+  bool impl_owns = w->cdata.use_count() > 1;
+  std::swap_ranges(reinterpret_cast<char*>(&p->cdata), reinterpret_cast<char*>(&p->cdata) + sizeof(p->cdata),
+                   reinterpret_cast<char*>(&w->cdata));
+  impl->pyobj_slot()->store_pyobj(proxy);
+  placeholder->pyobj_slot()->store_pyobj(wrapper);
+  if (impl_owns) {
+    Py_INCREF(proxy);
+    Py_DECREF(wrapper);
+  }
+  if (placeholder_owns) {
+    Py_INCREF(wrapper);
+    Py_DECREF(proxy);
+  }
+}
+
+// Everything that can fail comes first, so that either all proxies become tensors or none does.
+template <typename Source>
+int adopt(PyObject* proxies, PyObject* cls, Source source) {
+  if (!PyList_Check(proxies) || !PyType_Check(cls)) {
+    PyErr_SetString(PyExc_TypeError, "a list of proxies and a class are needed");
+    return -1;
+  }
+  Py_ssize_t n = PyList_GET_SIZE(proxies);
+  std::vector<Object> wrappers;
+  wrappers.reserve(n);
+  for (Py_ssize_t i = 0; i < n; i++) {
+    PyObject* proxy = PyList_GET_ITEM(proxies, i);
+    if (!THPVariable_Check(proxy)) {
+      PyErr_Format(PyExc_TypeError, "only a torch.Tensor can become one, not a %s", Py_TYPE(proxy)->tp_name);
+      return -1;
+    }
+    Tensor real = source(i);
+    // A tensor that has a Python object already (an earlier wrapper here among them) keeps it.
+    if (real.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr) real = alias_of(real);
+    wrappers.emplace_back(THPVariable_Wrap(real));
+    if (!wrappers.back()) return -1;
+  }
+  for (Py_ssize_t i = 0; i < n; i++) {
+    PyObject* proxy = PyList_GET_ITEM(proxies, i);
+    exchange(proxy, wrappers[i].get());
+    Object dict(PyObject_GenericGetDict(proxy, nullptr));
+    if (dict)
+      PyDict_Clear(dict.get());
+    else
+      PyErr_Clear();
+    if (PyObject_SetAttrString(proxy, "__class__", cls) != 0) return -1;
+  }
+  return 0;
+}
+
+}  // namespace adopting
