@@ -11,7 +11,7 @@
 #include "adopting.h"
 #include "boundary.h"
 #include "frozen.h"
-#include "looking.h"
+#include "hooked.h"
 #include "python.h"
 #include "recording.h"
 
@@ -82,8 +82,7 @@ PyObject* nngpy_calls() {
   static PyMethodDef calls[] = {{"become", fast(become), METH_FASTCALL, nullptr},
                                 {"proxy", fast(proxy), METH_FASTCALL, nullptr},
                                 {"frozen", frozen::frozen, METH_O, nullptr},
-                                {"keep", fast(looking::keep), METH_FASTCALL, nullptr},
-                                {"look", fast(looking::look), METH_FASTCALL, nullptr},
+                                {"forward", fast(hooked::forward), METH_FASTCALL, nullptr},
                                 {"prepare", fast(recording::prepare), METH_FASTCALL, nullptr},
                                 {"output", recording::output, METH_O, nullptr},
                                 {"save", recording::save, METH_O, nullptr}};

@@ -33,11 +33,7 @@ int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls);
  *                                          of a placeholder, with the attributes _rec and _id
  *   frozen(x)                              what an input is like, to be compared and hashed: sizes, dtypes and devices of
  *                                          tensors, plain values, containers; of all else, which it is
- *   look(modules, call, args, kwargs, kept, proxies, cls)
- *                                          call(*args, **kwargs); proxies become what modules gave (looking.h)
- *   keep(missing, key, values, ids, visit, spot)
- *                                          a forward hook: on this thread a module's output, while key is missing, is
- *                                          put into values by each of ids. What is no tensor goes to visit(spot, it)
+ *   forward(...)                           a forward pass in whose hooks the lines of a block are done (hooked.h)
  *   output(envoy), save(proxy)             what the Python of these names does (recording.h), once
  *   prepare(...)                           has told what that needs */
 PyObject* nngpy_calls(void);

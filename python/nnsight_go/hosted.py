@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from . import _ffi, hosting, operations, positions, wire
-from .errors import InputError, NnsightError, users
+from .errors import InputError
 from .hosted_skipping import Leaving
-from .hosting import NO_HOOKS, Paused, Spot, Unwind, Visit
+from .hosting import Paused, Spot, Unwind, Visit
 from .native import Run, _close, _pointers, started
 from .points import Leaf, Point, Tree
 from .positions import here
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .hosted_skipping import Beside
     from .proxy import Proxy
     from .rowwise import Cuts
-    from .straight import Key, Looks, Straight
+    from .straight import Key, Straight
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -136,7 +136,10 @@ class Hosted:
         self.ops: dict[tuple[str, int], Point] = {}  # those of every pass, which native models know
         self.steps: OrderedDict[Any, list[Layout]] = OrderedDict()  # of generations (hosted_generation)
         self.latest: Layout | None = None  # of the kind of input that was traced last
-        self._latest: tuple[Any, Any] = (None, None)  # that kind, and its layout, unless all has been forgotten
+        self._latest: tuple[Any, Layout | None] = (
+            None,
+            None,
+        )  # that kind, and its layout, unless all has been forgotten
         self._handles: dict[Any, int] = {}
         self._handle_of: weakref.WeakKeyDictionary[Layout, int] = weakref.WeakKeyDictionary()
         # a parameter goes where its module goes
@@ -175,9 +178,9 @@ class Hosted:
     def layout(self, given: Given) -> Layout:
         """The access points of a forward pass of that input, which is tried out on fake tensors once a kind."""
         key = self.kind(given)
-        at, latest = self._latest
-        if at == key:
-            return latest
+        at, known = self._latest
+        if at == key and known is not None:
+            return known
         known = self._layouts.get(key)
         if known is None:
             known = self._found_out(key, given, really=True)
@@ -327,11 +330,9 @@ class Hosted:
         with self._hooks(self.everywhere(), visit, inside):
             self.module(*args, **kwargs)
 
-    def _hooks(
-        self, ports: dict[str, set[int]], visit: Visit, inside: bool, looks: Mapping[str, Callable[..., Any]] = NO_HOOKS
-    ) -> contextlib.AbstractContextManager[None]:
+    def _hooks(self, ports: dict[str, set[int]], visit: Visit, inside: bool) -> contextlib.AbstractContextManager[None]:
         if not inside and ports.keys() <= self.modules.keys():
-            plain = hosting.hooks(self.modules, ports, visit, self.wrapped, looks)
+            plain = hosting.hooks(self.modules, ports, visit, self.wrapped)
             return self._uncompiled(plain) if self.compiles(ports) else plain
         named = {path for path in ports if path not in self.modules}
         sides = {path: sides for path, sides in ports.items() if path not in named}
@@ -393,7 +394,6 @@ class Hosted:
         visit: Visit,
         inside: bool = False,
         leaving: Leaving | None = None,
-        looks: Mapping[str, Callable[..., Any]] = NO_HOOKS,
     ) -> None:
         """A forward pass that is visited at sides of modules, and at operations.
 
@@ -403,13 +403,12 @@ class Hosted:
             visit: what to call.
             inside: the results of all operations are visited.
             leaving: the calls of modules that it leaves out, some of those that are visited.
-            looks: hooks of modules, by path, that are called instead of ``visit``. Where nothing is left out.
         """
         if leaving is not None:
             with leaving.over(self.modules, ports.keys() & self.modules.keys(), visit) as outer:
                 self.forward(given, ports, outer, inside)
             return
-        with self._hooks(ports, visit, inside, looks):
+        with self._hooks(ports, visit, inside):
             self.run(given)
 
     def straight(
@@ -444,37 +443,19 @@ class Hosted:
         if stops and not missing:
             return
         leaving = Leaving(layout, left) if left else None
-        looks = {}
-        if not left and not stops:
-            keep, values = _ffi.calls()["keep"], block.values
-            for path, (spot, ids) in schedule.looks[invoke].items():
-                looks[path] = keep(missing, spot.key, values, ids, visit, spot)
         try:
-            self.forward(given, _with(schedule.sides[invoke], leaving), visit, leaving=leaving, looks=looks)
+            self.forward(given, _with(schedule.sides[invoke], leaving), visit, leaving=leaving)
         except Unwind:  # all of it is done
             return
         if missing:
             raise self.missed(next(s for s in layout.spots if (s.name, s.port) in missing))
 
-    def look(self, given: Given, looks: Looks, adopt: Sequence[Proxy]) -> list[Any] | None:
-        """A forward pass of which nothing is wanted but what some modules give, which are called once: their tensors.
-
-        Proxies become them. Where one is not there, none does: what there is, with None in its place.
-        """
-        look = _ffi.calls()["look"]
-        try:
-            found: list[Any] | None = look(looks.modules, self.module, *given, looks.kept, adopt, torch.Tensor)
-        except NnsightError:
-            raise
-        except Exception as error:
-            raise users(error)  # noqa: B904
-        for value, spot in zip(found or (), looks.spots, strict=found is not None):
-            if value is ...:
-                raise self.missed(spot)
-            if not isinstance(value, torch.Tensor) and value is not None:
-                self.forget()
-                raise hosting.mismatch(spot, value)
-        return found
+    def wrong(self, spot: Spot, value: Any) -> InputError:
+        """The error of an access point where no tensor stands; ``...`` is there where the pass has not come."""
+        if value is ...:
+            return self.missed(spot)
+        self.forget()
+        return hosting.mismatch(spot, value)
 
     def tensors(self, spot: Spot, tree: Tree, value: Any) -> dict[str, Any]:
         """The tensors of what stands at an access point by their names, in order; None for one that is not there.

@@ -241,8 +241,6 @@ def sides(points: Iterable[tuple[str, int]]) -> dict[str, set[int]]:
 
 # ---- hooks ----
 
-NO_HOOKS: Parts[str, Callable[..., Any]] = {}
-
 
 class Mounted:
     """Entries in tables of hooks, which go when it is undone."""
@@ -271,7 +269,6 @@ def hooks(
     ports: dict[str, set[int]],
     visit: Visit,
     wrapped: set[str],
-    looks: Parts[str, Callable[..., Any]] = NO_HOOKS,
 ) -> Mounted:
     """Calls ``visit`` at sides of modules until it is left, in forward passes of this thread alone.
 
@@ -280,7 +277,6 @@ def hooks(
         ports: by path: which sides.
         visit: what to call.
         wrapped: modules whose bare output is shown as a tuple of one.
-        looks: by path: what is to be the hook of its output.
     """
     mount, owner = Mounted(), threading.get_ident()
     try:
@@ -290,7 +286,7 @@ def hooks(
                 mount(module._forward_pre_hooks, _before(path, visit, owner))
                 mount(module._forward_pre_hooks_with_kwargs, True)
             if wire.OUTPUT in sides:
-                mount(module._forward_hooks, looks.get(path) or _after(path, visit, owner, path in wrapped))
+                mount(module._forward_hooks, _after(path, visit, owner, path in wrapped))
     except BaseException:
         mount.undo()
         raise

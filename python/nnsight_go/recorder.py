@@ -142,9 +142,28 @@ class Recorder:
 
     # What it has many of: with more attributes beside them than these, a dictionary of them is slow to make.
     __slots__ = (
-        "__dict__", "nodes", "made", "metas", "several", "moved", "invokes", "captures", "kept", "bound", "at_end",
-        "when_done", "skipped", "_captured", "_const_nodes", "_named", "_fresh", "_looked", "_writes", "_resized",
-        "_saved", "_failed",
+        "__dict__",
+        "_captured",
+        "_const_nodes",
+        "_failed",
+        "_fresh",
+        "_looked",
+        "_named",
+        "_resized",
+        "_saved",
+        "_writes",
+        "at_end",
+        "bound",
+        "captures",
+        "invokes",
+        "kept",
+        "made",
+        "metas",
+        "moved",
+        "nodes",
+        "several",
+        "skipped",
+        "when_done",
     )  # fmt: skip
 
     def __init__(self, native: Native) -> None:

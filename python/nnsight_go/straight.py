@@ -11,17 +11,12 @@ whose order differs from the pass's, that want values in the middle, or gradient
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import types
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import hosting, positions, wire
-from .errors import OpError
-from .hosting import Spot
-from .points import Leaf
+from . import hooked, hosting, wire
 from .recorder import mode_now, version
 from .torchmap.computing import substituted
 from .torchmap.operators import RESHAPING, is_in_place
@@ -37,34 +32,7 @@ _INDEX, _SET_INDEX, _ITEM = int(Kind.INDEX), int(Kind.SET_INDEX), int(Kind.ITEM)
 _NO_REFERENCES = frozenset((_READ, _CONST))
 _KNOWN = frozenset((_READ, _WRITE, _CALL, _CONST, _INDEX, _SET_INDEX, _ITEM))
 
-# Functions whose call, as it was recorded, does what the recorded operator does.
-_CALLABLE = (
-    types.BuiltinFunctionType,
-    types.MethodDescriptorType,
-    types.WrapperDescriptorType,
-    torch._ops.OpOverload,
-    torch._ops.OpOverloadPacket,
-)
-
-
 _MOST = 64  # schedules that a model remembers
-
-
-@dataclasses.dataclass(slots=True)
-class Looks:
-    """What a block keeps that does nothing else: what modules give, which are called once and give one tensor.
-
-    Attributes:
-        modules: which.
-        spots: their outputs.
-        kept: by value that is wanted: the number of its module.
-        around: these modules and those around them. Where one of them has been compiled, it calls no hooks.
-    """
-
-    modules: tuple[torch.nn.Module, ...]
-    spots: list[Spot]
-    kept: list[int]
-    around: list[torch.nn.Module]
 
 
 class Schedule:
@@ -75,22 +43,19 @@ class Schedule:
         sides: by invoke: the same access points, as sides of modules.
         first: by invoke: the nodes to be done before its pass.
         mixes: a value of an invoke is used by a later one.
-        looks: by invoke: the modules, by path, that are called once and give one tensor, which is read while nothing
-            else is done there; with the nodes that read it.
         edited: the access points at which something is replaced or changed in place.
         ends: by node: those that none uses after it.
-        only: what the block keeps, if that is all that it does.
+        program: the same for builtins, where they can do it.
     """
 
     def __init__(self, invokes: int) -> None:
         self.steps: list[dict[Key, list[int]]] = [{} for _ in range(invokes)]
         self.sides: list[dict[str, set[int]]] = []
-        self.looks: list[dict[str, tuple[Spot, list[int]]]] = []
         self.first: list[list[int]] = [[] for _ in range(invokes)]
         self.mixes = False
         self.edited: set[Key | None] = set()
         self.ends: dict[int, list[int]] = {}
-        self.only: Looks | None = None
+        self.program: hooked.Program | None = None
 
 
 class Straight:
@@ -133,7 +98,7 @@ class Straight:
                 try:
                     values[id] = self._call(id, kind, node)
                 except Exception as error:
-                    raise self._failed(id, error) from None
+                    raise hooked.failure(self._rec, id, error, values) from None
             for ref in ends.get(id, ()):
                 values.pop(ref, None)
         return wrote
@@ -152,25 +117,10 @@ class Straight:
         made = self._rec.made[id]
         assert made is not None
         function, args, kwargs = made
-        if isinstance(function, _CALLABLE):
+        if isinstance(function, hooked.CALLABLE):
             return function(*substituted(args, values), **(substituted(kwargs, values) if kwargs else {}))
         named = {k: wire.value(x, values) for k, x in node[6].items()} if node[6] else {}
         return operator(node[4])(*[wire.value(x, values) for x in node[5]], **named)
-
-    def _failed(self, id: int, error: Exception) -> OpError:
-        node = self._rec.nodes[id]
-        op = node[4] if node[0] == _CALL else ("index" if node[0] == _INDEX else "index assignment")
-        sizes = [list(v.shape) for ref in wire.references(node) if isinstance(v := self.values.get(ref), torch.Tensor)]
-        found = OpError(
-            str(error).partition("\n")[0],
-            op=op,
-            node=id,
-            invoke=node[1],
-            hint=f"Its tensors have the sizes {', '.join(map(str, sizes))}." if sizes else None,
-            **positions.fields(node[2]),
-        )
-        found.late = True
-        return found
 
 
 @contextlib.contextmanager
@@ -256,35 +206,9 @@ def _scheduled(rec: HostedRecorder, wanted: list[int]) -> Schedule | None:
         return None
     for ref, id in last.items():
         out.ends.setdefault(id, []).append(ref)
-    for invoke, steps in enumerate(out.steps):
-        out.sides.append(hosting.sides(steps))
-        looks = [key for key, ids in steps.items() if _looks(rec, invoke, key, ids)]
-        out.looks.append({key[0]: (Spot(*key, call=0), steps[key]) for key in looks})
-    if len(rec.invokes) == 1 and not out.first[0] and len(out.looks[0]) == len(out.steps[0]):
-        out.only = _only(rec, out.looks[0], wanted)
+    out.sides = [hosting.sides(steps) for steps in out.steps]
+    out.program = hooked.program(rec, out)
     return out
-
-
-def _only(rec: HostedRecorder, looks: dict[str, tuple[Spot, list[int]]], wanted: list[int]) -> Looks | None:
-    """What a block keeps that does nothing but read at these modules."""
-    modules = rec.hosted.modules
-    if rec.hosted.compiles(looks) or not rec.hosted.wrapped.isdisjoint(looks):
-        return None
-    number = {id: i for i, (_, ids) in enumerate(looks.values()) for id in ids}
-    around = [m for path, m in modules.items() if any(f"{look}.".startswith(f"{path}.") for look in looks if path)]
-    return Looks(
-        modules=tuple([modules[path] for path in looks]),
-        spots=[spot for spot, _ in looks.values()],
-        kept=[number[id] for id in wanted],
-        around=[modules[""], *around],
-    )
-
-
-def _looks(rec: HostedRecorder, invoke: int, key: Key, ids: list[int]) -> bool:
-    """Whether nodes do nothing but read the only tensor that a module gives, which is called once."""
-    layout = rec.layout(invoke)
-    once = key[0] in rec.hosted.modules and layout.calls.get(key) == 1
-    return once and type(layout.points[key].tree) is Leaf and all(rec.nodes[id][0] == _READ for id in ids)
 
 
 def _placed(

@@ -10,6 +10,7 @@ import torch
 
 from . import (
     envoy,
+    hooked,
     hosted_skipping,
     hosting,
     positions,
@@ -283,15 +284,13 @@ class HostedRecorder(Recorder):
 
     def _straight(self, schedule: straight.Schedule, ids: list[int], adopt: list[Proxy]) -> None:
         """Does a block that goes straight ahead, without the engine. These proxies become the values of nodes."""
-        only = schedule.only
-        if only is None or self.stopped or self.left or any(map(compiled, only.around)):
-            block = straight.Straight(self, schedule)
-            self._do(block, ids)
-            become(adopt, [block.values[id] for id in ids])
+        program = schedule.program
+        if program is not None and not self.stopped and not self.left and not any(map(compiled, program.around)):
+            hooked.run(self, program, ids, adopt)
             return
-        found = self.hosted.look(self.given[0], only, adopt)
-        if found is not None:
-            raise self.absent(next(id for id, number in zip(ids, only.kept, strict=True) if found[number] is None))
+        block = straight.Straight(self, schedule)
+        self._do(block, ids)
+        become(adopt, [block.values[id] for id in ids])
 
     def _do(self, block: straight.Straight, ids: list[int]) -> None:
         """Does its nodes, in the passes of all invokes."""

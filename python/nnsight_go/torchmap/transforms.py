@@ -49,7 +49,7 @@ def prepare() -> None:
                 setattr(module, name, _on_real(getattr(module, name)))
             for script in (torch._C.ScriptFunction, torch._C.ScriptMethod):
                 setattr(script, "__call__", _computed(script.__call__))  # noqa: B010
-            torch.autograd.Function.apply = classmethod(_apply)  # type: ignore[assignment]
+            torch.autograd.Function.apply = classmethod(_apply)
             _prepared = True
 
 
