@@ -39,6 +39,25 @@ enum Op : long {
 inline PyObject* part(PyObject* step, Py_ssize_t i) { return PyTuple_GET_ITEM(step, i); }
 inline Py_ssize_t number(PyObject* step, Py_ssize_t i) { return PyLong_AsSsize_t(part(step, i)); }
 
+// While there is one, operations see the autograd and autocast state that the block was written under, whatever the
+// module has changed.
+class AsWritten {
+ public:
+  AsWritten(long mode, bool autocast) {
+    if (recording::mode_now() != mode) {
+      inference_.emplace(static_cast<bool>(mode & 2));
+      grad_.emplace(static_cast<bool>(mode & 1));
+    }
+    if (!autocast && (at::autocast::is_autocast_enabled(at::kCPU) || at::autocast::is_autocast_enabled(at::kCUDA)))
+      plain_.emplace(c10::autocast_dispatch_keyset);
+  }
+
+ private:
+  std::optional<c10::InferenceMode> inference_;
+  std::optional<at::AutoGradMode> grad_;
+  std::optional<c10::impl::ExcludeDispatchKeyGuard> plain_;
+};
+
 // A pass on its way. It lives as long as its hooks stand.
 class Pass {
  public:
@@ -59,16 +78,7 @@ class Pass {
   // Does a program where a module has given something. What is to stand there, or null: with an error, or, without
   // one, since it stays.
   Object run(PyObject* program, PyObject* given) {
-    bool other = recording::mode_now() != mode_;
-    bool cast = !autocast_ && (at::autocast::is_autocast_enabled(at::kCPU) || at::autocast::is_autocast_enabled(at::kCUDA));
-    std::optional<c10::InferenceMode> inference;  // the block was written under them, whatever the module has changed
-    std::optional<at::AutoGradMode> grad;
-    std::optional<c10::impl::ExcludeDispatchKeyGuard> plain;
-    if (other) {
-      inference.emplace(static_cast<bool>(mode_ & 2));
-      grad.emplace(static_cast<bool>(mode_ & 1));
-    }
-    if (cast) plain.emplace(c10::autocast_dispatch_keyset);
+    std::optional<AsWritten> state;  // from the first operation on
     Object now = owned(given);
     bool wrote = false;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(program); i++) {
@@ -85,6 +95,7 @@ class Pass {
           if (!keep(step, owned(Py_None))) return nullptr;
           break;
         default:
+          if (!state) state.emplace(mode_, autocast_);
           if (!done(step)) {
             if (PyErr_Occurred()) explain(part(step, 1));
             return nullptr;

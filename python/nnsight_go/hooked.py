@@ -7,7 +7,6 @@ modules that are called once, and do to them what takes no more than tensors and
 from __future__ import annotations
 
 import dataclasses
-import functools
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -178,12 +177,11 @@ def run(rec: HostedRecorder, program: Program, ids: list[int], adopt: Sequence[P
         InputError: a module was not called, or gave no tensor.
     """
     args, kwargs = rec.given[0]
-    consts = [c.sent for c in rec.captures]
-    failed = functools.partial(failure, rec)
+    consts = [c.sent for c in rec.captures] if rec.captures else []
     try:
         found = _ffi.calls()["forward"](
             program.modules, program.steps, program.before, len(rec.nodes), rec.hosted.module, args, kwargs,
-            consts, rec.mode, rec.autocast, failed, ids, adopt, torch.Tensor,
+            consts, rec.mode, rec.autocast, rec.failure, ids, adopt, torch.Tensor,
         )  # fmt: skip
     except NnsightError:
         raise
@@ -197,7 +195,7 @@ def run(rec: HostedRecorder, program: Program, ids: list[int], adopt: Sequence[P
 
 
 def failure(rec: HostedRecorder, id: int, error: Exception, values: Sequence[Any] | Mapping[int, Any]) -> OpError:
-    """The error of an operation that failed, with the sizes of its tensors."""
+    """The error of an operation that failed, with the sizes of its tensors, which are found by the number of a node."""
     node = rec.nodes[id]
     op = node[4] if node[0] == Kind.CALL else ("index" if node[0] == Kind.INDEX else "index assignment")
     known = values if isinstance(values, Mapping) else dict(enumerate(values))

@@ -23,7 +23,17 @@ if TYPE_CHECKING:
 # An integer without axes, because torch takes that, and no other tensor, for a number where it wants one.
 PLACEHOLDER = torch.empty((), dtype=torch.int64, device="meta")
 
-_BACKWARD = torch.Tensor.backward
+_BACKWARD, _GETITEM, _SETITEM = torch.Tensor.backward, torch.Tensor.__getitem__, torch.Tensor.__setitem__
+
+
+class _Told:
+    """Who records what is done with proxies: ``torchmap`` says so, which knows of them."""
+
+    dispatch: Callable[..., Any]
+
+
+told = _Told()
+_KIND: tuple[type, ...] = ()
 
 
 class Proxy(torch.Tensor):
@@ -47,9 +57,7 @@ class Proxy(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        from . import torchmap
-
-        return torchmap.dispatch(func, types, args, kwargs or {})
+        return told.dispatch(func, types, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -86,9 +94,15 @@ class Proxy(torch.Tensor):
 
         A method of its own, since other libraries put theirs into the place of torch's.
         """
-        from . import torchmap
+        return told.dispatch(_BACKWARD, _KIND, (self, *args), kwargs)
 
-        return torchmap.dispatch(_BACKWARD, (Proxy,), (self, *args), kwargs)
+    # ---- parts: torch would come here as well, on a longer way ----
+
+    def __getitem__(self, index: Any) -> Any:
+        return told.dispatch(_GETITEM, _KIND, (self, index), {})
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        told.dispatch(_SETITEM, _KIND, (self, index, value), {})
 
     # ---- facts ----
 
@@ -178,3 +192,6 @@ class Proxy(torch.Tensor):
         raise TypeError(
             f"{self._label()} has no value yet and cannot be pickled: save it, and pickle it after the block"
         )
+
+
+_KIND = (Proxy,)

@@ -586,7 +586,10 @@ class Recorder:
                     **positions.fields(c.place),
                 )
 
-    def _keep(self, ids: list[int]) -> None:
+    def settle(self) -> None:
+        """Completes the recording, for whom looks at it."""
+
+    def _keep(self, ids: Iterable[int]) -> None:
         """Records that the values of nodes are wanted."""
         for id in ids:
             _, invoke, place, mode = self.nodes[id][:4]

@@ -98,7 +98,7 @@ class Straight:
                 try:
                     values[id] = self._call(id, kind, node)
                 except Exception as error:
-                    raise hooked.failure(self._rec, id, error, values) from None
+                    raise self._rec.failure(id, error, values) from None
             for ref in ends.get(id, ()):
                 values.pop(ref, None)
         return wrote

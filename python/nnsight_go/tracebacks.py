@@ -30,7 +30,7 @@ _ENTRANCES: dict[str, dict[str, list[str]]] = {
     "model": {"LanguageModel": ["__init__", "trace", "scan", "session", "tokenizer"]},
     "proxy": {
         "Proxy": [
-            "__torch_function__", "backward", "save", "value", "shape", "dtype", "ndim", "device", "__len__",
+            "__torch_function__", "__getitem__", "__setitem__", "backward", "save", "value", "shape", "dtype", "ndim", "device", "__len__",
             "__iter__", "__format__", "__deepcopy__", "__reduce_ex__",
         ]
     },

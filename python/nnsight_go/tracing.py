@@ -146,6 +146,7 @@ class Tracer:
     def graph(self) -> Graph:
         """What has been recorded so far; after the block, the whole trace."""
         rec = self._recorder
+        rec.settle()
         recording = Recording(
             [v.wire() for v in rec.invokes],
             list(rec.nodes),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -51,6 +51,7 @@ class HostedRecorder(Recorder):
     uncalled = "Use the module around it, whose code does its work."
     sourced = False  # layouts have operations, which a line or an edit has asked for
     _told = 0
+    _unkept: Sequence[int] = ()  # values that were kept without the engine
 
     def __init__(self, hosted: Hosted) -> None:
         super().__init__(hosted)  # type: ignore[arg-type]
@@ -190,7 +191,7 @@ class HostedRecorder(Recorder):
             schedule = straight.plan(self, ids)
             if schedule is not None:
                 self._straight(schedule, ids, adopt)
-                self._keep(ids)
+                self._unkept = ids
                 return []
         for node in self.nodes[self._told :]:
             if node[0] in (Kind.READ, Kind.WRITE):
@@ -292,6 +293,8 @@ class HostedRecorder(Recorder):
         self._do(block, ids)
         become(adopt, [block.values[id] for id in ids])
 
+    failure = hooked.failure
+
     def _do(self, block: straight.Straight, ids: list[int]) -> None:
         """Does its nodes, in the passes of all invokes."""
         if self.stopped:
@@ -335,6 +338,11 @@ class HostedRecorder(Recorder):
             hint="Whether it is there depends on more than the sizes of the input: the next trace tries anew.",
             **positions.fields(place),
         )
+
+    def settle(self) -> None:
+        """Records what the block has kept, which a pass in Python does not ask for."""
+        self._keep(self._unkept)
+        self._unkept = ()
 
     def must_run(self) -> bool:
         """A forward pass runs to its end, for what it does beside its results."""

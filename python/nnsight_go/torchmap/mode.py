@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..errors import InternalError
-from ..proxy import Proxy
+from ..proxy import Proxy, told
 from ..recorder import current, proxies
 from ..wire import Unrecordable
 from . import rules, transforms
@@ -72,3 +72,6 @@ def dispatch(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         return rule(rec, func, args, kwargs)
     except Unrecordable:
         return compute(rec, func, args, kwargs)
+
+
+told.dispatch = dispatch
