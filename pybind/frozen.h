@@ -16,9 +16,7 @@ using python::Object;
 
 inline Object of(PyObject* x);
 
-inline bool is_plain(PyObject* x) {
-  return x == Py_None || PyLong_Check(x) || PyFloat_Check(x) || PyUnicode_Check(x);
-}
+inline bool is_plain(PyObject* x) { return x == Py_None || PyLong_Check(x) || PyFloat_Check(x) || PyUnicode_Check(x); }
 
 inline Object of_tensor(const at::Tensor& t) {
   std::vector<int64_t> facts{static_cast<int64_t>(t.scalar_type()), static_cast<int64_t>(t.device().type()),

@@ -223,8 +223,23 @@ class Mounted {
 // is first called on this thread. Then each of a list of proxies is the value of its node among kept, and it gives
 // None. Where not every module has given a tensor, no proxy has become anything, and it gives Pass::found.
 inline PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  enum { kModules, kPrograms, kBefore, kNodes, kModule, kArgs, kNamed, kConsts, kMode, kAutocast, kFailed, kKept,
-         kProxies, kClass, kAll };
+  enum {
+    kModules,
+    kPrograms,
+    kBefore,
+    kNodes,
+    kModule,
+    kArgs,
+    kNamed,
+    kConsts,
+    kMode,
+    kAutocast,
+    kFailed,
+    kKept,
+    kProxies,
+    kClass,
+    kAll
+  };
   return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
     if (count != kAll || !PyTuple_Check(args[kModules]) || !PyTuple_Check(args[kPrograms]) ||
         PyTuple_GET_SIZE(args[kModules]) != PyTuple_GET_SIZE(args[kPrograms]) || !PyTuple_Check(args[kArgs]) ||

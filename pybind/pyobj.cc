@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "adopting.h"
+#include "arguments.h"
 #include "boundary.h"
 #include "frozen.h"
 #include "hooked.h"
@@ -84,7 +85,10 @@ PyObject* nngpy_calls() {
                                 {"frozen", frozen::frozen, METH_O, nullptr},
                                 {"forward", fast(hooked::forward), METH_FASTCALL, nullptr},
                                 {"prepare", fast(recording::prepare), METH_FASTCALL, nullptr},
+                                {"argument", fast(arguments::argument), METH_FASTCALL, nullptr},
+                                {"item", fast(recording::item), METH_FASTCALL, nullptr},
                                 {"output", recording::output, METH_O, nullptr},
+                                {"read", fast(recording::read_leaf), METH_FASTCALL, nullptr},
                                 {"save", recording::save, METH_O, nullptr}};
   if (!recording::ready()) return nullptr;
   Object out(PyDict_New());

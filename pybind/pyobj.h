@@ -31,10 +31,11 @@ int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls);
  *   become(proxies, tensors, cls)          nngpy_adopt with Python tensors, a list
  *   proxy(cls, placeholder, rec, id)       an instance of cls, which has __torch_dispatch__, over a copy
  *                                          of a placeholder, with the attributes _rec and _id
- *   frozen(x)                              what an input is like, to be compared and hashed: sizes, dtypes and devices of
- *                                          tensors, plain values, containers; of all else, which it is
- *   forward(...)                           a forward pass in whose hooks the lines of a block are done (hooked.h)
- *   output(envoy), save(proxy)             what the Python of these names does (recording.h), once
+ *   frozen(x)                              what an input is like, to be compared and hashed: sizes, dtypes and devices
+ * of tensors, plain values, containers; of all else, which it is forward(...)                           a forward pass
+ * in whose hooks the lines of a block are done (hooked.h) argument(x, rec)                       the wire form of an
+ * argument (arguments.h) read(rec, point, leaf)                 records reading one tensor of an access point
+ * (recording.h) output(envoy), item(envoy, index), save(proxy) what the Python of these names does (recording.h), once
  *   prepare(...)                           has told what that needs */
 PyObject* nngpy_calls(void);
 

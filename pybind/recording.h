@@ -27,15 +27,19 @@ struct Parts {
   PyObject* is_users;     // says so of a new one
   PyObject* read;         // (envoy, port): the value of an access point, where it takes more
   PyObject* save;         // (proxy): keeps it, where it takes more
+  PyObject* item;         // (envoy, index): a part of it, where it takes more
+  PyObject* argument;     // (x, name): its wire form, where it takes more
 };
 inline Parts parts{};
 
 // Names of attributes, made once: `ready`.
 namespace names {
-#define NNG_NAMES(F)                                                                                           \
+// clang-format off
+#define NNG_NAMES(F) \
   F(recorder) F(near) F(invoke) F(native) F(skipped) F(bound) F(path) F(port) F(tree) F(order) F(name) F(nodes) \
-  F(made) F(living) F(add) F(look_near) F(closed) F(plain) F(_rec) F(_id) F(_native) F(_first) F(_writes) F(_leaf_meta)      \
-  F(_named) F(_fresh) F(_looked) F(_failed) F(_saved)
+  F(made) F(living) F(add) F(look_near) F(closed) F(plain) F(number) F(_rec) F(_id) F(_native) F(_first) \
+  F(_listed) F(_writes) F(_leaf_meta) F(_named) F(_fresh) F(_looked) F(_failed) F(_saved)
+// clang-format on
 #define NNG_DECLARE(name) inline PyObject* name = nullptr;
 NNG_NAMES(NNG_DECLARE)
 #undef NNG_DECLARE
@@ -87,7 +91,7 @@ inline Object here() {
 // The autograd state of this line, as nodes carry it.
 inline long mode_now() { return (at::GradMode::is_enabled() ? 1 : 0) | (c10::InferenceMode::is_enabled() ? 2 : 0); }
 
-// Recorder.read: records reading the one tensor of an access point, and gives its proxy.
+// Records reading one tensor of an access point, and gives its proxy.
 inline Object read(PyObject* rec, PyObject* point, PyObject* leaf) {
   enum { kRead = 4 };  // wire.Kind.READ
   Object invoke = get(rec, names::invoke), nodes = get(rec, names::nodes), made = get(rec, names::made);
@@ -105,9 +109,13 @@ inline Object read(PyObject* rec, PyObject* point, PyObject* leaf) {
   }
   Object id(PyLong_FromSsize_t(PyList_GET_SIZE(nodes.get()))), place = here();
   if (!id || !place) return nullptr;
-  Object node(Py_BuildValue("(iOOlOOiO)", kRead, invoke.get(), place.get(), mode_now(), path.get(), port.get(), 0,
-                            name.get()));
-  Object call(Py_BuildValue("(O(OOOn)O)", infer.get(), invoke.get(), order.get(), leaf, writes, Py_None));
+  Object kind(PyLong_FromLong(kRead)), mode(PyLong_FromLong(mode_now())), zero(PyLong_FromLong(0));
+  Object before(PyLong_FromSsize_t(writes));
+  if (!kind || !mode || !zero || !before) return nullptr;
+  Object node(PyTuple_Pack(8, kind.get(), invoke.get(), place.get(), mode.get(), path.get(), port.get(), zero.get(),
+                           name.get()));
+  Object args(PyTuple_Pack(4, invoke.get(), order.get(), leaf, before.get()));
+  Object call(args ? PyTuple_Pack(3, infer.get(), args.get(), Py_None) : nullptr);
   Object spoken(PyTuple_Pack(2, point, place.get()));
   Object mine = owned(PyDict_GetItemWithError(named.get(), invoke.get()));
   if (!mine && !PyErr_Occurred()) {
@@ -125,6 +133,17 @@ inline Object read(PyObject* rec, PyObject* point, PyObject* leaf) {
     if (!added) return nullptr;
   }
   return proxy;
+}
+
+// read(rec, point, leaf): Recorder.read.
+inline PyObject* read_leaf(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
+    if (count != 3 || parts.current == nullptr) {
+      PyErr_SetString(PyExc_TypeError, "a recorder, an access point and a leaf are needed, and prepare() before them");
+      return nullptr;
+    }
+    return read(args[0], args[1], args[2]).release();
+  });
 }
 
 // The value of a module's side, if the block that is open has named it before, or it is one tensor; else null,
@@ -146,7 +165,8 @@ inline Object seen(PyObject* envoy, PyObject* port) {
   Object side(PyTuple_Pack(2, known.get(), port));
   Object point = owned(side ? PyDict_GetItemWithError(PyTuple_GET_ITEM(near.get(), 1), side.get()) : nullptr);
   if (!point) return nullptr;
-  Object path = get(point.get(), names::path), bound = get(rec.get(), names::bound), tree = get(point.get(), names::tree);
+  Object path = get(point.get(), names::path), bound = get(rec.get(), names::bound),
+         tree = get(point.get(), names::tree);
   if (!path || !bound || !tree) return nullptr;
   Object key(PyTuple_Pack(3, invoke.get(), path.get(), port));
   Object before = owned(key ? PyDict_GetItemWithError(bound.get(), key.get()) : nullptr);
@@ -190,14 +210,30 @@ inline PyObject* save(PyObject*, PyObject* proxy) {
   });
 }
 
-// prepare(current, proxy, placeholder, leaf, files, is_users, read, save): see Parts.
+// item(envoy, index): what Envoy.__getitem__ does.
+inline PyObject* item(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
+    if (count == 2 && PyLong_CheckExact(args[1])) {
+      Object listed = get(args[0], names::_listed);
+      if (listed && PyList_Check(listed.get())) {
+        Py_ssize_t size = PyList_GET_SIZE(listed.get()), i = PyLong_AsSsize_t(args[1]);
+        if (-size <= i && i < size && !PyErr_Occurred())
+          return Py_NewRef(PyList_GET_ITEM(listed.get(), i < 0 ? i + size : i));
+      }
+      PyErr_Clear();
+    }
+    return PyObject_Vectorcall(parts.item, args, static_cast<size_t>(count), nullptr);
+  });
+}
+
+// prepare(current, proxy, placeholder, leaf, files, is_users, read, save, item, argument): see Parts.
 inline PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 8 || !PyType_Check(args[1]) || !THPVariable_Check(args[2]) || !PyDict_Check(args[4])) {
-    PyErr_SetString(PyExc_TypeError, "it takes the eight parts of recording.h");
+  if (count != 10 || !PyType_Check(args[1]) || !THPVariable_Check(args[2]) || !PyDict_Check(args[4])) {
+    PyErr_SetString(PyExc_TypeError, "it takes the ten parts of recording.h");
     return nullptr;
   }
   for (Py_ssize_t i = 0; i < count; i++) Py_INCREF(args[i]);  // for as long as the process lives
-  parts = {args[0], args[1], args[2], args[3], args[4], args[5], args[6], args[7]};
+  parts = {args[0], args[1], args[2], args[3], args[4], args[5], args[6], args[7], args[8], args[9]};
   Py_RETURN_NONE;
 }
 

@@ -134,18 +134,30 @@ def _known(x: Any) -> Any:
 
 def _called(rec: HostedRecorder, id: int, node: tuple[Any, ...]) -> Step:
     made = rec.made[id]
-    if made is None or not isinstance(made[0], CALLABLE):
-        raise Unfit
-    function, given, named = made
     args: list[Any] = []
     refs: list[int] = []
+    if made is None or not isinstance(made[0], CALLABLE):
+        for place, x in enumerate(node[5]):
+            is_node = type(x) is list and x[0] == wire.Tag.REF
+            refs += (place, x[1]) if is_node else ()
+            args.append(None if is_node else _known(x))
+        named = {k: _known(x) for k, x in node[6].items()} if node[6] else None
+        return _CALL, id, operator(node[4]), tuple(args), tuple(refs), named
+    function, given, by_name = made
     for place, x in enumerate(given):
-        if isinstance(x, torch.Tensor):
-            refs += (place, x._id if type(x) is Proxy else _constant(rec, node, x))
-            args.append(None)
-        else:
-            args.append(_plain(x))
-    return _CALL, id, function, tuple(args), tuple(refs), {k: _plain(v) for k, v in named.items()} if named else None
+        is_node = isinstance(x, torch.Tensor)
+        refs += (place, x._id if type(x) is Proxy else _constant(rec, node, x)) if is_node else ()
+        args.append(None if is_node else _plain(x))
+    named = {k: _plain(x) for k, x in by_name.items()} if by_name else None
+    return _CALL, id, function, tuple(args), tuple(refs), named
+
+
+def operator(name: str) -> Any:
+    """The operator of a name like ``aten::add.Tensor``."""
+    _, _, name = name.partition("::")
+    name, _, overload = name.partition(".")
+    packet = getattr(torch.ops.aten, name)
+    return getattr(packet, overload) if overload else packet
 
 
 def _constant(rec: HostedRecorder, node: tuple[Any, ...], tensor: torch.Tensor) -> int:

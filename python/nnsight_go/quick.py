@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _ffi, positions, proxy, recorder
+from . import _ffi, positions, proxy, recorder, wire
 from .envoy import Envoy
 from .points import Leaf
 from .proxy import Proxy
@@ -16,8 +16,9 @@ from .proxy import Proxy
 def twins() -> dict[Any, Any]:
     """The builtins, by the function that each stands for."""
     output: Any = Envoy.output
-    calls, twins = _ffi.calls(), {output.fget: "output", Proxy.save: "save"}
+    calls, twins = _ffi.calls(), {output.fget: "output", Envoy.__getitem__: "item", Proxy.save: "save"}
     calls["prepare"](
-        recorder.current, Proxy, proxy.PLACEHOLDER, Leaf, positions.files, positions.is_users, Envoy._read, Proxy.save
-    )
+        recorder.current, Proxy, proxy.PLACEHOLDER, Leaf, positions.files, positions.is_users,
+        Envoy._read, Proxy.save, Envoy.__getitem__, wire.argument,
+    )  # fmt: skip
     return {function: calls[name] for function, name in twins.items()}

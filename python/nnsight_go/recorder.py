@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from . import positions, shapes, skipping, wire
+from . import _ffi, positions, shapes, skipping, wire
 from .errors import InputError, NnsightError, NotSavedError, OutOfOrderError, RemoteError
 from .points import Leaf, Point
 from .positions import Place, here
 from .proxy import Proxy
-from .wire import Kind, argument
+from .wire import Kind
 
 if TYPE_CHECKING:
     from .edits import Edit
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 COPY_BYTES = 64 * 1024
 
 _CALL, _INDEX, _SET_INDEX, _ITEM = int(Kind.CALL), int(Kind.INDEX), int(Kind.SET_INDEX), int(Kind.ITEM)
-_READ, _WRITE, _MODULE, _CONST = int(Kind.READ), int(Kind.WRITE), int(Kind.MODULE), int(Kind.CONST)
+_WRITE, _MODULE, _CONST = int(Kind.WRITE), int(Kind.MODULE), int(Kind.CONST)
 _SAVE = int(Kind.SAVE)
 
 _grad_enabled, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
@@ -234,8 +234,7 @@ class Recorder:
             self.made.append(None)
 
     def close_invoke(self) -> None:
-        """Ends the open invoke."""
-        self.invoke = -1
+        """Does what is to be done at the end of the open invoke, where edits came with it: here it is nothing."""
 
     def batch(self, invoke: int) -> tuple[int, int]:
         """Rows of an invoke and tokens of the longest of them."""
@@ -260,7 +259,8 @@ class Recorder:
 
     def _add(self, kind: int, made: tuple[Callable[..., Any], Any, Any] | None, *rest: Any) -> int:
         id = len(self.nodes)
-        self.nodes.append((kind, self.invoke if self.invoke >= 0 else self._owner(), here(), mode_now(), *rest))
+        mode = (1 if _grad_enabled() else 0) | (2 if _inference() else 0)
+        self.nodes.append((kind, self.invoke if self.invoke >= 0 else self._owner(), here(), mode, *rest))
         self.made.append(made)
         return id
 
@@ -284,22 +284,22 @@ class Recorder:
         made: tuple[Callable[..., Any], Any, Any],
     ) -> int:
         """Records a call of an ATen operator; ``made`` is the Python call it stands for."""
-        name = self.number
-        wired = [argument(x, name) for x in args]
-        named = {k: argument(x, name) for k, x in kwargs.items()} if kwargs else None
+        argument = _ffi.calls()["argument"]
+        wired = [argument(x, self) for x in args]
+        named = {k: argument(x, self) for k, x in kwargs.items()} if kwargs else None
         return self._add(_CALL, made, op, wired, named)
 
     def index(self, target: Proxy, index: Any) -> Proxy:
         """Records ``target[index]``."""
-        name = self.number
-        ref, where = [0, name(target)], argument(index, name)
-        return Proxy._make(self, self._add(_INDEX, (shapes.index, (target, index), None), ref, where))
+        argument = _ffi.calls()["argument"]
+        of, where = argument(target, self), argument(index, self)
+        return Proxy._make(self, self._add(_INDEX, (shapes.index, (target, index), None), of, where))
 
     def set_index(self, target: Proxy, index: Any, value: Any) -> None:
         """Records ``target[index] = value``."""
-        name = self.number
-        ref, where, what = [0, name(target)], argument(index, name), argument(value, name)
-        self._add(_SET_INDEX, None, ref, where, what)
+        argument = _ffi.calls()["argument"]
+        of, where, what = argument(target, self), argument(index, self), argument(value, self)
+        self._add(_SET_INDEX, None, of, where, what)
 
     def item(self, of: int, key: int | str) -> Proxy:
         """Records taking one of several results."""
@@ -307,9 +307,9 @@ class Recorder:
 
     def module(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], infer: Callable[..., Any]) -> int:
         """Records calling a module of the model; ``infer(*args, **kwargs)`` gives its results' shapes."""
-        name = self.number
-        wired = [argument(x, name) for x in args]
-        named = {k: argument(x, name) for k, x in kwargs.items()} if kwargs else None
+        argument = _ffi.calls()["argument"]
+        wired = [argument(x, self) for x in args]
+        named = {k: argument(x, self) for k, x in kwargs.items()} if kwargs else None
         return self._add(_MODULE, (infer, args, kwargs), path, wired, named)
 
     # ---- gradients ----
@@ -421,17 +421,8 @@ class Recorder:
 
     def read(self, point: Point, leaf: Leaf) -> Proxy:
         """Records reading one tensor of an access point."""
-        invoke, node, place = self.invoke, len(self.nodes), here()  # most of a block: written out, not by _add
-        writes = len(self._writes.get(invoke, ())) if self._writes else 0
-        mode = (1 if _grad_enabled() else 0) | (2 if _inference() else 0)
-        self.nodes.append((_READ, invoke, place, mode, point.path, point.port, 0, leaf.name))
-        self.made.append((self._leaf_meta, (invoke, point.order, leaf, writes), None))
-        named = self._named.get(invoke)
-        if named is None:
-            named = self._named[invoke] = {}
-        named[node] = (point, place)
-        self._fresh.add(node)
-        return Proxy._make(self, node)
+        proxy: Proxy = _ffi.calls()["read"](self, point, leaf)
+        return proxy
 
     def _used(self, node: int) -> None:
         """Notes the first use of what was read at an access point."""
@@ -717,7 +708,8 @@ class Recorder:
             self.close("the job of its trace has not been waited for")
         else:
             self.close("it was not saved")
-            self._done()
+            for act in self.when_done:
+                act()
 
     def _done(self) -> None:
         """Does what is to be done once the saved values are there."""

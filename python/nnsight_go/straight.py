@@ -120,7 +120,7 @@ class Straight:
         if isinstance(function, hooked.CALLABLE):
             return function(*substituted(args, values), **(substituted(kwargs, values) if kwargs else {}))
         named = {k: wire.value(x, values) for k, x in node[6].items()} if node[6] else {}
-        return operator(node[4])(*[wire.value(x, values) for x in node[5]], **named)
+        return hooked.operator(node[4])(*[wire.value(x, values) for x in node[5]], **named)
 
 
 @contextlib.contextmanager
@@ -129,14 +129,6 @@ def _as_written(rec: HostedRecorder) -> Iterator[None]:
     casts = contextlib.nullcontext() if rec.autocast else torch._C._DisableAutocast()
     with torch.inference_mode(bool(rec.mode & 2)), torch.set_grad_enabled(bool(rec.mode & 1)), casts:
         yield
-
-
-def operator(name: str) -> Any:
-    """The operator of a name like ``aten::add.Tensor``."""
-    _, _, name = name.partition("::")
-    name, _, overload = name.partition(".")
-    packet = getattr(torch.ops.aten, name)
-    return getattr(packet, overload) if overload else packet
 
 
 def _changed(node: tuple[Any, ...]) -> Any:
@@ -159,7 +151,9 @@ def plan(rec: HostedRecorder, wanted: list[int]) -> Schedule | None:
         rec: the recording, at the end of its block.
         wanted: the nodes whose values are to be kept.
     """
-    if rec.gradients is not None or len(rec.made) != len(rec.nodes) or mode_now() != rec.mode or not _unchanged(rec):
+    if rec.gradients is not None or len(rec.made) != len(rec.nodes) or mode_now() != rec.mode:
+        return None
+    if rec.captures and not _unchanged(rec):
         return None
     # remembered by what decides it: a trace in a loop says the same each time
     nodes, known = rec.nodes, rec.hosted.schedules
@@ -263,4 +257,4 @@ def _placed(
 
 def _unchanged(rec: HostedRecorder) -> bool:
     """Whether the tensors from outside are what they were at the lines that use them."""
-    return not rec.captures or all(c.version >= 0 and version(c.original) == c.version for c in rec.captures)
+    return all(c.version >= 0 and version(c.original) == c.version for c in rec.captures)

@@ -30,7 +30,8 @@ _ENTRANCES: dict[str, dict[str, list[str]]] = {
     "model": {"LanguageModel": ["__init__", "trace", "scan", "session", "tokenizer"]},
     "proxy": {
         "Proxy": [
-            "__torch_function__", "__getitem__", "__setitem__", "backward", "save", "value", "shape", "dtype", "ndim", "device", "__len__",
+            "__torch_function__", "__getitem__", "__setitem__", "backward", "save", "value", "shape", "dtype", "ndim",
+            "device", "__len__",
             "__iter__", "__format__", "__deepcopy__", "__reduce_ex__",
         ]
     },
@@ -53,9 +54,9 @@ _installed = False
 
 
 def install() -> None:
-    """Puts boundaries around what a user calls, once a process."""
+    """Readies builtins, and puts boundaries around what a user calls, once a process."""
     global _installed
-    if _installed or os.environ.get("NNSIGHT_GO_TRACEBACK") == "full":
+    if _installed:
         return
     with _lock:
         if _installed:
@@ -65,7 +66,8 @@ def install() -> None:
         from . import quick
 
         twins = quick.twins()
-        for module, classes in _ENTRANCES.items():
+        full = os.environ.get("NNSIGHT_GO_TRACEBACK") == "full"
+        for module, classes in _ENTRANCES.items() if not full else ():
             for cls, names in classes.items():
                 for name in names:
                     _enter(getattr(importlib.import_module(f"{__package__}.{module}"), cls), name, twins)

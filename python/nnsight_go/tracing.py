@@ -83,7 +83,9 @@ class Tracer:
         try:
             stopped = rec.stopped = isinstance(error, Stop) and error.recorder is rec
             if kind is None or stopped:
-                rec.close_invoke()
+                if rec.edits:
+                    rec.close_invoke()
+                rec.invoke = -1
                 rec.finish()
             else:
                 rec.close(f"its block was left by {kind.__name__}")
@@ -251,8 +253,7 @@ class Invoker:
     ) -> bool:
         rec = self._tracer._recorder
         stopped = isinstance(error, Stop) and error.recorder is rec
-        if kind is None or stopped:
+        if rec.edits and (kind is None or stopped):
             rec.close_invoke()
-        else:
-            rec.invoke = -1
+        rec.invoke = -1
         return stopped

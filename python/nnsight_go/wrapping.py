@@ -115,7 +115,7 @@ class HostedRecorder(Recorder):
 
     def look_near(self) -> None:
         """Finds out which access points the open invoke's pass has."""
-        if self.invoke in self._passes:
+        if self.invoke in self._passes and self.invoke not in self.layouts:
             self.layout(self.invoke)
 
     def look_inside(self) -> None:
@@ -190,7 +190,13 @@ class HostedRecorder(Recorder):
         if end and self._run is None and not (self.edits and any(v.edit for v in self.invokes)):
             schedule = straight.plan(self, ids)
             if schedule is not None:
-                self._straight(schedule, ids, adopt)
+                program = schedule.program
+                if program is None or self.stopped or self.left or any(map(compiled, program.around)):
+                    block = straight.Straight(self, schedule)
+                    self._do(block, ids)
+                    become(adopt, [block.values[id] for id in ids])
+                else:
+                    hooked.run(self, program, ids, adopt)
                 self._unkept = ids
                 return []
         for node in self.nodes[self._told :]:
@@ -259,12 +265,11 @@ class HostedRecorder(Recorder):
         )
 
     def close_invoke(self) -> None:
-        """Ends the open invoke."""
-        if self.edits and self.invoke >= 0 and not self.stopped:
+        """Does what is to be done at the end of the open invoke, where edits came with it."""
+        if self.invoke >= 0 and not self.stopped:
             last = self._carry_on()
             if last is not None:
                 self.save(last)
-        self.invoke = -1
 
     def _carry_on(self) -> Proxy | None:
         """A value that has the pass come to all its edits, where no line goes so far: what it does may show them."""
@@ -283,20 +288,10 @@ class HostedRecorder(Recorder):
             return self.read(*last)
         return None
 
-    def _straight(self, schedule: straight.Schedule, ids: list[int], adopt: list[Proxy]) -> None:
-        """Does a block that goes straight ahead, without the engine. These proxies become the values of nodes."""
-        program = schedule.program
-        if program is not None and not self.stopped and not self.left and not any(map(compiled, program.around)):
-            hooked.run(self, program, ids, adopt)
-            return
-        block = straight.Straight(self, schedule)
-        self._do(block, ids)
-        become(adopt, [block.values[id] for id in ids])
-
     failure = hooked.failure
 
     def _do(self, block: straight.Straight, ids: list[int]) -> None:
-        """Does its nodes, in the passes of all invokes."""
+        """Does a block that goes straight ahead, without the engine, in the passes of all its invokes."""
         if self.stopped:
             last = max((self.nodes[id][1] for id in ids), default=-1)
             for invoke in range(last + 1):
