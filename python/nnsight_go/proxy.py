@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 # An integer without axes, because torch takes that, and no other tensor, for a number where it wants one.
 PLACEHOLDER = torch.empty((), dtype=torch.int64, device="meta")
 
-_BACKWARD, _GETITEM, _SETITEM = torch.Tensor.backward, torch.Tensor.__getitem__, torch.Tensor.__setitem__
+_BACKWARD, _GETITEM = torch.Tensor.backward, torch.Tensor.__getitem__
 
 
 class _Told:
     """Who records what is done with proxies: ``torchmap`` says so, which knows of them."""
 
     dispatch: Callable[..., Any]
+    set_item: Callable[[Any, Any, Any], None]
 
 
 told = _Told()
@@ -102,7 +103,7 @@ class Proxy(torch.Tensor):
         return told.dispatch(_GETITEM, _KIND, (self, index), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        told.dispatch(_SETITEM, _KIND, (self, index, value), {})
+        told.set_item(self, index, value)
 
     # ---- facts ----
 

@@ -16,6 +16,7 @@ from .computing import compute
 
 _push, _pop = torch._C._push_on_torch_function_stack, torch._C._pop_torch_function_stack
 _default_dtype, _transform = torch.get_default_dtype, transforms.active
+_SETITEM = torch.Tensor.__setitem__
 
 
 class Mode(TorchFunctionMode):
@@ -74,4 +75,17 @@ def dispatch(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         return compute(rec, func, args, kwargs)
 
 
-told.dispatch = dispatch
+_NUMBERS = (int, float, bool)
+
+
+def set_item(target: Proxy, index: Any, value: Any) -> None:
+    """Records ``target[index] = value``; a number, which most blocks store, takes the straight way."""
+    rec = current.recorder
+    straight = rec is not None and rec.localized is None and type(value) in _NUMBERS
+    if straight and _transform() is None and _default_dtype() is rec.default_dtype:  # type: ignore[union-attr]
+        rec.set_index(target, index, value)  # type: ignore[union-attr]
+        return
+    dispatch(_SETITEM, (Proxy,), (target, index, value), {})
+
+
+told.dispatch, told.set_item = dispatch, set_item
