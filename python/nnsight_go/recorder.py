@@ -695,7 +695,7 @@ class Recorder:
                 self.alive(p)
         if saved or self.must_run():
             brought: list[Proxy] = []
-            if self.elsewhere and self.gradients is not None:
+            if self.gradients is not None and self.elsewhere:
                 brought, put = self.gradients.brought(saved)
                 self.when_done.append(put)
             count = len(self.nodes)
