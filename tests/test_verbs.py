@@ -487,7 +487,7 @@ def test_values_flow_through_a_session(either: Pair) -> None:
         with either.model.trace(a):
             state = either.layers[1].output[0][:, -1]
             kept["all"].append(either.layers[0].output[0])
-        assert type(state) is torch.Tensor, "between its traces values are tensors"
+        assert isinstance(state, torch.Tensor), "between its traces values are tensors"
         doubled = state * 2
         with either.model.trace() as tracer:
             with tracer.invoke(b):

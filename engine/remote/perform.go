@@ -73,9 +73,12 @@ func (p *Performer) Perform(ctx context.Context, owner string, r *Request) (out 
 		}
 		defer back()
 	}
-	if r.Kind == Trace {
+	switch r.Kind {
+	case Trace:
 		err = x.trace()
-	} else {
+	case Session:
+		err = x.session()
+	default:
 		err = x.generate(owner)
 	}
 	if err != nil {
@@ -92,6 +95,7 @@ type performing struct {
 	response Response
 	writer   Writer
 	bytes    int64 // of results so far
+	kept     *kept // of a session
 }
 
 func (p *Performer) begin(ctx context.Context, r *Request) *performing {
@@ -132,10 +136,17 @@ func (x *performing) setGenerator(name string) error {
 }
 
 func (x *performing) trace() error {
-	s, p := &x.request.Steps[0], &x.request.programs[0]
+	results, err := x.traceStep(0)
+	x.response.Steps = append(x.response.Steps, results)
+	return err
+}
+
+// traceStep runs a step that is a trace.
+func (x *performing) traceStep(at int) (out StepResult, err error) {
+	s, p := &x.request.Steps[at], &x.request.programs[at]
 	consts, err := x.constants(s)
 	if err != nil {
-		return err
+		return out, err
 	}
 	var run *host.Run
 	if p.whole != nil {
@@ -144,11 +155,9 @@ func (x *performing) trace() error {
 		run, err = x.Model.Begin(p.graph, consts, s.End)
 	}
 	if err != nil {
-		return err
+		return out, err
 	}
-	results, err := x.results(run, p.last, s)
-	x.response.Steps = append(x.response.Steps, results)
-	return err
+	return x.results(run, p.last, at)
 }
 
 // finish brings a run to its end. The tensors are the caller's.
@@ -166,8 +175,9 @@ func finish(ctx context.Context, run *host.Run) ([]graph.Result, []aten.Tensor, 
 	return run.Results()
 }
 
-// results brings a run to its end and gives what was wanted of it, of save nodes from one on.
-func (x *performing) results(run *host.Run, from graph.ID, s *Step) (out StepResult, err error) {
+// results brings the run of a step to its end and gives what was wanted of it, of save nodes from one on.
+func (x *performing) results(run *host.Run, from graph.ID, at int) (out StepResult, err error) {
+	s := &x.request.Steps[at]
 	results, tensors, err := finish(x.ctx, run)
 	if err != nil {
 		return out, err
@@ -180,6 +190,13 @@ func (x *performing) results(run *host.Run, from graph.ID, s *Step) (out StepRes
 		if result.Node >= from {
 			wanted = append(wanted, result)
 		}
+	}
+	if x.kept != nil {
+		wanted = inOrder(wanted)
+		if err := x.kept.take(at, wanted, tensors); err != nil {
+			return out, err
+		}
+		wanted = without(wanted, s.Unsent)
 	}
 	return x.answer(wanted, tensors, s)
 }
@@ -243,6 +260,9 @@ func (x *performing) constants(s *Step) (out []aten.Tensor, err error) {
 func (x *performing) constant(c *Constant) (aten.Tensor, error) {
 	if c.Parameter != "" {
 		return x.Model.Constant(c.Parameter)
+	}
+	if c.Result != nil {
+		return x.kept.tensors[*c.Result].Share()
 	}
 	t, err := x.given(c)
 	if err != nil {
@@ -340,7 +360,7 @@ func (x *performing) step(g *gen.Generation, at int, ran bool) (scored bool, err
 		if err != nil {
 			return false, err
 		}
-		if out, err = x.results(run, p.last, s); err != nil {
+		if out, err = x.results(run, p.last, at); err != nil {
 			return false, err
 		}
 	}

@@ -23,6 +23,7 @@ const version = 1
 const (
 	Trace    = "trace"
 	Generate = "generate"
+	Session  = "session" // traces, one after the other, whose values later ones use
 )
 
 // What a step may be asked to give.
@@ -33,8 +34,11 @@ const (
 	WantLeft    = "left"
 )
 
-// MaxSteps is the most steps of a request.
-const MaxSteps = 1 << 16
+// MaxSteps is the most steps of a request, and MaxTraces of a session.
+const (
+	MaxSteps  = 1 << 16
+	MaxTraces = 1 << 12
+)
 
 // Request is what a client asks for.
 type Request struct {
@@ -58,19 +62,29 @@ type Request struct {
 type Step struct {
 	Program   []string   `json:"program"` // tensors that hold the parts of its graph
 	Constants []Constant `json:"constants"`
-	End       bool       `json:"end"`  // its program is complete
-	Want      []string   `json:"want"` // what of it is to come back
+	End       bool       `json:"end"`              // its program is complete
+	Want      []string   `json:"want"`             // what of it is to come back
+	Unsent    []int      `json:"unsent,omitempty"` // which of its results do not, since only later steps use them
 	Scores    string     `json:"scores,omitempty"`
 	Ended     []bool     `json:"ended,omitempty"`
 	Random    string     `json:"random,omitempty"` // tensor that holds the generator's state before its tokens are drawn
 }
 
-// Constant says where a tensor that a graph numbers is: in the file, uploaded before, or in the model.
+// Constant says where a tensor that a graph numbers is: in the file, uploaded before, in the model, or among the
+// results of an earlier step.
 type Constant struct {
 	Tensor    string `json:"tensor,omitempty"`
 	Hash      string `json:"hash,omitempty"`
 	Parameter string `json:"parameter,omitempty"`
 	Grad      bool   `json:"grad,omitempty"` // autograd follows it
+	Result    *Place `json:"result,omitempty"`
+}
+
+// Place is where a session finds a value of an earlier step: which of the results that are wanted of it, in the order
+// of their nodes.
+type Place struct {
+	Step   int `json:"step"`
+	Number int `json:"number"`
 }
 
 // Prompt is what a generation goes on from.
@@ -123,6 +137,9 @@ func Parse(data []byte, l Limits) (*Request, error) {
 		}
 		r.programs = append(r.programs, p)
 	}
+	if err := r.checkPlaces(); err != nil {
+		return nil, err
+	}
 	tokens := r.Tokens()
 	if l.Tokens > 0 && tokens > l.Tokens {
 		return nil, fault.New(fault.Remote, "the request has %d tokens, and this server takes %d at once", tokens, l.Tokens).
@@ -137,10 +154,14 @@ func (r *Request) check(l Limits) error {
 		return malformed("it is of version %d, and this is version %d", r.Version, version)
 	case r.Kind == Trace && len(r.Steps) != 1:
 		return malformed("a trace has one step, and not %d", len(r.Steps))
-	case r.Kind != Trace && r.Kind != Generate:
+	case r.Kind != Trace && r.Kind != Generate && r.Kind != Session:
 		return malformed("there is no kind %q", r.Kind)
 	case len(r.Steps) == 0 || len(r.Steps) > MaxSteps:
 		return malformed("it has %d steps", len(r.Steps))
+	case r.Kind == Session && len(r.Steps) > MaxTraces:
+		return malformed("a session of %d traces is more than the %d that go into one", len(r.Steps), MaxTraces)
+	case r.Kind == Session && slices.ContainsFunc(r.Steps, func(s Step) bool { return !s.End }):
+		return malformed("a trace of a session has no end")
 	case r.Kind == Generate && (r.Prompt == nil || r.Settings == nil):
 		return malformed("a generation has a prompt and settings")
 	case r.Kind == Generate && r.Settings.Sample && r.Random == "":
@@ -188,10 +209,10 @@ func (r *Request) program(s *Step) (p program, err error) {
 	return p, nil
 }
 
-// atStep notes the step of a generation that an error is of.
+// atStep notes the step of a generation, or the trace of a session, that an error is of.
 func atStep(err error, kind string, step int) error {
 	e := fault.As(err)
-	if kind == Generate {
+	if kind != Trace {
 		e.Step = step
 	}
 	return e

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
 
 import torch
 
-from . import positions, saving, shapes, stored, torchmap
+from . import positions, saving, sessions, shapes, stored, torchmap
 from .errors import GraphError, InputError, OpError
 from .positions import here
 from .proxy import Proxy
@@ -302,6 +302,7 @@ class Editing(Generic[Model]):
                 **positions.fields(here()),
             )
         saving.mount()
+        sessions.flush()
         self._recorder = self._begin()
         self._mode = torchmap.Mode()
         self._mode.__enter__()

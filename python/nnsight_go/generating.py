@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from . import foreign, positions, saving
+from . import foreign, positions, saving, sessions
 from .barrier import Barrier
 from .cache import Cache, conversion, follow
 from .continuation import Continuation
@@ -148,6 +148,7 @@ class Generating:
             )
         self._used = self._inside = True
         saving.mount()
+        sessions.flush()
         if self._own is not None:
             self._own.enter()
         return self

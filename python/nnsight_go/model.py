@@ -302,8 +302,10 @@ class LanguageModel(Envoy, Editable):
         foreign.options("a scan", kwargs, foreign.TRACE)
         return Tracer(self, inputs, kwargs, ScanRecorder)
 
-    def session(self, remote: bool | str | None = None, **kwargs: Any) -> Session:
+    def session(self, remote: bool | str | None = None, blocking: bool = True, **kwargs: Any) -> Session:
         """Several traces in which values flow from one to the next without being saved.
+
+        Those that run elsewhere are one job, done at the end, or when a line needs one of their values.
 
         ::
 
@@ -313,11 +315,16 @@ class LanguageModel(Envoy, Editable):
                 with model.trace("World"):
                     model.transformer.h[5].output[0][:, -1] = h[:, -1]
                     logits = model.lm_head.output.save()
+
+        Args:
+            remote: where its traces run: see ``trace``.
+            blocking: wait for the values of traces that run elsewhere. Without, ``session.job`` is their job.
+            kwargs: options of other tools, which have no meaning here.
         """
         foreign.options("a session", kwargs, foreign.TRACE)
         if kwargs:
             raise TypeError(f"a session does not take {', '.join(sorted(kwargs))}")
-        return Session(remote)
+        return Session(remote, blocking)
 
     def edit(self, inplace: bool = False) -> Editing[Self]:
         """Records interventions that every later trace brings along: ``with model.edit() as edited:``.

@@ -188,8 +188,12 @@ class Proxy(torch.Tensor):
     def __copy__(self) -> Any:
         return self.detach()
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        self._rec.alive(self)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        rec = self._rec
+        if rec.waiting is not None:
+            rec.outside(self)
+            return self.__reduce_ex__(protocol)  # of the tensor that it is now
+        rec.alive(self)
         raise TypeError(
             f"{self._label()} has no value yet and cannot be pickled: save it, and pickle it after the block"
         )

@@ -7,6 +7,7 @@ are inferred when they are asked for.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .edits import Edit
     from .gradients import Gradients
     from .native import Native
+    from .remote.gathering import Gathered
     from .remote.jobs import Job
     from .runners import Runner, Running
     from .sessions import Living
@@ -99,6 +101,9 @@ class _Sent:
 _NOTHING = _Sent()
 _ZERO = torch.zeros(())
 
+OF_SESSION = -2
+"""In place of the version of a captured value that an earlier trace of the session will have given."""
+
 
 class Results:
     """Stands for the several results of one node, in ``made`` of the items taken from it."""
@@ -136,6 +141,8 @@ class Recorder:
     living: Living | None = None  # where values outlive the trace: those in use when it ends
     _batch_asked: Place = None
     gradients: Gradients | None = None  # what the block says of them, if it does
+    gathered: Gathered | None = None  # traces of the session that this one goes with, and that wait for its end
+    waiting: Gathered | None = None  # the same, once it has ended
     job: Job | None = None  # that saved values wait for
     _run: Running | None = None  # what the engine does of this trace, once a value was needed
     _sent = _NOTHING
@@ -266,9 +273,9 @@ class Recorder:
 
     def number(self, tensor: torch.Tensor) -> int:
         """The node of a tensor that an operation uses: a proxy's own, or a constant's."""
+        if type(tensor) is Proxy and tensor._rec is not self:
+            tensor = self._of_session(tensor)
         if type(tensor) is Proxy:
-            if tensor._rec is not self:
-                tensor._rec.refuse(tensor)
             if self._failed and tensor._id in self._failed:
                 raise self._failed[tensor._id]
             if tensor._id in self._fresh or tensor._id in self._looked:
@@ -307,6 +314,8 @@ class Recorder:
 
     def module(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], infer: Callable[..., Any]) -> int:
         """Records calling a module of the model; ``infer(*args, **kwargs)`` gives its results' shapes."""
+        if self.localized is not None:
+            args, kwargs = self.localized(args), self.localized(kwargs)
         argument = _ffi.calls()["argument"]
         wired = [argument(x, self) for x in args]
         named = {k: argument(x, self) for k, x in kwargs.items()} if kwargs else None
@@ -365,6 +374,96 @@ class Recorder:
         capture = _Capture(tensor, version, sent, len(self.captures), here())
         self.captures.append(capture)
         return capture
+
+    # ---- sessions of which a server makes one job ----
+
+    def gather(self, gathered: Gathered) -> None:
+        """Notes that this trace waits with others, and may use their values."""
+        self.gathered, self.localized = gathered, self._from_session
+
+    def _leave(self) -> None:
+        """Goes on by itself: the traces that wait are done before it."""
+        assert self.gathered is not None
+        self.gathered.flush()
+        self.gathered = None
+        for capture in self.captures:
+            if capture.version == OF_SESSION:
+                later: Any = capture.sent
+                capture.original = capture.sent = later.where()
+                capture.version = version(capture.sent)
+
+    def _from_session(self, x: Any) -> Any:
+        """Arguments with values of traces that wait replaced by what stands for them here, so that shapes are known."""
+        if type(x) is Proxy and x._rec is not self and x._rec.waiting is not None:
+            return self._of_session(x)
+        if type(x) is list or type(x) is tuple:
+            return type(x)(map(self._from_session, x))
+        return {k: self._from_session(v) for k, v in x.items()} if type(x) is dict else x
+
+    def _of_session(self, proxy: Proxy) -> torch.Tensor:
+        """What stands here for a value of a trace that waits; the value itself, where it has to come first."""
+        other = proxy._rec
+        if other.waiting is None:
+            other.refuse(proxy)
+        meta = other.metas.get(proxy._id)
+        if other.waiting is not self.gathered or meta is None:
+            other.waiting.flush()
+            return proxy
+        known = self._captured.get(id(proxy))
+        if known is None:
+            later: Any = other.waiting.later(proxy)
+            known = _Capture(later, OF_SESSION, later, len(self.captures), here())
+            self._captured[id(proxy)] = known
+            self.captures.append(known)
+        owner = self._owner()
+        node = self._const_nodes.get((owner, known.index))
+        if node is None:
+            node = self._add(_CONST, (meta.clone, (), None), known.index)
+            self._const_nodes[owner, known.index] = node
+        return Proxy._make(self, node)
+
+    def outside(self, proxy: Proxy) -> None:
+        """Sees to it that a value is there that a line outside of every trace uses."""
+        if self.waiting is None:
+            self.refuse(proxy)
+        self.waiting.flush()
+
+    def saved_proxies(self) -> list[Proxy]:
+        """The proxies of this trace that the block has saved."""
+        return [p for p in {id(p): p for p in proxies(self.saved())}.values() if p._rec is self]
+
+    def _wait(self, metas: dict[int, Any]) -> None:
+        """Ends the trace as far as it can be without its values."""
+        self.waiting, self.metas = self.gathered, metas
+        self.invoke = -1
+
+    def arrived(self) -> None:
+        """Ends it: its saved values are tensors now."""
+        self.waiting = None
+        self.close("it was not saved")
+        self._done()
+
+    def waits_for(self, job: Job, which: Sequence[int], number: int) -> None:
+        """Ends it, of which a job will give the values: ``which`` of the job's were saved. It is trace ``number``."""
+
+        def failed(error: NnsightError) -> None:
+            if error.step == number:
+                self.count(error)
+                error.step = None  # it is no step of a generation
+            self._failed_later(error)
+
+        self.waiting, self.job = None, job
+        job._then(which, self._done, failed)
+        self.close("the job of its session has not been waited for")
+
+    def _known(self) -> dict[int, Any]:
+        """Meta tensors of values that later traces may ask for, as far as they can be told without running anything."""
+        found = {}
+        for proxy in proxies([self.saved(), self.living.now() if self.living is not None else []]):
+            if proxy._rec is self and proxy._id not in found:
+                with contextlib.suppress(Exception):  # it is known once it is there
+                    found[proxy._id] = shapes.infer(self, proxy._id, run=False)
+        return found
 
     def constant(self, tensor: torch.Tensor) -> Proxy:
         """A proxy for a tensor from outside."""
@@ -469,6 +568,8 @@ class Recorder:
                 hint="Assign a tensor (torch.full_like(old, value)), or change it in place (output[:] = value).",
                 **positions.fields(here()),
             )
+        if type(value) is Proxy and value._rec.waiting is not None:
+            value = self._of_session(value)
         proxy = value if type(value) is Proxy else self.constant(value)
         self._writes.setdefault(self.invoke, []).append(_Write(self.invoke, point.order, leaf, proxy))
         self._add(_WRITE, None, point.path, point.port, 0, leaf.name, [0, self.number(proxy)])
@@ -479,6 +580,9 @@ class Recorder:
     def meta(self, proxy: Proxy) -> torch.Tensor:
         """A meta tensor of the proxy's sizes, strides and dtype; runs the graph only where it must."""
         meta = self.metas.get(proxy._id)
+        if meta is None and self.waiting is not None:
+            self.waiting.flush()
+            return shapes.meta_of(proxy)
         if meta is None:
             self.alive(proxy)
             meta = shapes.infer(self, proxy._id)
@@ -544,6 +648,9 @@ class Recorder:
         stands there until it hears more.
         """
         wanted = list(wanted)
+        if self.waiting is not None:
+            self.waiting.flush()
+            return [p.detach().clone() for p in wanted]
         for p in wanted:
             self.alive(p)
             if p._rec is self:
@@ -570,7 +677,7 @@ class Recorder:
     def check_captures(self) -> None:
         """Raises where a tensor from outside is not what it was when a line used it."""
         for c in self.captures:
-            if c.sent is c.original and version(c.original) != c.version:
+            if c.sent is c.original and c.version != OF_SESSION and version(c.original) != c.version:
                 raise InputError(
                     f"a tensor of sizes {list(c.original.shape)} that the block uses was changed in place after that",
                     hint="Tensors of more than 64 KiB are used as they are: pass a copy (.clone()) if you change it.",
@@ -609,6 +716,10 @@ class Recorder:
             else:
                 self._run.more(data, constants, end)
             self._sent = _Sent(len(self.nodes), len(self.invokes), len(self.captures), sent.positions + len(rows))
+            if end and self.gathered is not None:
+                run: Any = self._run
+                self.gathered.add(self, run.part, adopt or ())
+                return []
             return self._run.results(adopt)
         except BaseException as error:
             end = True
@@ -684,27 +795,36 @@ class Recorder:
         if self.at_end:
             self.conclude()
         saved = list(self._saved.values())
+        if self.gathered is not None and (self.when_done or self.gradients is not None):
+            self._leave()  # what it does beside giving values is to be seen when it has ended
+        brought: list[Proxy] = []
+        if self.gradients is not None and self.elsewhere:
+            held = [] if self.living is None else self.living.now()
+            brought, put = self.gradients.brought(list({id(p): p for p in proxies([saved, held])}.values()))
+            self.when_done.append(put)
+        metas = self._known() if self.gathered is not None else {}
         if self.living is not None:
             # these hold proxies too
             self.made, self.metas, self.bound, self._forced, self._writes = [], {}, {}, (-1, {}), {}
             saved += self.living.now()
         if self.living is not None or not {Proxy}.issuperset(map(type, saved)):  # some twice, or in containers
             saved = list({id(p): p for p in proxies(saved)}.values())
+        if self.gathered is not None:
+            saved = [p for p in saved if p._rec is self]  # others come with their own trace
         if self._failed or self.closed is not None:
             for p in saved:
                 self.alive(p)
         if saved or self.must_run():
-            brought: list[Proxy] = []
-            if self.gradients is not None and self.elsewhere:
-                brought, put = self.gradients.brought(saved)
-                self.when_done.append(put)
             count = len(self.nodes)
             wanted = saved + brought
             self._go_on([p._id for p in wanted], end=True, adopt=wanted)
             self.kept = list(range(count, count + len(saved)))
+            if self.gathered is not None:
+                self._wait(metas)
+                return
         self.job = self.runner.job
         if self.job is not None:
-            self.job._then(len(saved), self._done, self._failed_later)
+            self.job._then(range(len(saved)), self._done, self._failed_later)
             self.close("the job of its trace has not been waited for")
         else:
             self.close("it was not saved")
@@ -730,6 +850,7 @@ class Recorder:
             self._free()
         self.closed = why
         self.made = []  # nodes stay: errors name values by them, and so do constants, for the graph
+        self.waiting = None
         nothing: dict[Any, Any] = {}  # one for all: none of them is filled any more
         self.metas = self.bound = self._captured = self._saved = self._const_nodes = self.moved = nothing
         self._named = self._looked = self._writes = nothing
@@ -737,6 +858,8 @@ class Recorder:
 
     def alive(self, proxy: Proxy) -> None:
         """Raises where a proxy can no longer be used, or not here."""
+        if self.waiting is not None:
+            return
         if self.closed is not None or current.recorder is not self:
             self.refuse(proxy)
         if self._failed and proxy._id in self._failed:
@@ -751,9 +874,10 @@ class Recorder:
                 hint="Save it there, and use it once that trace has ended.",
             )
         if self.job is not None:
+            of = "tracer" if self.gathered is None else "session"
             raise RemoteError(
                 f"{name} is not there yet: {self.closed}",
-                hint="Wait for it: `tracer.job.result()`, or `await tracer.job`.",
+                hint=f"Wait for it: `{of}.job.result()`, or `await {of}.job`.",
             )
         raise NotSavedError(
             f"{name} cannot be used after its trace: {self.closed}",

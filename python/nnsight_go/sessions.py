@@ -14,6 +14,9 @@ from .recorder import current
 
 if TYPE_CHECKING:
     from .proxy import Proxy
+    from .recorder import Recorder
+    from .remote.gathering import Gathered
+    from .remote.jobs import Job
 
 
 class _Open(threading.local):
@@ -28,12 +31,22 @@ opened = _Open()
 class Session:
     """Traces that share their values: at the end of each, every value that is still in use becomes its tensor.
 
+    Traces of a session that run on a server are one job, which is done when the session ends, or when a line needs one
+    of their values.
+
     Args:
         remote: where its traces run, unless one says otherwise.
+        blocking: wait for the values of such a job at the end.
+
+    Attributes:
+        job: that of the session, where nobody waits for it.
     """
 
-    def __init__(self, remote: bool | str | None = None) -> None:
-        self.remote = remote
+    job: Job | None = None
+
+    def __init__(self, remote: bool | str | None = None, blocking: bool = True) -> None:
+        self.remote, self._blocking = remote, blocking
+        self._gathered: Gathered | None = None  # the traces that wait
 
     def __enter__(self) -> Session:
         if opened.session is not None:
@@ -51,11 +64,45 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         opened.session = None
+        if self._gathered is None:
+            return
+        if kind is not None:
+            self._gathered.abandon(f"its session was left by {kind.__name__}")
+        elif self._blocking:
+            self._gathered.flush()
+        else:
+            self.job = self._gathered.submit()
+
+    def begins(self, rec: Recorder) -> None:
+        """Notes that a trace begins: it waits with those that have ended, where it can, or they are done now."""
+        from .remote.gathering import Gathered
+        from .remote.runs import Remote
+
+        rec.living = Living()
+        if not rec.plain or not isinstance(rec.runner, Remote):
+            self.flush()
+            return
+        if self._gathered is None or not self._gathered.goes_with(rec.runner):
+            self.flush()
+            self._gathered = Gathered(rec.runner)
+        rec.runner.session = self
+        rec.gather(self._gathered)
+
+    def flush(self) -> None:
+        """Has the traces done that wait."""
+        if self._gathered is not None:
+            self._gathered.flush()
 
 
-def session(remote: bool | str | None = None) -> Session:
+def flush() -> None:
+    """Has the traces done that wait in the session of this thread, before something that is none of them begins."""
+    if opened.session is not None:
+        opened.session.flush()
+
+
+def session(remote: bool | str | None = None, blocking: bool = True) -> Session:
     """Several traces in which values flow from one to the next without being saved: ``model.session()``."""
-    return Session(remote)
+    return Session(remote, blocking)
 
 
 class Living:

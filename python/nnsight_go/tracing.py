@@ -15,7 +15,7 @@ from .cache import Cache, conversion, gather
 from .errors import InputError
 from .graphs import Graph
 from .positions import here
-from .recorder import Recorder, current
+from .recorder import OF_SESSION, Recorder, current
 from .steps import Chosen, Steps
 from .stopping import Stop
 from .stored import Facts, Recording
@@ -68,7 +68,7 @@ class Tracer:
         saving.mount()
         if sessions.opened.session is not None:
             remotely.waits(self._recorder.runner, "a trace of a session")
-            self._recorder.living = sessions.Living()
+            sessions.opened.session.begins(self._recorder)
         if self._input is not None:
             self._recorder.open_invoke(*self._input)
         self._mode.__enter__()
@@ -121,7 +121,8 @@ class Tracer:
         if job is None:
             raise InputError(
                 "this trace has no job: nothing of it waits on a server",
-                hint="A block with remote=..., blocking=False that saves something has one when it has ended.",
+                hint="A block with remote=..., blocking=False that saves something has one when it has ended; "
+                "the traces of a session have one together, `session.job`.",
                 **positions.fields(here()),
             )
         return job
@@ -149,6 +150,12 @@ class Tracer:
         """What has been recorded so far; after the block, the whole trace."""
         rec = self._recorder
         rec.settle()
+        if any(c.version == OF_SESSION for c in rec.captures):
+            raise InputError(
+                "this trace uses values of an earlier one of its session, which only their job knows",
+                hint="Look at the graph of the same trace outside of a session, or of one that runs here.",
+                **positions.fields(here()),
+            )
         recording = Recording(
             [v.wire() for v in rec.invokes],
             list(rec.nodes),

@@ -613,7 +613,7 @@ class NNsight(ModuleEnvoy, Editable):
             return tracer
         return tracer._output() if self._edits else self._module(*args, **kwargs)
 
-    def session(self, remote: bool | str | None = None, **kwargs: Any) -> sessions.Session:
+    def session(self, remote: bool | str | None = None, blocking: bool = True, **kwargs: Any) -> sessions.Session:
         """Several traces in which values flow from one to the next without being saved."""
         remotely.refuse(remote)
         return sessions.Session()

@@ -45,7 +45,7 @@ var Priorities = []Priority{High, Normal, Low}
 type Job struct {
 	ID       string       `json:"id"`
 	Model    string       `json:"model"`
-	Kind     string       `json:"kind"` // of the request: "trace" or "generate"
+	Kind     string       `json:"kind"` // of the request: "trace", "generate" or "session"
 	State    State        `json:"state"`
 	Position int          `json:"position,omitempty"` // jobs that are taken before it, while it is queued
 	Created  time.Time    `json:"created"`

@@ -36,7 +36,7 @@ class Job:
     def _start(self, id: str, server: Server, adopt: Sequence[Proxy], device: torch.device) -> None:
         self.id, self._server = id, server
         self._adopt, self._device = list(adopt), device
-        self._count: int | None = None  # of the values that the program has saved: others follow them
+        self._which: Sequence[int] | None = None  # of its values the program has saved
         self._lock = threading.Lock()
         self._values: list[torch.Tensor] | None = None
         self._error: NnsightError | None = None
@@ -115,7 +115,7 @@ class Job:
         if adopt:
             become(adopt, values)
             values = list(adopt)
-        self._values = values[: self._count]
+        self._values = values if self._which is None else [values[i] for i in self._which]
         for act in self._when_done:
             act()
         self._when_done, self._when_failed = [], []
@@ -126,9 +126,9 @@ class Job:
             act(error)
         self._when_done, self._when_failed = [], []
 
-    def _then(self, count: int, done: Callable[[], None], failed: Callable[[NnsightError], None]) -> None:
+    def _then(self, which: Sequence[int], done: Callable[[], None], failed: Callable[[NnsightError], None]) -> None:
         """Notes what is to be done once the values are there, or will never be."""
-        self._count = count
+        self._which = which
         self._when_done.append(done)
         self._when_failed.append(failed)
 

@@ -26,6 +26,11 @@ class InProcess:
         self._native = native
 
     @property
+    def where(self) -> object:
+        """All ways to this process are alike."""
+        return None
+
+    @property
     def uploads(self) -> None:
         """None: everything travels in the request."""
         return None

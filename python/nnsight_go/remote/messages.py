@@ -11,6 +11,7 @@ import torch
 
 from .. import wire
 from ..native import NoTensor
+from ..proxy import Proxy
 from ..runners import Drawn
 from . import file
 
@@ -23,8 +24,37 @@ VERSION = 1
 UPLOAD_BYTES = 64 * 1024
 
 
+class Place(msgspec.Struct, frozen=True):
+    """Where a session finds a value of an earlier step: which of its results, in the order of their nodes."""
+
+    step: int
+    number: int
+
+
+class Later:
+    """Stands for a value of an earlier trace of the session, among the tensors that a graph numbers.
+
+    Args:
+        proxy: of the value. It is the value itself once the job of that trace is done.
+        place: where the job has it, as long as it is to come.
+    """
+
+    def __init__(self, proxy: Proxy, place: Place) -> None:
+        self._proxy: torch.Tensor | None = proxy
+        self._place = place
+
+    def let_go(self) -> None:
+        """No longer keeps a value alive that is to come: nobody but the job needs it."""
+        if type(self._proxy) is Proxy:
+            self._proxy = None
+
+    def where(self) -> torch.Tensor | Place:
+        """The value, or where the job has it."""
+        return self._place if self._proxy is None or type(self._proxy) is Proxy else self._proxy
+
+
 class Constant(msgspec.Struct, omit_defaults=True):
-    """Where a tensor that a graph numbers is: in the request, uploaded before, or in the model.
+    """Where a tensor that a graph numbers is: in the request, uploaded before, in the model, or among earlier results.
 
     Attributes:
         grad: whether autograd follows it.
@@ -34,6 +64,7 @@ class Constant(msgspec.Struct, omit_defaults=True):
     hash: str = ""
     parameter: str = ""
     grad: bool = False
+    result: Place | None = None
 
 
 class Step(msgspec.Struct, omit_defaults=True):
@@ -43,6 +74,7 @@ class Step(msgspec.Struct, omit_defaults=True):
     constants: list[Constant]
     end: bool
     want: list[str]
+    unsent: list[int] = []
     scores: str = ""
     ended: list[bool] | None = None
     random: str = ""
@@ -106,7 +138,7 @@ class Part(msgspec.Struct):
     """
 
     graphs: list[bytes]
-    constants: list[torch.Tensor]
+    constants: list[torch.Tensor | Later]
     end: bool = False
     want: list[str] = []
     scores: torch.Tensor | None = None
@@ -132,7 +164,7 @@ class Message:
         program = [self._add("graph", graph) for graph in part.graphs]
         constants = [self._constant(tensor) for tensor in part.constants]
         scores, random = self.maybe("scores", part.scores), self.maybe("random", part.random)
-        return Step(program, constants, part.end, part.want, scores, part.ended, random)
+        return Step(program, constants, part.end, part.want, scores=scores, ended=part.ended, random=random)
 
     def maybe(self, kind: str, tensor: torch.Tensor | None) -> str:
         """Adds a tensor, if there is one, and gives its name."""
@@ -149,7 +181,12 @@ class Message:
         self._tensors[name] = x
         return name
 
-    def _constant(self, tensor: torch.Tensor) -> Constant:
+    def _constant(self, tensor: torch.Tensor | Later) -> Constant:
+        if isinstance(tensor, Later):
+            found = tensor.where()
+            if isinstance(found, Place):
+                return Constant(result=found)
+            tensor = found
         key = id(tensor), tensor.requires_grad
         known = self._known.get(key)
         if known is None:

@@ -13,17 +13,22 @@ import torch
 
 from ..native import become
 from ..runners import Rows, Wants
-from .messages import Answer, Message, Part, Request
+from .messages import Answer, Later, Message, Part, Request
 
 if TYPE_CHECKING:
     from ..native import Native
     from ..proxy import Proxy
+    from ..sessions import Session
     from .generations import RemoteGeneration
     from .jobs import Job
 
 
 class Transport(Protocol):
     """The way to what performs requests."""
+
+    @property
+    def where(self) -> object:
+        """What tells it from other ways, to be compared."""
 
     @property
     def uploads(self) -> Callable[[str, torch.Tensor], None] | None:
@@ -56,8 +61,9 @@ class Remote:
     def __init__(self, native: Native, name: str, transport: Transport, blocking: bool = True) -> None:
         self.native, self.name, self.transport, self.blocking = native, name, transport, blocking
         self.job: Job | None = None
+        self.session: Session | None = None  # that its traces belong to
 
-    def begin(self, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> RemoteRun:
+    def begin(self, graph: bytes, constants: Sequence[torch.Tensor | Later], end: bool) -> RemoteRun:
         """Starts a run of a graph in wire form; ``end``: nothing will be added to it."""
         return RemoteRun(self, graph, constants, end)
 
@@ -68,7 +74,9 @@ class Remote:
         return RemoteGeneration(self, rows, masks, settings, wants)
 
     def message(self) -> Message:
-        """A request that has nothing in it yet."""
+        """A request that has nothing in it yet. What comes before it in its session is done then."""
+        if self.session is not None:
+            self.session.flush()
         return Message(self.native, self.transport.uploads)
 
     def answer(self, request: bytes) -> Answer:
@@ -79,10 +87,10 @@ class Remote:
 class Program:
     """Parts of a graph that were recorded one after the other, and the tensors that they number."""
 
-    def __init__(self, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> None:
+    def __init__(self, graph: bytes, constants: Sequence[torch.Tensor | Later], end: bool) -> None:
         self.part = Part([graph], list(constants), end)
 
-    def more(self, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> None:
+    def more(self, graph: bytes, constants: Sequence[torch.Tensor | Later], end: bool) -> None:
         """Adds what the program says next."""
         self.part.graphs.append(graph)
         self.part.constants += constants
@@ -103,7 +111,7 @@ def given(values: list[torch.Tensor], adopt: Sequence[Proxy] | None) -> list[tor
 class RemoteRun(Program):
     """A trace that runs elsewhere."""
 
-    def __init__(self, remote: Remote, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> None:
+    def __init__(self, remote: Remote, graph: bytes, constants: Sequence[torch.Tensor | Later], end: bool) -> None:
         super().__init__(graph, constants, end)
         self._remote = remote
 

@@ -230,6 +230,11 @@ class Server:
     # ---- jobs ----
 
     @property
+    def where(self) -> object:
+        """Its address, and as whom it is asked."""
+        return self.host, self._own_key
+
+    @property
     def uploads(self) -> Callable[[str, torch.Tensor], None]:
         """Takes a large tensor's hash and itself, and has it there."""
         return self._upload

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import InternalError
 from ..proxy import Proxy, told
-from ..recorder import current, proxies
+from ..recorder import Recorder, current, proxies
 from ..wire import Unrecordable
 from . import rules, transforms
 from .computing import compute
+from .operators import is_in_place
 
 _push, _pop = torch._C._push_on_torch_function_stack, torch._C._pop_torch_function_stack
 _default_dtype, _transform = torch.get_default_dtype, transforms.active
@@ -55,10 +57,12 @@ def dispatch(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     """Records a torch call that mentions proxies, and gives proxies for its results."""
     rec = current.recorder
     if rec is None:
-        for p in proxies((args, kwargs)):
-            p._rec.refuse(p)
-        raise InternalError(f"{func} was called on a proxy outside of a trace")
+        return _outside(func, args, kwargs)
     if rec.localized is not None:
+        if rec.gathered is not None and _changes_another(rec, func, args, kwargs):
+            rec.gathered.flush()
+            if next(proxies((args, kwargs)), None) is None:
+                return func(*args, **kwargs)
         args, kwargs = rec.localized(args), rec.localized(kwargs)
     try:
         rule = rules.known[func]
@@ -73,6 +77,25 @@ def dispatch(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         return rule(rec, func, args, kwargs)
     except Unrecordable:
         return compute(rec, func, args, kwargs)
+
+
+def _outside(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls a function between the traces of a session, on values of those that wait: they are done first."""
+    found = list(proxies((args, kwargs)))
+    for p in found:
+        if type(p) is Proxy:  # no longer, once another one has been asked for
+            p._rec.outside(p)
+    if not found:
+        raise InternalError(f"{func} was called on a proxy outside of a trace")
+    return func(*args, **kwargs)
+
+
+def _changes_another(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call changes a value of another trace in place: that changes the value itself, there and then."""
+    name = getattr(func, "__name__", "")
+    in_place = is_in_place(name) or name == "__setitem__" or (name.startswith("__i") and name.endswith("__"))
+    targets = [*(args[:1] if in_place else ()), kwargs.get("out")]
+    return any(p._rec is not rec for p in proxies(targets))
 
 
 _NUMBERS = (int, float, bool)
