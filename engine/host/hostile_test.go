@@ -161,7 +161,8 @@ func (h *hostile) try(t testing.TB, data []byte) (ran bool) {
 	w, err := h.model.Constant(vector)
 	require.NoError(t, err)
 	live := aten.Live() - 1
-	r, err := h.model.BeginBytes(wire, []aten.Tensor{w}, true)
+	var cost *Cost
+	r, err := h.model.BeginBytes(wire, []aten.Tensor{w}, true, func(c *Cost) error { cost = c; return nil })
 	if err != nil {
 		require.Equal(t, live, aten.Live())
 		return false
@@ -169,7 +170,14 @@ func (h *hostile) try(t testing.TB, data []byte) (ran bool) {
 	if _, err = r.Step(0); err == nil {
 		_, tensors, err := r.Results()
 		require.NoError(t, err)
+		output := int64(0)
+		for _, x := range tensors {
+			output += x.Bytes()
+		}
 		aten.FreeAll(tensors)
+		if cost.Exact {
+			require.Equal(t, output, cost.Output, "%s", g)
+		}
 	}
 	r.Free()
 	require.Equal(t, live, aten.Live())

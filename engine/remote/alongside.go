@@ -57,6 +57,9 @@ func (p *Performer) generateTogether(ctx context.Context, requests []*Request) (
 	masked := false
 	for _, r := range requests {
 		g := &grown{performing: p.begin(ctx, r), first: len(rows), rows: len(r.Prompt.Rows)}
+		if err := g.affordable(0); err != nil {
+			return nil, err
+		}
 		all = append(all, g)
 		settings.MaxNewTokens = max(settings.MaxNewTokens, r.Settings.MaxNewTokens)
 		rows = append(rows, r.Prompt.Rows...)

@@ -139,9 +139,9 @@ func (x *performing) trace() error {
 	}
 	var run *host.Run
 	if p.whole != nil {
-		run, err = x.Model.BeginBytes(p.whole, consts, s.End)
+		run, err = x.Model.BeginBytes(p.whole, consts, s.End, x.judge(p, s))
 	} else {
-		run, err = x.Model.Begin(p.graph, consts, s.End)
+		run, err = x.Model.Begin(p.graph, consts, s.End, x.judge(p, s))
 	}
 	if err != nil {
 		return err
@@ -279,6 +279,13 @@ func (x *performing) given(c *Constant) (aten.Tensor, error) {
 func (x *performing) generate(owner string) (err error) {
 	r := x.request
 	state, random, at, scored := x.Chains.take(owner, r)
+	if err := x.affordable(at); err != nil {
+		if state != nil {
+			state.Free()
+			random.Free()
+		}
+		return err
+	}
 	if state == nil {
 		if state, err = gen.New(x.Model, r.Prompt.Rows, r.Prompt.Masks, *r.Settings); err != nil {
 			return err

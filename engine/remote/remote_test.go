@@ -25,7 +25,7 @@ func open(t *testing.T) *host.Native {
 }
 
 // wire is the file of a request: its JSON and other tensors.
-func wire(t *testing.T, request any, parts map[string][]byte, tensors map[string]aten.Tensor) []byte {
+func wire(t testing.TB, request any, parts map[string][]byte, tensors map[string]aten.Tensor) []byte {
 	var w Writer
 	text, err := json.Marshal(request)
 	require.NoError(t, err)
@@ -355,7 +355,7 @@ func TestBadRequests(t *testing.T) {
 		"wait for scores":               wire(t, scored, nil, nil),
 		"and the request none":          wire(t, alone, nil, c),
 		"this server takes 2 at once":   nil,
-		"this server sends at once":     nil,
+		"a job may send":                nil,
 		"there are none here":           wire(t, trace(Step{Program: []string{"g"}, Constants: []Constant{{Hash: "x"}}, End: true}), g, nil),
 		"file cannot be read: its head": bytes.Repeat([]byte{0xff}, 64),
 	} {
@@ -363,7 +363,7 @@ func TestBadRequests(t *testing.T) {
 		switch says {
 		case "this server takes 2 at once":
 			p.Limits.Tokens, data = 2, wire(t, trace(step), g, c)
-		case "this server sends at once":
+		case "a job may send":
 			p.Limits.Output, data = 16, wire(t, trace(step), g, c)
 		}
 		_, err := perform(t, p, data)

@@ -344,7 +344,7 @@ func (s *Server) submit(a *asked) error {
 	}
 	in := &jobs.Submission{Owner: a.owner, Model: head.Model, Kind: head.Kind, Mark: mark, Request: data}
 	if a.key != nil {
-		in.Priority = jobs.Priority(a.key.Priority)
+		in.Priority, in.Limits = jobs.Priority(a.key.Priority), a.key.Limits
 	}
 	job, err := s.store.Submit(a.ctx, in)
 	if err != nil {
