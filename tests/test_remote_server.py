@@ -215,6 +215,34 @@ def test_a_worker_that_is_killed_loses_no_job(gpt2_pair: Pair, tmp_path: pathlib
 
 
 @pytest.mark.slow
+def test_a_worker_that_is_killed_loses_no_generation(gpt2_pair: Pair, tmp_path: pathlib.Path) -> None:
+    """Those that were growing in the same steps come again, those that had left the batch do not."""
+    with Server(tmp_path, "--nats-listen", "127.0.0.1:0", "--rate", 10000) as server:
+        worker = ("worker", "--nats", server.nats, "--model", named(gpt2_pair))
+
+        def tokens(i: int, remote: str | None) -> torch.Tensor:
+            with gpt2_pair.model.generate(
+                gpt2_pair.ids(2 + i % 3, seed=i), max_new_tokens=1 + i % 12, remote=remote
+            ) as t:
+                out = t.result.save()
+            return out
+
+        wanted = [tokens(i, None) for i in range(40)]
+        with Process(*worker) as first, concurrent.futures.ThreadPoolExecutor(40) as clients:
+            first.wait_for("working")
+            got = [clients.submit(tokens, i, server.host) for i in range(40)]
+            first.wait_for("state=COMPLETED", 3)
+            first.kill()
+            done = sum("state=COMPLETED" in line for line in first.said)
+            with Process(*worker) as second:
+                for i, future in enumerate(got):
+                    assert torch.equal(future.result(), wanted[i])
+                assert second.end() == 0
+        again = sum("state=COMPLETED" in line for line in second.said)
+        assert done + again >= 40 and again < 40
+
+
+@pytest.mark.slow
 def test_a_server_that_is_killed_keeps_jobs_and_results(gpt2_pair: Pair, tmp_path: pathlib.Path) -> None:
     with Server(tmp_path, "--model", named(gpt2_pair)) as server:
         before = submitted(gpt2_pair, server.host, 20)

@@ -142,13 +142,13 @@ func (g *Generation) pick(t aten.Tensor) ([]int64, error) {
 func (g *Generation) process(s *scores) error {
 	o := &g.settings
 	penalty := o.Repetition != 0 && o.Repetition != 1
-	barred := g.step < o.MinNewTokens && len(o.EOS) > 0
+	barred := len(o.EOS) > 0 && slices.ContainsFunc(g.begun, g.young)
 	if !penalty && !barred && o.NoRepeatNgram == 0 {
 		return nil
 	}
 	r := 0
 	s.rows(func(line []float32) {
-		row, lead := g.rows[r], g.lead[r]
+		row, lead, young := g.rows[r], g.lead[r], g.young(g.begun[r])
 		r++
 		if penalty {
 			seen := map[int64]bool{}
@@ -169,7 +169,7 @@ func (g *Generation) process(s *scores) error {
 				line[id] = never
 			}
 		}
-		if barred {
+		if barred && young {
 			for _, id := range o.EOS {
 				if id >= 0 && id < int64(len(line)) {
 					line[id] = never
@@ -179,6 +179,9 @@ func (g *Generation) process(s *scores) error {
 	})
 	return s.err
 }
+
+// young tells of a row that began at a step whether it may not end yet.
+func (g *Generation) young(begun int) bool { return g.step-begun < g.settings.MinNewTokens }
 
 // banned lists the tokens that would make an n-gram of the row's come a second time.
 func banned(row []int64, n int) []int64 {

@@ -44,6 +44,8 @@ type Generation struct {
 	prompt   int       // tokens of a prompt, padding included
 	ended    []bool
 	step     int
+	begun    []int // by row: the step that was its first one
+	last     int   // the step before which all rows have the tokens that were asked for
 	vocab    int64 // scores of a row, once [Generation.Scores] gave some that wait for [Generation.Choose]
 	done     bool
 	beams    *beams // of a beam search
@@ -62,7 +64,8 @@ func New(m *host.Native, rows, masks [][]int64, s Settings) (*Generation, error)
 	if err != nil {
 		return nil, err
 	}
-	g := &Generation{cache: cache, settings: s, ended: make([]bool, len(rows))}
+	g := &Generation{cache: cache, settings: s, ended: make([]bool, len(rows)),
+		begun: make([]int, len(rows)), last: s.MaxNewTokens}
 	if s.Beams > 1 {
 		g.beams = newBeams(s.Beams, len(rows)/s.Beams)
 	}
@@ -196,7 +199,7 @@ func (g *Generation) append(tokens []int64) error {
 		g.ended[r] = g.ended[r] || slices.Contains(g.settings.EOS, tokens[r])
 		all = all && g.ended[r]
 	}
-	if g.done = all || g.step >= g.settings.MaxNewTokens; g.done {
+	if g.done = all || g.step >= g.last; g.done {
 		return nil
 	}
 	return g.cache.Append(tokens)

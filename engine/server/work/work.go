@@ -164,6 +164,11 @@ func (w *Worker) serve(taking, running context.Context, s *served) {
 		}
 		var all []*job
 		all, next = w.gather(taking, s, first)
+		if first.request.Kind == remote.Generate && first.company() != nil {
+			next = w.alongside(taking, running, s, all, next)
+			s.shared = 0
+			continue
+		}
 		begun := time.Now()
 		w.run(running, s, all)
 		s.shared, s.took = 0, time.Since(begun)
@@ -232,7 +237,8 @@ func (w *Worker) gather(ctx context.Context, s *served, first *job) (all []*job,
 	tokens := first.request.Tokens()
 	for len(all) < mostTogether && tokens < tokensTogether {
 		t := s.queue.TryTake(ctx)
-		if t == nil && len(all) < s.shared {
+		if t == nil && len(all) < s.shared && first.request.Kind == remote.Trace { // generations may join later
+
 			t = s.queue.TakeWithin(ctx, min(mostPatience, s.took/patientPart))
 		}
 		if t == nil {
@@ -350,11 +356,23 @@ func (w *Worker) ended(j *job, state jobs.State, bytes int) {
 }
 
 // guarded does something for a job. What that does to this process is an error of the job's.
-func (w *Worker) guarded(j *job, f func() error) (err error) {
+func (w *Worker) guarded(j *job, f func() error) error {
+	err := w.unharmed(j.ID, f)
+	if err == errPanic {
+		return fault.New(fault.Internal, "the server failed at this job").WithHint("Tell who runs the server: job %s.", j.ID)
+	}
+	return err
+}
+
+// errPanic is why something for several jobs was not done.
+var errPanic = fault.New(fault.Internal, "the server failed at one of these jobs")
+
+// unharmed does something, and gives errPanic where that panics.
+func (w *Worker) unharmed(job string, f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			w.options.Log.Error("panic", "job", j.ID, "what", p, "stack", string(debug.Stack()))
-			err = fault.New(fault.Internal, "the server failed at this job").WithHint("Tell who runs the server: job %s.", j.ID)
+			w.options.Log.Error("panic", "job", job, "what", p, "stack", string(debug.Stack()))
+			err = errPanic
 		}
 	}()
 	return f()
