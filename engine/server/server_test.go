@@ -209,6 +209,7 @@ func TestWhatFails(t *testing.T) {
 	s.refused(413, "", "POST", "/v1/jobs", make([]byte, 2<<20))
 	s.refused(400, "a number of seconds", "POST", "/v1/jobs?wait=NaN", good)
 	s.refused(400, "256 characters", "POST", "/v1/jobs", good, "Idempotency-Key: "+strings.Repeat("x", 300))
+	s.refused(400, "none of them blank", "POST", "/v1/jobs", good, "Idempotency-Key: a b")
 	s.refused(404, "no such job", "GET", "/v1/jobs/"+strings.Repeat("a", 32), nil)
 	s.refused(404, "no such job", "GET", "/v1/jobs/*/result", nil)
 	s.refused(404, "no such job", "GET", "/v1/jobs/%3E/events", nil)
