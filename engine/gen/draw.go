@@ -120,8 +120,11 @@ func (g *Generation) pick(t aten.Tensor) ([]int64, error) {
 	if g.settings.Sample {
 		var p aten.Tensor
 		if p, err = call("aten::softmax.int", aten.TensorValue(t), aten.IntValue(-1)); err == nil {
+			defer p.Free()
+			if g.draws != nil {
+				return g.drawEach(p)
+			}
 			out, err = call("aten::multinomial", aten.TensorValue(p), aten.IntValue(1))
-			p.Free()
 		}
 	} else {
 		out, err = call("aten::argmax", aten.TensorValue(t), aten.IntValue(-1))

@@ -48,7 +48,8 @@ type Generation struct {
 	last     int   // the step before which all rows have the tokens that were asked for
 	vocab    int64 // scores of a row, once [Generation.Scores] gave some that wait for [Generation.Choose]
 	done     bool
-	beams    *beams // of a beam search
+	beams    *beams   // of a beam search
+	draws    []*Draws // of all rows, in their order, where they have generators of their own
 }
 
 // New begins a generation. Rows of different lengths are padded on the left.
@@ -272,5 +273,9 @@ func (g *Generation) Rows() [][]int64 { return g.rows }
 // Free gives the memory back. It may be called twice.
 func (g *Generation) Free() {
 	g.done = true
+	for _, d := range g.draws {
+		d.state.Free()
+	}
+	g.draws = nil
 	g.cache.Free()
 }

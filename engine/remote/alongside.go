@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"slices"
 
+	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/gen"
 )
@@ -12,20 +13,20 @@ import (
 // alongside is the company of generations: all that decides about a token but how many there are.
 type alongside struct{ settings string }
 
-// company is that of a generation to whose end a request goes, without a program and without chance: its rows
-// grow as they do alone, beside whatever others.
+// company is that of a generation to whose end a request goes, without a program: its rows grow as they do alone, beside
+// whatever others, and what they draw comes from the request's own generator.
 func (r *Request) company() any {
 	s := *r.Settings
 	rows := len(r.Prompt.Rows)
 	if rows == 0 || r.Prompt.Masks != nil && len(r.Prompt.Masks) != rows {
 		return nil // an error of its own
 	}
-	if s.Sample || s.Beams > 1 || s.Returned > 1 || r.Random != "" || len(r.Steps) < s.MaxNewTokens || s.MaxNewTokens < 1 {
+	if s.Beams > 1 || s.Returned > 1 || s.Sample != (r.Random != "") || len(r.Steps) < s.MaxNewTokens || s.MaxNewTokens < 1 {
 		return nil
 	}
 	for i := range r.Steps {
 		step := &r.Steps[i]
-		if !step.End || len(r.programs[i].graph.Nodes) > 0 || step.Scores != "" || step.Ended != nil {
+		if !step.End || len(r.programs[i].graph.Nodes) > 0 || step.Scores != "" || step.Ended != nil || step.Random != "" {
 			return nil
 		}
 		for _, want := range step.Want {
@@ -47,6 +48,8 @@ type grown struct {
 	*performing
 	rows int // those of it in the batch
 	step int // that comes next
+
+	draws *gen.Draws // its generator, where it draws
 }
 
 // Alongside is generations of one company that grow in the same steps. Requests join between two steps, and leave when they
@@ -145,6 +148,11 @@ func (a *Alongside) begin(ctx context.Context, requests []*Request) (err error) 
 	if a.batch, err = gen.New(a.performer.Model, rows, masks, settings); err != nil {
 		return err
 	}
+	if settings.Sample {
+		if err := a.giveGenerators(); err != nil {
+			return err
+		}
+	}
 	row := 0
 	for _, r := range requests { // the padding of a request's own rows stays
 		own := 0
@@ -159,12 +167,43 @@ func (a *Alongside) begin(ctx context.Context, requests []*Request) (err error) 
 	return nil
 }
 
+// giveGenerators gives each request's rows the generator whose state it has sent.
+func (a *Alongside) giveGenerators() error {
+	for _, g := range a.all {
+		state, err := g.request.file.tensor(g.request.Random)
+		if err != nil {
+			return err
+		}
+		g.draws = a.batch.DrawFrom(g.rows, state)
+	}
+	return nil
+}
+
+// plain does a step, with the process's generator put back behind it where rows draw from theirs.
+func (a *Alongside) plain() ([]int64, error) {
+	if a.all[0].draws == nil {
+		return a.batch.Plain()
+	}
+	generator.Lock()
+	defer generator.Unlock()
+	before, err := aten.RandomState("cpu")
+	if err != nil {
+		return nil, err
+	}
+	defer before.Free()
+	tokens, err := a.batch.Plain()
+	if again := aten.SetRandomState("cpu", before); err == nil {
+		err = again
+	}
+	return tokens, err
+}
+
 // Step does the next step of all. Where it fails they have ended, and none is done.
 func (a *Alongside) Step(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return cancelled(ctx)
 	}
-	tokens, err := a.batch.Plain()
+	tokens, err := a.plain()
 	if err != nil {
 		return err
 	}
@@ -179,10 +218,18 @@ func (a *Alongside) Step(ctx context.Context) error {
 		if err != nil || !done {
 			return false, err
 		}
-		response, err := g.file()
+		response, err := g.told()
 		a.grew = append(a.grew, Grown{g.request, response})
 		return true, err
 	})
+}
+
+// told is the response, with the state that its generator is in by now.
+func (g *grown) told() ([]byte, error) {
+	if g.draws == nil {
+		return g.file()
+	}
+	return g.fileWith(g.draws.State())
 }
 
 // Leave ends a request before it is done.

@@ -17,7 +17,7 @@ import (
 // likeSettings are those of a company, of one of several kinds.
 func likeSettings(r *rand.Rand, kind int) gen.Settings {
 	settings := gen.Settings{LengthPenalty: 1, EarlyStopping: "false", Temperature: 1, Pad: 2, MinNewTokens: r.IntN(3)}
-	switch kind % 5 {
+	switch kind % 7 {
 	case 1:
 		settings.EOS = []int64{3, 5, 7, 9, 11, 13}
 	case 2:
@@ -26,6 +26,10 @@ func likeSettings(r *rand.Rand, kind int) gen.Settings {
 		settings.EOS, settings.NoRepeatNgram = []int64{4, 6, 8}, 2
 	case 4:
 		settings.EOS, settings.Repetition, settings.NoRepeatNgram = []int64{4, 6, 8, 10}, 1.3, 1
+	case 5:
+		settings.Sample, settings.Temperature, settings.TopK = true, 0.8, 12
+	case 6:
+		settings.Sample, settings.TopP, settings.EOS = true, 0.9, []int64{4, 6, 8}
 	}
 	return settings
 }
@@ -55,7 +59,33 @@ func randomGeneration(t *testing.T, r *rand.Rand, settings gen.Settings) []byte 
 		request.Steps = append(request.Steps, Step{Program: []string{"g"}, End: true, Want: []string{WantResults, WantDrawn}})
 	}
 	empty := map[string][]byte{"g": graph.Encode(&graph.Graph{Invokes: []graph.Invoke{{}}})}
-	return wire(t, request, empty, nil)
+	if !settings.Sample {
+		return wire(t, request, empty, nil)
+	}
+	request.Random = "random"
+	random := anotherState(t, r)
+	defer random.Free()
+	return wire(t, request, empty, map[string]aten.Tensor{"random": random})
+}
+
+// anotherState is a state of a generator that nobody has had.
+func anotherState(t *testing.T, r *rand.Rand) aten.Tensor {
+	op, err := aten.Find("aten::rand")
+	require.NoError(t, err)
+	drawn, err := op.Call([]aten.Value{aten.IntsValue(1 + r.Int64N(100))})
+	require.NoError(t, err)
+	drawn.Free()
+	state, err := aten.RandomState("cpu")
+	require.NoError(t, err)
+	return state
+}
+
+// leftIn is the state of the generator that a response has.
+func leftIn(t *testing.T, data []byte) []byte {
+	f, err := readFile(data)
+	require.NoError(t, err)
+	r, _ := response(t, data)
+	return f[r.Random].Data
 }
 
 // parsed reads a request, and gives also what it comes to alone.
@@ -79,15 +109,18 @@ func TestGenerationsJoinAndLeave(t *testing.T) {
 		for trial := range 40 {
 			r := rand.New(rand.NewPCG(uint64(trial), 9))
 			settings := likeSettings(r, trial)
-			wants := map[*Request]Response{}
+			wants, states := map[*Request]Response{}, map[*Request][]byte{}
 			a := p.Alongside()
 			left, joined := 0, 0
 			for step := 0; step == 0 || a.Open() > 0; step++ {
 				if step < 12 && r.IntN(2) == 0 || step == 0 {
 					var fresh []*Request
 					for range 1 + r.IntN(3) {
-						one, want := parsed(t, p, randomGeneration(t, r, settings))
-						wants[one] = want
+						data := randomGeneration(t, r, settings)
+						one, want := parsed(t, p, data)
+						alone, err := perform(t, p, data)
+						require.NoError(t, err)
+						wants[one], states[one] = want, leftIn(t, alone)
 						fresh = append(fresh, one)
 					}
 					require.NoError(t, a.Join(t.Context(), fresh))
@@ -102,7 +135,8 @@ func TestGenerationsJoinAndLeave(t *testing.T) {
 				}
 				for _, done := range a.Grown() {
 					got, _ := response(t, done.Response)
-					require.Equal(t, wants[done.Request], got, "%s, trial %d, step %d", name, trial, step)
+					require.Equal(t, wants[done.Request].Steps, got.Steps, "%s, trial %d, step %d", name, trial, step)
+					require.Equal(t, states[done.Request], leftIn(t, done.Response))
 					joined--
 				}
 			}
@@ -160,14 +194,17 @@ func TestGenerationsThatShareSteps(t *testing.T) {
 		require.NoError(t, err)
 		for i := range all {
 			got, _ := response(t, together[i])
-			require.Equal(t, alone[i], got, "trial %d, request %d", trial, i)
+			require.Equal(t, alone[i].Steps, got.Steps, "trial %d, request %d", trial, i)
 		}
 	}
 	// those that run alone
 	one := generation(t, 6, "", false)
 	one.Steps[5].Want = []string{WantDrawn}
 	for name, change := range map[string]func(r *Request){
-		"sampled":                 func(r *Request) { r.Settings.Sample, r.Random = true, "random" },
+		"a state nobody draws from": func(r *Request) { r.Random = "random" },
+		"a state of a step": func(r *Request) {
+			r.Settings.Sample, r.Random, r.Steps[3].Random = true, "random", "random"
+		},
 		"beams":                   func(r *Request) { r.Settings.Beams = 2 },
 		"not to their end":        func(r *Request) { r.Steps = r.Steps[:5] },
 		"scores":                  func(r *Request) { r.Steps[5].Want = []string{WantScores} },

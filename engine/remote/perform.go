@@ -413,13 +413,21 @@ func (x *performing) draw(g *gen.Generation, s *Step, out *StepResult, scored bo
 
 // file gives the response as it travels.
 func (x *performing) file() ([]byte, error) {
-	if x.request.Random != "" {
-		state, err := aten.RandomState("cpu")
-		if err != nil {
-			return nil, err
-		}
-		defer state.Free()
-		if x.response.Random, err = x.send(state); err != nil {
+	if x.request.Random == "" {
+		return x.fileWith(aten.Tensor{})
+	}
+	state, err := aten.RandomState("cpu")
+	if err != nil {
+		return nil, err
+	}
+	defer state.Free()
+	return x.fileWith(state)
+}
+
+// fileWith gives the response with the state of a generator, if there is one.
+func (x *performing) fileWith(random aten.Tensor) (_ []byte, err error) {
+	if !random.IsZero() {
+		if x.response.Random, err = x.send(random); err != nil {
 			return nil, err
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/nnsight-go/nnsight-go/engine"
+	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/enginetest"
 	"github.com/nnsight-go/nnsight-go/engine/gen"
 	"github.com/nnsight-go/nnsight-go/engine/remote"
@@ -35,14 +36,26 @@ func startLong(t *testing.T, w work.Options) *site {
 
 // growth is a generation of so many tokens, of which the drawn ones come back.
 func growth(t testing.TB, more int, prompt ...int64) []byte {
+	return growthBy(t, gen.Settings{MaxNewTokens: more}, prompt...)
+}
+
+func growthBy(t testing.TB, settings gen.Settings, prompt ...int64) []byte {
+	more := settings.MaxNewTokens
 	r := remote.Request{Version: 1, Model: name, Kind: remote.Generate, Prompt: &remote.Prompt{Rows: [][]int64{prompt}},
-		Settings: &gen.Settings{MaxNewTokens: more}}
+		Settings: &settings}
 	for range more {
 		r.Steps = append(r.Steps, remote.Step{End: true, Want: []string{"drawn"}})
 	}
+	var w remote.Writer
+	if settings.Sample {
+		r.Random = "random"
+		random, err := aten.RandomState("cpu")
+		require.NoError(t, err)
+		defer random.Free()
+		require.NoError(t, w.Tensor("random", random))
+	}
 	text, err := json.Marshal(r)
 	require.NoError(t, err)
-	var w remote.Writer
 	w.Bytes("request", text)
 	file, err := w.File()
 	require.NoError(t, err)
@@ -144,7 +157,8 @@ func TestGenerationsThatComeStaggered(t *testing.T) {
 	s := startLong(t, work.Options{})
 	var group sync.WaitGroup
 	for i := range 48 {
-		r := growth(t, 1+i%17, 1, int64(i%20), int64(i%7))
+		sampled := i%16 < 8 // several of the same company one after the other
+		r := growthBy(t, gen.Settings{MaxNewTokens: 1 + i%17, Sample: sampled}, 1, int64(i%20), int64(i%7))
 		want := s.here(r)
 		group.Go(func() {
 			status, got, _ := s.ask("POST", "/v1/jobs?wait=60", r)
