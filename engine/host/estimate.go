@@ -286,7 +286,47 @@ func (x *shadow) asked(in *plan.Instr) (value, error) {
 	if err := x.make(in); err != nil {
 		return value{}, err
 	}
-	return x.run.call(without(in, len(args.sizes) == 0))
+	if err := x.run.fewParts(in, base); err != nil { // a view takes as much as any, without memory of its own
+		return value{}, err
+	}
+	out, err := x.run.call(without(in, len(args.sizes) == 0))
+	if err != nil {
+		return value{}, err
+	}
+	return weightless(out)
+}
+
+// weightless is a value whose tensors have no memory: an operator may have made some that have.
+func weightless(v value) (_ value, err error) {
+	light := func(t *aten.Tensor) {
+		if err != nil || t.IsZero() || t.Device() == meta {
+			return
+		}
+		var own aten.Tensor
+		if own, err = aten.Zeros(t.DType(), meta, t.Shape()...); err == nil {
+			t.Free()
+			*t = own
+		}
+	}
+	var look func(v *aten.Value)
+	look = func(v *aten.Value) {
+		if v.Kind == graph.ArgRef {
+			light(&v.T)
+		}
+		for i := range v.L {
+			look(&v.L[i])
+		}
+	}
+	if v.other == nil {
+		light(&v.tensor)
+	} else {
+		look(v.other)
+	}
+	if err != nil {
+		v.free()
+		return value{}, err
+	}
+	return v, nil
 }
 
 // count adds what an operator takes.
