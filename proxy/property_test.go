@@ -12,6 +12,7 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/enginetest"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/host"
 	"github.com/nnsight-go/nnsight-go/proxy"
 	"github.com/stretchr/testify/require"
 )
@@ -166,6 +167,7 @@ func TestRandomPrograms(t *testing.T) {
 			for _, in := range w.invokes {
 				logits = append(logits, in.Module("lm_head").Output("").Save())
 			}
+			estimated(t, m, tr.Graph())
 			err := tr.Run(context.Background())
 			require.NoError(t, err, strings.Join(w.lines, "\n"))
 			for i, v := range w.values {
@@ -189,6 +191,32 @@ func TestRandomPrograms(t *testing.T) {
 			}
 		})
 	}
+}
+
+// estimated runs a program, and compares what it takes with what that was estimated to be.
+func estimated(t *testing.T, m *engine.Model, g *graph.Graph) {
+	m.Protect(true)
+	m.LimitWork(1e15)
+	defer m.Protect(false)
+	var cost *host.Cost
+	own := &graph.Graph{Nodes: slices.Clone(g.Nodes), Invokes: slices.Clone(g.Invokes), Positions: g.Positions}
+	run, err := m.Begin(own, nil, true, func(c *host.Cost) error { cost = c; return nil })
+	require.NoError(t, err)
+	defer run.Free()
+	_, err = run.Step(0)
+	require.NoError(t, err)
+	spent := run.Spent()
+	_, tensors, err := run.Results()
+	require.NoError(t, err)
+	bytes := int64(0)
+	for _, x := range tensors {
+		bytes += x.Bytes()
+	}
+	aten.FreeAll(tensors)
+	require.True(t, cost.Exact)
+	require.Equal(t, bytes, cost.Output)
+	require.InEpsilon(t, spent, cost.Work, 1e-9)
+	require.GreaterOrEqual(t, cost.Peak, bytes/4, "what is saved is there at the end, but for views")
 }
 
 // activation gives an activation of each prompt, traced alone.

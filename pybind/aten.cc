@@ -309,7 +309,9 @@ int nnga_op_call(void* handle, const nnga_val* args, int64_t nargs, int64_t nkw,
   return guarded(err, [&] {
     nng::Call call(args, nargs, nkw, kwnames, strings);
     torch::jit::Stack stack;
-    static_cast<const nng::Op*>(handle)->choose(call, &stack).callBoxed(&stack);
+    const auto& overload = static_cast<const nng::Op*>(handle)->choose(call, &stack);
+    nng::numbers_follow(&stack);
+    overload.callBoxed(&stack);
     *nouts = 0;
     if (stack.empty()) {
       *out = {};

@@ -333,6 +333,32 @@ inline int fit(const c10::FunctionSchema& schema, const Call& call, torch::jit::
   return position == call.positional && named == call.names.size() ? total : kNo;
 }
 
+// Numbers that stand for tensors follow tensors that have no memory, so that nothing is computed of them.
+inline void numbers_follow(torch::jit::Stack* stack) {
+  auto any = [&](auto&& says) {
+    return std::any_of(stack->begin(), stack->end(), [&](const IValue& v) {
+      if (v.isTensor()) return says(v.toTensor());
+      if (!v.isTensorList()) return false;
+      for (const at::Tensor& t : v.toTensorList()) {
+        if (says(t)) return true;
+      }
+      return false;
+    });
+  };
+  auto number = [](const at::Tensor& t) { return t.defined() && t.unsafeGetTensorImpl()->is_wrapped_number(); };
+  if (!any([](const at::Tensor& t) { return t.is_meta(); }) || !any(number)) return;
+  auto moved = [](const at::Tensor& t) { return at::native::wrapped_scalar_tensor(t.item(), at::kMeta); };
+  for (IValue& v : *stack) {
+    if (v.isTensor() && number(v.toTensor())) {
+      v = moved(v.toTensor());
+    } else if (v.isTensorList()) {
+      c10::List<at::Tensor> list;
+      for (const at::Tensor& t : v.toTensorList()) list.push_back(number(t) ? moved(t) : t);
+      v = std::move(list);
+    }
+  }
+}
+
 // An operator by name: one overload, or all of them to choose from.
 class Op {
  public:

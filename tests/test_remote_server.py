@@ -156,6 +156,27 @@ def test_keys(gpt2_pair: Pair, tmp_path: pathlib.Path) -> None:
         assert ada not in "".join(server.said)
 
 
+def test_limits_of_a_key(gpt2_pair: Pair, tmp_path: pathlib.Path) -> None:
+    """What a job would take is refused before it runs, at the line that takes most."""
+    guest = key_command(tmp_path, "create", "--max-output", "1000", "--max-work", "2e6", "Guest").strip()
+    assert "max-work=2e+06  max-output=1000" in key_command(tmp_path, "list")
+    model, ids = gpt2_pair.model, gpt2_pair.ids(6)
+    with Server(tmp_path, "--model", named(gpt2_pair)) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NNSIGHT_GO_API_KEY", guest)
+        with model.trace(ids, remote=server.host):
+            best = model.lm_head.output[0, -1].argmax().save()
+        much = pytest.raises(RemoteError, match=r"would take .*, and a job may send 1000 bytes")
+        with much as caught, model.trace(ids, remote=server.host):
+            tensor_of(gpt2_pair, f"{gpt2_pair.blocks}.1").save()
+            model.lm_head.output.repeat(1, 100, 1).save()  # this line
+        assert caught.value.file == __file__
+        long = pytest.raises(RemoteError, match="multiplications, and a job may take 2.0e[+]06")
+        with long, model.generate(gpt2_pair.ids(20), max_new_tokens=40, remote=server.host):
+            model.generator.output.save()
+    with model.trace(ids):
+        assert torch.equal(best, model.lm_head.output[0, -1].argmax().save())
+
+
 def submitted(pair: Pair, host: str, jobs: int) -> list[tuple[Any, torch.Tensor, list[int]]]:
     """Jobs that nobody waits for yet, with what each saves. None shares a pass with the next: their modes differ."""
     out = []
@@ -191,6 +212,34 @@ def test_a_worker_that_is_killed_loses_no_job(gpt2_pair: Pair, tmp_path: pathlib
             check(gpt2_pair, jobs)
             assert second.end() == 0
         assert any("state=COMPLETED" in line for line in second.said)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_loses_no_generation(gpt2_pair: Pair, tmp_path: pathlib.Path) -> None:
+    """Those that were growing in the same steps come again, those that had left the batch do not."""
+    with Server(tmp_path, "--nats-listen", "127.0.0.1:0", "--rate", 10000) as server:
+        worker = ("worker", "--nats", server.nats, "--model", named(gpt2_pair))
+
+        def tokens(i: int, remote: str | None) -> torch.Tensor:
+            with gpt2_pair.model.generate(
+                gpt2_pair.ids(2 + i % 3, seed=i), max_new_tokens=1 + i % 12, remote=remote
+            ) as t:
+                out = t.result.save()
+            return out
+
+        wanted = [tokens(i, None) for i in range(40)]
+        with Process(*worker) as first, concurrent.futures.ThreadPoolExecutor(40) as clients:
+            first.wait_for("working")
+            got = [clients.submit(tokens, i, server.host) for i in range(40)]
+            first.wait_for("state=COMPLETED", 3)
+            first.kill()
+            done = sum("state=COMPLETED" in line for line in first.said)
+            with Process(*worker) as second:
+                for i, future in enumerate(got):
+                    assert torch.equal(future.result(), wanted[i])
+                assert second.end() == 0
+        again = sum("state=COMPLETED" in line for line in second.said)
+        assert done + again >= 40 and again < 40
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ type running struct {
 	limits   remote.Limits
 	seconds  time.Duration
 	memory   int64
-	mostWork float64
+	mostLine float64
 	drain    time.Duration
 	replicas int
 	keep     time.Duration
@@ -75,7 +75,8 @@ func (r *running) flags(c *cobra.Command) {
 	f.IntVar(&r.limits.NewTokens, "max-new-tokens", 4096, "tokens that a generation adds to each row")
 	f.Int64Var(&r.limits.Output, "max-output", 256<<20, "bytes of a result")
 	f.DurationVar(&r.seconds, "max-time", 5*time.Minute, "how long a job may run")
-	f.Float64Var(&r.mostWork, "max-work", 1e13, "multiplications that one line of a job may need, which cannot be interrupted; 0 for no limit")
+	f.Float64Var(&r.limits.Work, "max-work", 1e16, "multiplications that a job may need, estimated before it runs; 0 for no limit")
+	f.Float64Var(&r.mostLine, "max-line", 1e13, "multiplications that one line of a job may need, which cannot be interrupted; 0 for no limit")
 	f.Int64Var(&r.memory, "max-memory", 8<<30, "bytes of tensors that jobs may take beside the weights, on the CPU; negative for no limit")
 	f.DurationVar(&r.drain, "drain", 30*time.Second, "how long jobs under way may go on when the process is to end")
 	f.IntVar(&r.replicas, "replicas", 1, "copies of everything, in a cluster of NATS servers")
@@ -114,7 +115,8 @@ func (r *running) work(ctx context.Context, store *jobs.Store, models map[string
 	if err := aten.CapMemory(r.memory); err != nil {
 		return err
 	}
-	o.Limits, o.Time, o.Work = r.limits, r.seconds, r.mostWork
+	o.Limits, o.Time, o.Line = r.limits, r.seconds, r.mostLine
+	o.Limits.Memory = max(r.memory, 0)
 	w, err := work.Start(ctx, store, models, o)
 	if err != nil {
 		return err
@@ -259,10 +261,14 @@ func keyCommand() *cobra.Command {
 	var priority string
 	var rate float64
 	var days int
+	var limits jobs.Limits
 	create := &cobra.Command{
 		Use: "create NAME", Short: "Make a key for somebody, and print it: it cannot be shown again", Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
-			k := keys.Key{Name: args[0], Priority: priority, Rate: rate}
+			k := keys.Key{Name: args[0], Priority: priority, Rate: rate, Limits: limits}
+			if limits.Work < 0 || limits.Memory < 0 || limits.Output < 0 {
+				return fault.New(fault.Remote, "a limit is not negative").WithHint("0 is that of the server.")
+			}
 			if p := jobs.Priority(priority); p != jobs.High && p != jobs.Normal && p != jobs.Low {
 				return fault.New(fault.Remote, "%q is no priority", priority).WithHint("There are high, normal and low.")
 			}
@@ -281,6 +287,9 @@ func keyCommand() *cobra.Command {
 	}
 	create.Flags().StringVar(&priority, "priority", "normal", "whose jobs come first: high, normal, low")
 	create.Flags().Float64Var(&rate, "rate", 0, "jobs a second; 0 for what the server lets everybody have")
+	create.Flags().Float64Var(&limits.Work, "max-work", 0, "multiplications of one job; 0 for what the server lets everybody have")
+	create.Flags().Int64Var(&limits.Memory, "max-memory", 0, "bytes of tensors that one job takes at once; 0 likewise")
+	create.Flags().Int64Var(&limits.Output, "max-output", 0, "bytes of a result; 0 likewise")
 	create.Flags().IntVar(&days, "days", 0, "how long it is good for; 0 for ever")
 	list := &cobra.Command{
 		Use: "list", Short: "List the keys", Args: cobra.NoArgs,
@@ -296,8 +305,8 @@ func keyCommand() *cobra.Command {
 				} else if !all[i].Usable(time.Now()) {
 					state = "expired"
 				}
-				fmt.Fprintf(c.OutOrStdout(), "%s  %-8s %-8s %s  %s\n", all[i].ID, state, all[i].Priority,
-					all[i].Created.Format(time.DateOnly), all[i].Name)
+				fmt.Fprintf(c.OutOrStdout(), "%s  %-8s %-8s %s  %s%s\n", all[i].ID, state, all[i].Priority,
+					all[i].Created.Format(time.DateOnly), all[i].Name, limitsText(all[i].Limits))
 			}
 			return nil
 		},
@@ -308,6 +317,20 @@ func keyCommand() *cobra.Command {
 	}
 	c.AddCommand(create, list, revoke)
 	return c
+}
+
+// limitsText shows the limits of a key that it has.
+func limitsText(l jobs.Limits) (out string) {
+	if l.Work > 0 {
+		out += fmt.Sprintf("  max-work=%g", l.Work)
+	}
+	if l.Memory > 0 {
+		out += fmt.Sprintf("  max-memory=%d", l.Memory)
+	}
+	if l.Output > 0 {
+		out += fmt.Sprintf("  max-output=%d", l.Output)
+	}
+	return out
 }
 
 // listenAndServe answers until ctx ends, and then lets those that have asked have their answers.

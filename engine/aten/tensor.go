@@ -167,6 +167,12 @@ func (t Tensor) Version() int64 { f := t.facts(); return int64(f[7]) }
 // StorageID is the same for tensors that share storage, while one of them lives.
 func (t Tensor) StorageID() uintptr { f := t.facts(); return uintptr(f[8]) }
 
+// Storage is what StorageID gives, and the bytes of that storage, which views share.
+func (t Tensor) Storage() (id uintptr, bytes int64) {
+	f := t.facts()
+	return uintptr(f[8]), int64(f[11])
+}
+
 // DataPointer is the address of the first element, on the tensor's device.
 func (t Tensor) DataPointer() unsafe.Pointer {
 	f := t.facts()

@@ -120,8 +120,11 @@ func (g *Generation) pick(t aten.Tensor) ([]int64, error) {
 	if g.settings.Sample {
 		var p aten.Tensor
 		if p, err = call("aten::softmax.int", aten.TensorValue(t), aten.IntValue(-1)); err == nil {
+			defer p.Free()
+			if g.draws != nil {
+				return g.drawEach(p)
+			}
 			out, err = call("aten::multinomial", aten.TensorValue(p), aten.IntValue(1))
-			p.Free()
 		}
 	} else {
 		out, err = call("aten::argmax", aten.TensorValue(t), aten.IntValue(-1))
@@ -142,13 +145,13 @@ func (g *Generation) pick(t aten.Tensor) ([]int64, error) {
 func (g *Generation) process(s *scores) error {
 	o := &g.settings
 	penalty := o.Repetition != 0 && o.Repetition != 1
-	barred := g.step < o.MinNewTokens && len(o.EOS) > 0
+	barred := len(o.EOS) > 0 && slices.ContainsFunc(g.begun, g.young)
 	if !penalty && !barred && o.NoRepeatNgram == 0 {
 		return nil
 	}
 	r := 0
 	s.rows(func(line []float32) {
-		row, lead := g.rows[r], g.lead[r]
+		row, lead, young := g.rows[r], g.lead[r], g.young(g.begun[r])
 		r++
 		if penalty {
 			seen := map[int64]bool{}
@@ -169,7 +172,7 @@ func (g *Generation) process(s *scores) error {
 				line[id] = never
 			}
 		}
-		if barred {
+		if barred && young {
 			for _, id := range o.EOS {
 				if id >= 0 && id < int64(len(line)) {
 					line[id] = never
@@ -179,6 +182,9 @@ func (g *Generation) process(s *scores) error {
 	})
 	return s.err
 }
+
+// young tells of a row that began at a step whether it may not end yet.
+func (g *Generation) young(begun int) bool { return g.step-begun < g.settings.MinNewTokens }
 
 // banned lists the tokens that would make an n-gram of the row's come a second time.
 func banned(row []int64, n int) []int64 {

@@ -44,9 +44,12 @@ type Generation struct {
 	prompt   int       // tokens of a prompt, padding included
 	ended    []bool
 	step     int
+	begun    []int // by row: the step that was its first one
+	last     int   // the step before which all rows have the tokens that were asked for
 	vocab    int64 // scores of a row, once [Generation.Scores] gave some that wait for [Generation.Choose]
 	done     bool
-	beams    *beams // of a beam search
+	beams    *beams   // of a beam search
+	draws    []*Draws // of all rows, in their order, where they have generators of their own
 }
 
 // New begins a generation. Rows of different lengths are padded on the left.
@@ -62,7 +65,8 @@ func New(m *host.Native, rows, masks [][]int64, s Settings) (*Generation, error)
 	if err != nil {
 		return nil, err
 	}
-	g := &Generation{cache: cache, settings: s, ended: make([]bool, len(rows))}
+	g := &Generation{cache: cache, settings: s, ended: make([]bool, len(rows)),
+		begun: make([]int, len(rows)), last: s.MaxNewTokens}
 	if s.Beams > 1 {
 		g.beams = newBeams(s.Beams, len(rows)/s.Beams)
 	}
@@ -196,7 +200,7 @@ func (g *Generation) append(tokens []int64) error {
 		g.ended[r] = g.ended[r] || slices.Contains(g.settings.EOS, tokens[r])
 		all = all && g.ended[r]
 	}
-	if g.done = all || g.step >= g.settings.MaxNewTokens; g.done {
+	if g.done = all || g.step >= g.last; g.done {
 		return nil
 	}
 	return g.cache.Append(tokens)
@@ -269,5 +273,9 @@ func (g *Generation) Rows() [][]int64 { return g.rows }
 // Free gives the memory back. It may be called twice.
 func (g *Generation) Free() {
 	g.done = true
+	for _, d := range g.draws {
+		d.state.Free()
+	}
+	g.draws = nil
 	g.cache.Free()
 }

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"strings"
 	"sync"
 
@@ -39,6 +40,22 @@ type Cache struct {
 // NewCache makes room for the prompts and more tokens a row, 1 or more; the last of them is drawn and never
 // fed back. It asks for no work of the model.
 func (m *Native) NewCache(rows, masks [][]int64, more int) (*Cache, error) {
+	c, err := m.laidOut(rows, masks, more)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.enter(); err != nil {
+		return nil, err
+	}
+	if err := c.allocate(); err != nil {
+		c.Free()
+		return nil, err
+	}
+	return c, nil
+}
+
+// laidOut is a cache that has no memory yet.
+func (m *Native) laidOut(rows, masks [][]int64, more int) (*Cache, error) {
 	g := &graph.Graph{Invokes: []graph.Invoke{{Rows: rows, Masks: masks}}}
 	if err := graph.Verify(g, m.graphs.Causal, 0); err != nil {
 		return nil, err
@@ -75,19 +92,23 @@ func (m *Native) NewCache(rows, masks [][]int64, more int) (*Cache, error) {
 		}
 		c.real = append(c.real, real)
 	}
-	if err := m.enter(); err != nil {
-		return nil, err
-	}
-	if err := c.allocate(); err != nil {
-		c.Free()
-		return nil, err
-	}
 	return c, nil
 }
 
 // allocate makes the tensors that keys and values go into.
 func (c *Cache) allocate() error {
 	defer plainMode()()
+	return c.each(func(name, dtype string, shape []int64) error {
+		t, err := aten.Zeros(dtype, c.model.device, shape...)
+		if err == nil {
+			c.tensors[name] = t
+		}
+		return err
+	})
+}
+
+// each calls f for the tensors that keys and values go into.
+func (c *Cache) each(f func(name, dtype string, shape []int64) error) error {
 	m, err := c.model.graphs.Of(nn.Variant{Cached: true, Masked: c.masked})
 	if err != nil {
 		return err
@@ -97,15 +118,9 @@ func (c *Cache) allocate() error {
 		if n.Kind != graph.KindInput || !strings.HasPrefix(n.Op, plan.CachePrefix) {
 			continue
 		}
-		dtype := n.DType
-		if dtype == "" {
-			dtype = c.model.dtype
-		}
-		t, err := aten.Zeros(dtype, c.model.device, int64(len(c.rows)), int64(n.Shape[1]), c.room, int64(n.Shape[3]))
-		if err != nil {
+		if err := f(n.Op, cmp.Or(n.DType, c.model.dtype), []int64{int64(len(c.rows)), int64(n.Shape[1]), c.room, int64(n.Shape[3])}); err != nil {
 			return err
 		}
-		c.tensors[n.Op] = t
 	}
 	return nil
 }
@@ -125,7 +140,7 @@ func (c *Cache) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, err
 		free()
 		return nil, err
 	}
-	model, err := c.model.graphs.Of(nn.Variant{Cached: true, Masked: c.masked, Decode: c.past > 0, Training: c.model.Training()})
+	err := c.variant(r)
 	if err == nil {
 		err = c.model.enter()
 	}
@@ -134,32 +149,40 @@ func (c *Cache) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, err
 		c.leave(r)
 		return nil, err
 	}
-	r.models = plan.Models{Causal: model, Masked: model, Training: c.model.Training()}
 	r.plan = plan.New(r.models)
-	err = r.Extend(func(own *graph.Graph) error {
-		*own = *g
-		main := -1
-		for i := range own.Invokes {
-			if in := &own.Invokes[i]; !in.Edit {
-				if main >= 0 || in.Rows != nil {
-					return fault.New(fault.Graph, "a step of generation has one invoke, without rows")
-				}
-				main = i
-				in.Rows, in.Masks = c.rows, c.masks
-			}
-		}
-		if main >= 0 && main != len(own.Invokes)-1 {
-			return fault.New(fault.Graph, "the invoke of a step of generation comes after the edits")
-		}
-		if main < 0 {
-			own.Invokes = append(own.Invokes, graph.Invoke{Rows: c.rows, Masks: c.masks})
-		}
-		return nil
-	}, consts, end)
-	if err != nil {
+	if err := r.Extend(func(own *graph.Graph) error { return c.fill(own, g) }, consts, end); err != nil {
 		return nil, err
 	}
 	return r, nil
+}
+
+// variant takes the graph of the model that the step runs.
+func (c *Cache) variant(r *Run) error {
+	model, err := c.model.graphs.Of(nn.Variant{Cached: true, Masked: c.masked, Decode: c.past > 0, Training: c.model.Training()})
+	r.models = plan.Models{Causal: model, Masked: model, Training: c.model.Training()}
+	return err
+}
+
+// fill makes a step's program that of the rows.
+func (c *Cache) fill(own, g *graph.Graph) error {
+	*own = *g
+	main := -1
+	for i := range own.Invokes {
+		if in := &own.Invokes[i]; !in.Edit {
+			if main >= 0 || in.Rows != nil {
+				return fault.New(fault.Graph, "a step of generation has one invoke, without rows")
+			}
+			main = i
+			in.Rows, in.Masks = c.rows, c.masks
+		}
+	}
+	if main >= 0 && main != len(own.Invokes)-1 {
+		return fault.New(fault.Graph, "the invoke of a step of generation comes after the edits")
+	}
+	if main < 0 {
+		own.Invokes = append(own.Invokes, graph.Invoke{Rows: c.rows, Masks: c.masks})
+	}
+	return nil
 }
 
 // TakeLogits gives the logits [batch, 1, vocab] of the step that is done, after all edits. They are the

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/enginetest"
@@ -39,6 +40,7 @@ type absurd struct {
 	ops    []operator
 	bytes  []byte
 	values []graph.Arg
+	huge   bool // some of them would take more memory than there is
 }
 
 // next is a number below n.
@@ -98,6 +100,10 @@ func (a *absurd) build() *graph.Graph {
 		a.call("zeros", graph.List(graph.Int(0), graph.Int(3))), a.call("arange", graph.Int(4)), a.call("full", graph.List(graph.Int(3)), graph.Int(math.MinInt64)),
 		a.call("expand", a.call("ones", graph.List(graph.Int(1))), graph.List(graph.Int(4), graph.Int(4))),
 		a.call("zeros", graph.List(graph.Int(1), graph.Int(2), graph.Int(4), graph.Int(4))), a.call("sum", small),
+	}
+	if a.huge {
+		a.values = append(a.values, a.call("zeros", graph.List(graph.Int(1<<31), graph.Int(3))), a.call("ones", graph.List(graph.Int(2), graph.Int(1<<40))),
+			a.call("expand", small, graph.List(graph.Int(1<<20), graph.Int(3), graph.Int(16))), a.call("arange", graph.Int(1<<40)))
 	}
 	for range 1 + a.next(2) {
 		op := pick(a, a.ops)
@@ -161,7 +167,8 @@ func (h *hostile) try(t testing.TB, data []byte) (ran bool) {
 	w, err := h.model.Constant(vector)
 	require.NoError(t, err)
 	live := aten.Live() - 1
-	r, err := h.model.BeginBytes(wire, []aten.Tensor{w}, true)
+	var cost *Cost
+	r, err := h.model.BeginBytes(wire, []aten.Tensor{w}, true, func(c *Cost) error { cost = c; return nil })
 	if err != nil {
 		require.Equal(t, live, aten.Live())
 		return false
@@ -169,7 +176,14 @@ func (h *hostile) try(t testing.TB, data []byte) (ran bool) {
 	if _, err = r.Step(0); err == nil {
 		_, tensors, err := r.Results()
 		require.NoError(t, err)
+		output := int64(0)
+		for _, x := range tensors {
+			output += x.Bytes()
+		}
 		aten.FreeAll(tensors)
+		if cost.Exact {
+			require.Equal(t, output, cost.Output, "%s", g)
+		}
 	}
 	r.Free()
 	require.Equal(t, live, aten.Live())
@@ -218,7 +232,38 @@ func TestAbsurdCalls(t *testing.T) {
 	h.intact(t, want, weights)
 }
 
-// FuzzRun is the same for bytes that a fuzzer finds.
+// errJudged ends a run before it begins.
+var errJudged = fault.New(fault.Remote, "judged")
+
+// TestAbsurdEstimates estimates programs of nonsense, of tensors larger than any memory, and runs none: it takes no time and
+// no memory to say so.
+func TestAbsurdEstimates(t *testing.T) {
+	h := newHostile(t)
+	r, judged := rand.New(rand.NewPCG(3, 4)), 0
+	before := aten.PeakAllocated()
+	for range rounds() {
+		data := make([]byte, 64)
+		for i := range data {
+			data[i] = byte(r.Uint32())
+		}
+		a := &absurd{ops: h.ops, bytes: data, huge: true}
+		g := a.build()
+		if guard.Check(g) != nil {
+			continue
+		}
+		w, err := h.model.Constant(vector)
+		require.NoError(t, err)
+		live, begun := aten.Live()-1, time.Now()
+		_, err = h.model.Begin(g, []aten.Tensor{w}, true, func(*Cost) error { judged++; return errJudged })
+		require.Error(t, err)
+		require.Equal(t, live, aten.Live())
+		require.Less(t, time.Since(begun), 5*time.Second, "%s", g)
+		require.Less(t, aten.PeakAllocated()-before, int64(1<<20), "%s", g)
+	}
+	require.Greater(t, judged, 100)
+}
+
+// FuzzRun is [TestAbsurdCalls] for bytes that a fuzzer finds.
 func FuzzRun(f *testing.F) {
 	h := newHostile(f)
 	want, weights := finish(f, h.model, logits(1, 2, 3)), h.weight(f)

@@ -53,7 +53,10 @@ type Native struct {
 	protected atomic.Bool   // runs that begin leave the weights as they are
 	mostWork  atomic.Uint64 // that a line of them may need: see LimitWork
 	plans     plans
-	hosted    bool // somebody else does its forward pass
+	plain     sync.Map // plainSize to *Cost
+	typing    sync.Once
+	types     map[string]string // dtypes of the parameters, once somebody has asked
+	hosted    bool              // somebody else does its forward pass
 
 	mu     sync.Mutex
 	params map[string]aten.Tensor // by name; tied names share a handle's tensor
@@ -383,9 +386,10 @@ func (m *Native) Start(g *graph.Graph, consts []aten.Tensor) (*Run, error) {
 }
 
 // Begin makes a run of a trace that may go on: without end, [Run.Extend] adds to it once it is done.
-// The run takes over the graph, and consts also where it fails.
-func (m *Native) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, error) {
-	r := &Run{model: m, graph: &graph.Graph{}}
+// The run takes over the graph, and consts also where it fails. A judge, if there is one, is told what it would take
+// each time before it begins or goes on.
+func (m *Native) Begin(g *graph.Graph, consts []aten.Tensor, end bool, judges ...Judge) (*Run, error) {
+	r := &Run{model: m, graph: &graph.Graph{}, judge: judgeOf(judges)}
 	r.protect()
 	var err error
 	if r.models, err = m.variants(false); err == nil {

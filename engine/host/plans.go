@@ -4,6 +4,7 @@ import (
 	"container/list"
 	"encoding/binary"
 	"sync"
+	"sync/atomic"
 
 	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/graph"
@@ -34,6 +35,13 @@ type planned struct {
 	explicit bool
 	schedule *plan.Schedule
 	rows     [][][2]int // of each forward pass: the invoke and the number of each row
+	priced   atomic.Pointer[priced]
+}
+
+// priced is what a schedule takes with constants of these sizes.
+type priced struct {
+	constants string
+	cost      *Cost
 }
 
 func (p *plans) find(key string) *planned {
@@ -121,25 +129,27 @@ func keyOf(invokes []graph.Invoke, rest []byte, consts int, flags byte) string {
 
 // BeginBytes is [Native.Begin] of a graph in wire form, which is neither read nor planned again where one that differs by
 // token ids alone has run before.
-func (m *Native) BeginBytes(data []byte, consts []aten.Tensor, end bool) (*Run, error) {
+func (m *Native) BeginBytes(data []byte, consts []aten.Tensor, end bool, judges ...Judge) (*Run, error) {
 	key, invokes := "", []graph.Invoke(nil)
 	if end && !m.hosted {
 		key, invokes = m.planKey(data, len(consts))
 	}
 	if known := m.plans.find(key); known != nil {
-		return m.beginPlanned(known, invokes, consts)
+		return m.beginPlanned(known, invokes, consts, judges)
 	}
 	g, err := graph.Decode(data)
 	if err != nil {
 		aten.FreeAll(consts)
 		return nil, err
 	}
-	r, err := m.Begin(g, consts, end)
+	r, err := m.Begin(g, consts, end, judges...)
 	if err == nil && key != "" {
 		if rows := rowsOf(g, r.schedule); rows != nil {
 			own := *r.schedule
-			m.plans.keep(&planned{key: key, graph: &graph.Graph{Nodes: g.Nodes, Positions: g.Positions}, models: r.models,
-				explicit: r.explicit, schedule: &own, rows: rows})
+			one := &planned{key: key, graph: &graph.Graph{Nodes: g.Nodes, Positions: g.Positions}, models: r.models,
+				explicit: r.explicit, schedule: &own, rows: rows}
+			one.priced.Store(r.priced)
+			m.plans.keep(one)
 		}
 	}
 	return r, err
@@ -163,8 +173,8 @@ func (m *Native) planKey(data []byte, consts int) (string, []graph.Invoke) {
 }
 
 // beginPlanned makes a run of a trace whose schedule is known.
-func (m *Native) beginPlanned(known *planned, invokes []graph.Invoke, consts []aten.Tensor) (*Run, error) {
-	r := &Run{model: m, models: known.models, explicit: known.explicit, consts: consts, end: true,
+func (m *Native) beginPlanned(known *planned, invokes []graph.Invoke, consts []aten.Tensor, judges []Judge) (*Run, error) {
+	r := &Run{model: m, judge: judgeOf(judges), known: known, models: known.models, explicit: known.explicit, consts: consts, end: true,
 		graph: &graph.Graph{Nodes: known.graph.Nodes, Positions: known.graph.Positions, Invokes: invokes}}
 	r.protect()
 	if err := m.enter(); err != nil {

@@ -36,6 +36,10 @@ type Run struct {
 	freed    bool
 	taken    bool // its results have been handed over
 
+	spent     float64               // multiplications so far
+	judge     Judge                 // decides whether it may begin
+	known     *planned              // what is known of its schedule from before
+	priced    *priced               // what it takes, where that was asked for
 	weights   map[plan.Slot]*packed // those that may be packed
 	protects  bool                  // the weights stay as they are
 	weightOf  map[uintptr]string    // then: which weight a storage is of
@@ -230,6 +234,9 @@ func (r *Run) ready(schedule *plan.Schedule) error {
 		return err
 	}
 	if err := r.model.Load(); err != nil {
+		return err
+	}
+	if err := r.judged(schedule); err != nil {
 		return err
 	}
 	if r.protects {

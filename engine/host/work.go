@@ -27,7 +27,7 @@ var works = map[string]work{
 	"aten::mm": product(0), "aten::bmm": product(0), "aten::matmul": product(0), "aten::mv": product(0), "aten::dot": product(0),
 	"aten::inner": across, "aten::linear": across, "aten::addmm": product(1), "aten::addbmm": product(1), "aten::baddbmm": product(1),
 	"aten::addmv": product(1), "aten::outer": product(0), "aten::einsum": einsum, "aten::tensordot": tensordot, "aten::bilinear": bilinear,
-	"aten::cdist": across, "aten::_cdist_forward": across, "aten::linalg_multi_dot": several, "aten::chain_matmul": several,
+	"nng::linear": layer, "aten::cdist": across, "aten::_cdist_forward": across, "aten::linalg_multi_dot": several, "aten::chain_matmul": several,
 	"aten::scaled_dot_product_attention": attention,
 	"aten::conv1d":                       convolution, "aten::conv2d": convolution, "aten::conv3d": convolution, "aten::convolution": convolution,
 	"aten::conv_transpose1d": convolution, "aten::conv_transpose2d": convolution, "aten::conv_transpose3d": convolution,
@@ -42,6 +42,9 @@ var works = map[string]work{
 	"aten::linalg_lu_factor": cubic(1), "aten::cholesky_solve": cubic(2), "aten::cholesky_inverse": cubic(2), "aten::corrcoef": gram, "aten::cov": gram,
 	"aten::pdist": gram,
 }
+
+// Spent is how many multiplications a run has done so far, where the work of its lines is bounded.
+func (r *Run) Spent() float64 { return r.spent }
 
 // bearable is the error of a call that would take longer than a line may.
 func (r *Run) bearable(in *plan.Instr, base string) error {
@@ -81,7 +84,9 @@ func (r *Run) bearable(in *plan.Instr, base string) error {
 		}
 		look(&v)
 	}
-	if needs := estimate(sizes, text); needs > most {
+	needs := estimate(sizes, text)
+	r.spent += needs
+	if needs > most {
 		e := fault.New(fault.Remote, "this line takes some %.1e multiplications, and a line may take %.1e here", needs, most).
 			WithHint("Do it in smaller pieces, or with what comes back.")
 		e.Op = in.Name
@@ -135,6 +140,11 @@ func product(first int) work {
 // across is a [..., n, k] with every row of b [..., m, k].
 func across(sizes [][]int64, _ string) float64 {
 	return pair(sizes, 0, func(a, b []int64) float64 { return count(a) * count(b) / math.Max(last(b, 0), 1) })
+}
+
+// layer is a [..., n, k] with a weight of k times as many columns, whichever way that lies.
+func layer(sizes [][]int64, _ string) float64 {
+	return pair(sizes, 0, func(a, w []int64) float64 { return count(a) / math.Max(last(a, 0), 1) * count(w) })
 }
 
 // several is a product of several matrices.

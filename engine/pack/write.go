@@ -183,6 +183,13 @@ func (x *activation) window(rows, toks int) plan.Window {
 	return plan.Window{Rows: int64(rows), Toks: int64(toks), SeqAxes: []int{x.seq}}
 }
 
+// rowsOf is the shape of so many tokens of it, one a row.
+func (x *activation) rowsOf(tokens int) graph.Shape {
+	out := slices.Delete(slices.Clone(x.shape), x.seq, x.seq+1)
+	out[0] = graph.Dim(tokens)
+	return out
+}
+
 // whole is the slot of the tensor itself.
 func (w *writer) whole(x *activation) plan.Slot {
 	if x.dense == plan.NoSlot {
@@ -272,7 +279,8 @@ func (w *writer) pack(like *plan.Instr, of *activation, places []place) plan.Slo
 	for i := range places {
 		index[i] = int64(places[i].row)
 	}
-	slot := w.add(like, plan.Instr{Op: plan.OpPack, Args: []graph.Arg{graph.Ref(of.dense)}, Tokens: index, Window: of.window(0, 0)})
+	slot := w.add(like, plan.Instr{Op: plan.OpPack, Args: []graph.Arg{graph.Ref(of.dense)}, Tokens: index, Window: of.window(0, 0),
+		Shape: of.rowsOf(len(places))})
 	w.length[slot] = len(places)
 	return slot
 }
@@ -298,7 +306,8 @@ func (w *writer) packed(s *step) {
 	if s.rule.args != nil {
 		s.rule.args(c)
 	}
-	slot := w.add(s.in, plan.Instr{Op: s.in.Op, Name: s.in.Name, Args: c.out, Kwargs: s.in.Kwargs, Fresh: s.in.Fresh})
+	slot := w.add(s.in, plan.Instr{Op: s.in.Op, Name: s.in.Name, Args: c.out, Kwargs: s.in.Kwargs, Fresh: s.in.Fresh,
+		Shape: s.out.rowsOf(len(list)), DType: s.in.DType, Main: s.in.Main})
 	w.length[slot] = len(list)
 	s.out.hold(slot, list)
 	if baseOf(s.in.Name) == "nng::linear" {
@@ -315,7 +324,8 @@ func (w *writer) item(s *step) {
 	}
 	list := x.list()
 	from := x.where(list[0]) // a container is one packed value: all its tokens are there
-	slot := w.add(s.in, plan.Instr{Op: plan.OpItem, Args: []graph.Arg{graph.Ref(from.slot), s.in.Args[1]}})
+	slot := w.add(s.in, plan.Instr{Op: plan.OpItem, Args: []graph.Arg{graph.Ref(from.slot), s.in.Args[1]},
+		Shape: s.out.rowsOf(len(list)), DType: s.in.DType, Main: s.in.Main})
 	w.length[slot] = len(list)
 	s.out.hold(slot, list)
 }
@@ -391,7 +401,8 @@ func (w *writer) putTokens(s *step, x, y *activation) {
 			}
 			args = append(args, graph.Ref(p.slot))
 		}
-		slot := w.add(s.in, plan.Instr{Op: plan.OpPack, Args: args, Tokens: index, Window: x.window(0, 0), Want: s.in.Want, Fresh: true})
+		slot := w.add(s.in, plan.Instr{Op: plan.OpPack, Args: args, Tokens: index, Window: x.window(0, 0), Want: s.in.Want, Fresh: true,
+			Shape: x.rowsOf(len(mine))})
 		w.length[slot] = len(mine)
 		y.hold(slot, mine)
 	}

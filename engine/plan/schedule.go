@@ -81,7 +81,9 @@ type Instr struct {
 	Pass   Pass        // Backward, SetGrad: which pass
 	Place  Place       // Fetch, Give: where
 	Shape  graph.Shape // sizes that the model gives its result, where that is known; Expect: those of what is replaced
+	DType  string      // and its dtype, where that is another than the model's
 	Of     int         // which forward pass it belongs to, where Shape is known
+	Main   bool        // it is the forward pass's own, and not of a module that a line calls
 	Tokens []int64     // Pack, Take, Unpack, Mask
 	Strict bool        // Expect: the rest of the schedule relies on it
 }

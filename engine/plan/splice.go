@@ -279,7 +279,7 @@ func (s *Plan) compute(p *pass, id graph.ID, env []Slot) error {
 		}
 	})
 	if &env[0] == &p.env[0] && !p.spread[in.Out] {
-		in.Shape = n.Shape
+		in.Shape, in.DType, in.Main = n.Shape, n.DType, true
 	}
 	s.emit(in)
 	return failed

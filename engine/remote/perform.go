@@ -94,8 +94,9 @@ type performing struct {
 	request  *Request
 	response Response
 	writer   Writer
-	bytes    int64 // of results so far
-	kept     *kept // of a session
+	bytes    int64     // of results so far
+	kept     *kept     // of a session
+	spent    host.Cost // by its traces so far
 }
 
 func (p *Performer) begin(ctx context.Context, r *Request) *performing {
@@ -150,9 +151,9 @@ func (x *performing) traceStep(at int) (out StepResult, err error) {
 	}
 	var run *host.Run
 	if p.whole != nil {
-		run, err = x.Model.BeginBytes(p.whole, consts, s.End)
+		run, err = x.Model.BeginBytes(p.whole, consts, s.End, x.judge(p, s))
 	} else {
-		run, err = x.Model.Begin(p.graph, consts, s.End)
+		run, err = x.Model.Begin(p.graph, consts, s.End, x.judge(p, s))
 	}
 	if err != nil {
 		return out, err
@@ -299,6 +300,13 @@ func (x *performing) given(c *Constant) (aten.Tensor, error) {
 func (x *performing) generate(owner string) (err error) {
 	r := x.request
 	state, random, at, scored := x.Chains.take(owner, r)
+	if err := x.affordable(at); err != nil {
+		if state != nil {
+			state.Free()
+			random.Free()
+		}
+		return err
+	}
 	if state == nil {
 		if state, err = gen.New(x.Model, r.Prompt.Rows, r.Prompt.Masks, *r.Settings); err != nil {
 			return err
@@ -426,13 +434,21 @@ func (x *performing) draw(g *gen.Generation, s *Step, out *StepResult, scored bo
 
 // file gives the response as it travels.
 func (x *performing) file() ([]byte, error) {
-	if x.request.Random != "" {
-		state, err := aten.RandomState("cpu")
-		if err != nil {
-			return nil, err
-		}
-		defer state.Free()
-		if x.response.Random, err = x.send(state); err != nil {
+	if x.request.Random == "" {
+		return x.fileWith(aten.Tensor{})
+	}
+	state, err := aten.RandomState("cpu")
+	if err != nil {
+		return nil, err
+	}
+	defer state.Free()
+	return x.fileWith(state)
+}
+
+// fileWith gives the response with the state of a generator, if there is one.
+func (x *performing) fileWith(random aten.Tensor) (_ []byte, err error) {
+	if !random.IsZero() {
+		if x.response.Random, err = x.send(random); err != nil {
 			return nil, err
 		}
 	}

@@ -25,7 +25,7 @@ func open(t *testing.T) *host.Native {
 }
 
 // wire is the file of a request: its JSON and other tensors.
-func wire(t *testing.T, request any, parts map[string][]byte, tensors map[string]aten.Tensor) []byte {
+func wire(t testing.TB, request any, parts map[string][]byte, tensors map[string]aten.Tensor) []byte {
 	var w Writer
 	text, err := json.Marshal(request)
 	require.NoError(t, err)
@@ -355,7 +355,7 @@ func TestBadRequests(t *testing.T) {
 		"wait for scores":               wire(t, scored, nil, nil),
 		"and the request none":          wire(t, alone, nil, c),
 		"this server takes 2 at once":   nil,
-		"this server sends at once":     nil,
+		"a job may send":                nil,
 		"there are none here":           wire(t, trace(Step{Program: []string{"g"}, Constants: []Constant{{Hash: "x"}}, End: true}), g, nil),
 		"file cannot be read: its head": bytes.Repeat([]byte{0xff}, 64),
 	} {
@@ -363,7 +363,7 @@ func TestBadRequests(t *testing.T) {
 		switch says {
 		case "this server takes 2 at once":
 			p.Limits.Tokens, data = 2, wire(t, trace(step), g, c)
-		case "this server sends at once":
+		case "a job may send":
 			p.Limits.Output, data = 16, wire(t, trace(step), g, c)
 		}
 		_, err := perform(t, p, data)
@@ -485,97 +485,3 @@ func TestWhatSharesNoPass(t *testing.T) {
 	r.Steps[0].End = false
 	require.Nil(t, r.Company(), "a value in the middle")
 }
-
-func TestGenerationsThatShareSteps(t *testing.T) {
-	m := open(t)
-	p := &Performer{Model: m}
-	r := rand.New(rand.NewPCG(5, 6))
-	empty := map[string][]byte{"g": graph.Encode(&graph.Graph{Invokes: []graph.Invoke{{}}})}
-	for trial := range 20 {
-		settings := gen.Settings{LengthPenalty: 1, EarlyStopping: "false", Temperature: 1, Pad: 2, MinNewTokens: r.IntN(3)}
-		switch trial % 4 {
-		case 1:
-			settings.EOS = []int64{3, 5, 7, 9, 11, 13}
-		case 2:
-			settings.Repetition = 1.5
-		case 3:
-			settings.EOS, settings.NoRepeatNgram = []int64{4, 6, 8}, 2
-		}
-		var all []*Request
-		var alone [][]byte
-		for range 2 + r.IntN(4) {
-			own := settings
-			own.MaxNewTokens = 1 + r.IntN(10)
-			request := Request{Version: 1, Model: "m", Kind: Generate, Settings: &own, Prompt: &Prompt{}}
-			for range 1 + r.IntN(2) {
-				row := make([]int64, 1+r.IntN(6))
-				for i := range row {
-					row[i] = 1 + r.Int64N(20)
-				}
-				request.Prompt.Rows = append(request.Prompt.Rows, row)
-			}
-			if r.IntN(3) == 0 {
-				for _, row := range request.Prompt.Rows {
-					mask := make([]int64, len(row))
-					for i := range mask {
-						mask[i] = min(1, int64(i+r.IntN(2)))
-					}
-					mask[len(mask)-1] = 1
-					request.Prompt.Masks = append(request.Prompt.Masks, mask)
-				}
-			}
-			for range own.MaxNewTokens + r.IntN(2) {
-				request.Steps = append(request.Steps, Step{Program: []string{"g"}, End: true, Want: []string{WantResults, WantDrawn}})
-			}
-			data := wire(t, request, empty, nil)
-			one, err := Parse(data, Limits{})
-			require.NoError(t, err)
-			require.NotNil(t, one.Company())
-			require.Equal(t, one.Company(), first(append(all, one)).Company())
-			all = append(all, one)
-			want, err := perform(t, p, data)
-			require.NoError(t, err)
-			alone = append(alone, want)
-		}
-		together, err := p.PerformTogether(t.Context(), all)
-		require.NoError(t, err)
-		for i := range all {
-			want, _ := response(t, alone[i])
-			got, _ := response(t, together[i])
-			require.Equal(t, want, got, "trial %d, request %d", trial, i)
-		}
-	}
-	// those that run alone
-	one := generation(t, 6, "", false)
-	one.Steps[5].Want = []string{WantDrawn}
-	for name, change := range map[string]func(r *Request){
-		"sampled":                 func(r *Request) { r.Settings.Sample, r.Random = true, "random" },
-		"beams":                   func(r *Request) { r.Settings.Beams = 2 },
-		"not to their end":        func(r *Request) { r.Steps = r.Steps[:5] },
-		"scores":                  func(r *Request) { r.Steps[5].Want = []string{WantScores} },
-		"ended":                   func(r *Request) { r.Steps[5].Ended = []bool{true} },
-		"several of each":         func(r *Request) { r.Settings.Returned = 2 },
-		"a step that has no end":  func(r *Request) { r.Steps[5].End = false },
-		"more new ones than said": func(r *Request) { r.Settings.MaxNewTokens = 7 },
-		"no rows":                 func(r *Request) { r.Prompt = &Prompt{} },
-		"masks of other rows":     func(r *Request) { r.Prompt = &Prompt{Rows: r.Prompt.Rows, Masks: [][]int64{}} },
-	} {
-		request := one
-		settings := *one.Settings
-		request.Settings, request.Steps = &settings, append([]Step(nil), one.Steps...)
-		change(&request)
-		request.programs = make([]program, len(request.Steps))
-		for i := range request.programs {
-			request.programs[i].graph = &graph.Graph{}
-		}
-		require.Nil(t, request.Company(), name)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	file, err := Parse(wire(t, one, nil, nil), Limits{})
-	require.NoError(t, err)
-	_, err = p.PerformTogether(ctx, []*Request{file, file})
-	require.Equal(t, fault.Cancelled, fault.As(err).Code)
-}
-
-func first(all []*Request) *Request { return all[0] }

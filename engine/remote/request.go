@@ -102,9 +102,25 @@ type program struct {
 
 // Limits bound what a request may ask for; a zero means no limit.
 type Limits struct {
-	Tokens    int   // of all rows of a request, and new ones in a generation, together
-	NewTokens int   // of each row
-	Output    int64 // bytes of a response
+	Tokens    int     // of all rows of a request, and new ones in a generation, together
+	NewTokens int     // of each row
+	Output    int64   // bytes of a response
+	Memory    int64   // bytes of tensors at the same time, beside the weights: those that an estimate comes to
+	Work      float64 // multiplications, which are estimated as well
+}
+
+// Within are limits of which none is higher than others: those of a key within those of a server.
+func (l Limits) Within(other Limits) Limits {
+	return Limits{Tokens: least(l.Tokens, other.Tokens), NewTokens: least(l.NewTokens, other.NewTokens),
+		Output: least(l.Output, other.Output), Memory: least(l.Memory, other.Memory), Work: least(l.Work, other.Work)}
+}
+
+// least is the lower of two limits, of which zero is none.
+func least[T int | int64 | float64](a, b T) T {
+	if a == 0 || b != 0 && b < a {
+		return b
+	}
+	return a
 }
 
 // Parse reads a request, and looks at what it is to do: see package guard. The bytes may come from anyone,

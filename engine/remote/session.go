@@ -78,6 +78,14 @@ func (k *kept) take(step int, results []graph.Result, tensors []aten.Tensor) err
 	return nil
 }
 
+// bytes is what they take.
+func (k *kept) bytes() (n int64) {
+	for _, t := range k.tensors {
+		n += t.Bytes()
+	}
+	return n
+}
+
 // done frees what no step behind this one uses.
 func (k *kept) done(step int) {
 	for at, t := range k.tensors {

@@ -115,3 +115,29 @@ func numbers(t *testing.T, p *Performer, weight string) []float32 {
 	require.NoError(t, err)
 	return found
 }
+
+func TestASessionIsHeldToLimitsAsAWhole(t *testing.T) {
+	m := open(t)
+	m.Protect(true)
+	three, err := aten.FromFloat32s([]float32{3})
+	require.NoError(t, err)
+	defer three.Free()
+	one := Step{Program: []string{"g"}, Constants: []Constant{{Tensor: "c"}}, End: true, Want: []string{WantResults}}
+	data := func(steps ...Step) []byte {
+		parts := map[string][]byte{"g": graph.Encode(doubled())}
+		return wire(t, session(steps...), parts, map[string]aten.Tensor{"c": three})
+	}
+	work := 1.0 // the least with which one trace runs, within a tenth
+	for ; ; work *= 1.1 {
+		if _, err = perform(t, &Performer{Model: m, Limits: Limits{Work: work}}, data(one)); err == nil {
+			break
+		}
+	}
+	p := &Performer{Model: m, Limits: Limits{Work: 2.5 * work}}
+	_, err = perform(t, p, data(one, one))
+	require.NoError(t, err)
+	live := aten.Live()
+	_, err = perform(t, p, data(one, step("g", Place{0, 0}), one, one))
+	require.ErrorContains(t, err, "multiplications")
+	require.Equal(t, live, aten.Live())
+}

@@ -107,7 +107,7 @@ func (p *Performer) PerformTogether(ctx context.Context, requests []*Request) (o
 		aten.FreeAll(t.consts)
 		return nil, err
 	}
-	run, err := p.Model.Begin(t.graph, t.consts, true)
+	run, err := p.Model.Begin(t.graph, t.consts, true, t.judge(all))
 	if err != nil {
 		return nil, err
 	}

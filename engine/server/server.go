@@ -331,8 +331,8 @@ func (s *Server) submit(a *asked) error {
 		return err
 	}
 	mark := a.r.Header.Get("Idempotency-Key")
-	if len(mark) > 256 {
-		return refusal{http.StatusBadRequest, fault.New(fault.Remote, "an idempotency key has 256 characters at most")}
+	if len(mark) > 256 || strings.ContainsFunc(mark, func(c rune) bool { return c < '!' || c > '~' }) {
+		return refusal{http.StatusBadRequest, fault.New(fault.Remote, "an idempotency key has 256 characters at most, none of them blank or beyond ASCII")}
 	}
 	data, err := s.body(a)
 	if err != nil {
@@ -344,7 +344,7 @@ func (s *Server) submit(a *asked) error {
 	}
 	in := &jobs.Submission{Owner: a.owner, Model: head.Model, Kind: head.Kind, Mark: mark, Request: data}
 	if a.key != nil {
-		in.Priority = jobs.Priority(a.key.Priority)
+		in.Priority, in.Limits = jobs.Priority(a.key.Priority), a.key.Limits
 	}
 	job, err := s.store.Submit(a.ctx, in)
 	if err != nil {

@@ -209,6 +209,7 @@ func TestWhatFails(t *testing.T) {
 	s.refused(413, "", "POST", "/v1/jobs", make([]byte, 2<<20))
 	s.refused(400, "a number of seconds", "POST", "/v1/jobs?wait=NaN", good)
 	s.refused(400, "256 characters", "POST", "/v1/jobs", good, "Idempotency-Key: "+strings.Repeat("x", 300))
+	s.refused(400, "none of them blank", "POST", "/v1/jobs", good, "Idempotency-Key: a b")
 	s.refused(404, "no such job", "GET", "/v1/jobs/"+strings.Repeat("a", 32), nil)
 	s.refused(404, "no such job", "GET", "/v1/jobs/*/result", nil)
 	s.refused(404, "no such job", "GET", "/v1/jobs/%3E/events", nil)
@@ -462,7 +463,7 @@ func TestOneThatFailsDoesNotHarmThoseBesideIt(t *testing.T) {
 }
 
 func TestARedTeam(t *testing.T) {
-	s := start(t, server.Options{}, work.Options{Work: 1e12})
+	s := start(t, server.Options{}, work.Options{Line: 1e12})
 	before, err := s.model.Constant("transformer.wte.weight")
 	require.NoError(t, err)
 	defer before.Free()
@@ -533,6 +534,7 @@ func TestARedTeam(t *testing.T) {
 	bomb.Positions = []fault.Pos{{File: "theirs.py", Line: 13}}
 	e := s.refused(422, "1.2e+18 multiplications, and a line may take 1.0e+12", "POST", "/v1/jobs?wait=30", request(t, name, bomb))
 	require.Equal(t, 13, e.Pos.Line)
+	// the same for a key of little: it is what the whole of a job takes that counts
 	// deep nesting
 	deep := graph.Ref(0)
 	for range 10000 {

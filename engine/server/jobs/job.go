@@ -55,9 +55,17 @@ type Job struct {
 	Error    *fault.Error `json:"error,omitempty"`
 }
 
+// Limits are what its owner's key lets a job take; a zero is no limit beside the worker's own.
+type Limits struct {
+	Work   float64 `json:"work,omitempty"`   // multiplications
+	Memory int64   `json:"memory,omitempty"` // bytes of tensors at the same time
+	Output int64   `json:"output,omitempty"` // bytes of a result
+}
+
 // record is a job as it is stored.
 type record struct {
 	Job
+	Limits   Limits `json:"limits,omitzero"`
 	Owner    string `json:"owner"`
 	Attempts int    `json:"attempts"` // how often a worker has begun it
 	Class    string `json:"class"`    // its priority, which is a consumer of the queue

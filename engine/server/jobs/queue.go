@@ -338,6 +338,9 @@ func (t *Task) payload(ctx context.Context) ([]byte, error) {
 // Model is the model that the task is for.
 func (t *Task) Model() string { return t.r.Model }
 
+// Limits are those that the task brings along.
+func (t *Task) Limits() Limits { return t.r.Limits }
+
 // Cancelled is closed once the job's owner does not want it any more. Call stop when the job has ended.
 func (t *Task) Cancelled() (cancelled <-chan struct{}, stop func()) {
 	c := make(chan struct{})

@@ -38,6 +38,7 @@ type Submission struct {
 	Model    string
 	Kind     string
 	Priority Priority
+	Limits   Limits
 	Mark     string // whoever sends the same one twice has sent one job; "" is none
 	Request  []byte
 }
@@ -47,7 +48,7 @@ var ErrFull = fault.New(fault.Remote, "too many of your jobs wait already").With
 
 // Submit queues a request. The model must have a queue: see [Store.AddModel].
 func (s *Store) Submit(ctx context.Context, in *Submission) (*Job, error) {
-	r := record{Owner: in.Owner, Class: classOf(in.Priority), Job: Job{
+	r := record{Owner: in.Owner, Class: classOf(in.Priority), Limits: in.Limits, Job: Job{
 		ID: newID(in.Owner, in.Mark), Model: in.Model, Kind: in.Kind, State: Queued, Created: time.Now()}}
 	if err := s.room(ctx, &r); err != nil {
 		return nil, err

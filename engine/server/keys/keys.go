@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/nnsight-go/nnsight-go/engine/fault"
+	"github.com/nnsight-go/nnsight-go/engine/server/jobs"
 )
 
 // prefix begins every key, so that one that was left in a file is found for what it is.
@@ -27,14 +28,15 @@ const prefix = "nng_"
 
 // Key is what is kept of a key.
 type Key struct {
-	ID       string     `json:"id"`   // names it in lists and logs
-	Name     string     `json:"name"` // of whoever has it
-	Hash     string     `json:"hash"` // SHA-256, in hexadecimal
-	Priority string     `json:"priority,omitempty"`
-	Rate     float64    `json:"rate,omitempty"` // jobs a second; 0 is the server's own limit
-	Created  time.Time  `json:"created"`
-	Expires  *time.Time `json:"expires,omitempty"`
-	Revoked  *time.Time `json:"revoked,omitempty"`
+	ID       string      `json:"id"`   // names it in lists and logs
+	Name     string      `json:"name"` // of whoever has it
+	Hash     string      `json:"hash"` // SHA-256, in hexadecimal
+	Priority string      `json:"priority,omitempty"`
+	Rate     float64     `json:"rate,omitempty"`  // jobs a second; 0 is the server's own limit
+	Limits   jobs.Limits `json:"limits,omitzero"` // of one job; those of the server hold as well
+	Created  time.Time   `json:"created"`
+	Expires  *time.Time  `json:"expires,omitempty"`
+	Revoked  *time.Time  `json:"revoked,omitempty"`
 }
 
 // Usable reports whether the key opens anything at a time.

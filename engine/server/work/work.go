@@ -23,7 +23,7 @@ import (
 type Options struct {
 	Limits remote.Limits
 	Time   time.Duration // that a job may run; 0 is five minutes
-	Work   float64       // multiplications that one operator of a job may need; 0 is no limit
+	Line   float64       // multiplications that one operator of a job may need; 0 is no limit
 	Log    *slog.Logger  // is told of jobs, never of what is in them
 	Done   func(model string, state jobs.State, took time.Duration)
 }
@@ -82,7 +82,7 @@ func Start(ctx context.Context, store *jobs.Store, models map[string]*engine.Mod
 	w := &Worker{id: hex.EncodeToString(id[:]), store: store, options: o}
 	for name, m := range models {
 		m.Protect(true)
-		m.LimitWork(o.Work)
+		m.LimitWork(o.Line)
 		description, err := json.Marshal(public(m))
 		if err != nil {
 			return nil, err
@@ -164,6 +164,11 @@ func (w *Worker) serve(taking, running context.Context, s *served) {
 		}
 		var all []*job
 		all, next = w.gather(taking, s, first)
+		if first.request.Kind == remote.Generate && first.company() != nil {
+			next = w.alongside(taking, running, s, all, next)
+			s.shared = 0
+			continue
+		}
 		begun := time.Now()
 		w.run(running, s, all)
 		s.shared, s.took = 0, time.Since(begun)
@@ -177,15 +182,18 @@ func (w *Worker) serve(taking, running context.Context, s *served) {
 type job struct {
 	*jobs.Task
 	request *remote.Request
+	limits  remote.Limits // the worker's and its key's
 	begun   time.Time
 }
 
 // read reads the request of a task. It ends the task, and gives nil, where that cannot be done.
 func (w *Worker) read(t *jobs.Task) *job {
-	j := &job{Task: t, begun: time.Now()}
+	own := t.Limits()
+	j := &job{Task: t, begun: time.Now(),
+		limits: w.options.Limits.Within(remote.Limits{Work: own.Work, Memory: own.Memory, Output: own.Output})}
 	w.running.Add(1)
 	err := w.guarded(j, func() (err error) {
-		j.request, err = remote.Parse(t.Request, w.options.Limits)
+		j.request, err = remote.Parse(t.Request, j.limits)
 		return err
 	})
 	if err != nil {
@@ -202,19 +210,35 @@ func (w *Worker) read(t *jobs.Task) *job {
 	return j
 }
 
+// limited is company that keeps to the same limits.
+type limited struct {
+	of     any
+	limits remote.Limits
+}
+
+// company says with which jobs it may share forward passes; nil is none.
+func (j *job) company() any {
+	of := j.request.Company()
+	if of == nil {
+		return nil
+	}
+	return limited{of, j.limits}
+}
+
 // gather gives a job and those that wait already and may share its forward pass, and the next one, if that was
 // taken to see that it may not. Where the last pass was shared, it waits a little for those that were in it: whoever
 // sends one job after the other sends the next soon after the last.
 func (w *Worker) gather(ctx context.Context, s *served, first *job) (all []*job, next *job) {
 	all = []*job{first}
-	company := first.request.Company()
+	company := first.company()
 	if company == nil {
 		return all, nil
 	}
 	tokens := first.request.Tokens()
 	for len(all) < mostTogether && tokens < tokensTogether {
 		t := s.queue.TryTake(ctx)
-		if t == nil && len(all) < s.shared {
+		if t == nil && len(all) < s.shared && first.request.Kind == remote.Trace { // generations may join later
+
 			t = s.queue.TakeWithin(ctx, min(mostPatience, s.took/patientPart))
 		}
 		if t == nil {
@@ -224,7 +248,7 @@ func (w *Worker) gather(ctx context.Context, s *served, first *job) (all []*job,
 		if j == nil {
 			continue
 		}
-		if tokens += j.request.Tokens(); tokens > tokensTogether || j.request.Company() != company {
+		if tokens += j.request.Tokens(); tokens > tokensTogether || j.company() != company {
 			return all, j
 		}
 		all = append(all, j)
@@ -259,7 +283,7 @@ func (w *Worker) together(running context.Context, s *served, all []*job) bool {
 	}
 	var results [][]byte
 	err := w.guarded(all[0], func() (err error) {
-		results, err = w.performer(s).PerformTogether(ctx, requests)
+		results, err = w.performer(s, all[0]).PerformTogether(ctx, requests)
 		return err
 	})
 	if err != nil {
@@ -272,8 +296,9 @@ func (w *Worker) together(running context.Context, s *served, all []*job) bool {
 	return true
 }
 
-func (w *Worker) performer(s *served) *remote.Performer {
-	return &remote.Performer{Model: s.model.Native, Limits: w.options.Limits, Chains: s.chains}
+// performer runs a job, or several of the same limits.
+func (w *Worker) performer(s *served, j *job) *remote.Performer {
+	return &remote.Performer{Model: s.model.Native, Limits: j.limits, Chains: s.chains}
 }
 
 // alone runs one job.
@@ -291,7 +316,7 @@ func (w *Worker) alone(running context.Context, s *served, j *job) {
 	}()
 	var result []byte
 	err := w.guarded(j, func() (err error) {
-		result, err = w.performer(s).Perform(ctx, j.Owner, j.request)
+		result, err = w.performer(s, j).Perform(ctx, j.Owner, j.request)
 		return err
 	})
 	switch {
@@ -331,11 +356,23 @@ func (w *Worker) ended(j *job, state jobs.State, bytes int) {
 }
 
 // guarded does something for a job. What that does to this process is an error of the job's.
-func (w *Worker) guarded(j *job, f func() error) (err error) {
+func (w *Worker) guarded(j *job, f func() error) error {
+	err := w.unharmed(j.ID, f)
+	if err == errPanic {
+		return fault.New(fault.Internal, "the server failed at this job").WithHint("Tell who runs the server: job %s.", j.ID)
+	}
+	return err
+}
+
+// errPanic is why something for several jobs was not done.
+var errPanic = fault.New(fault.Internal, "the server failed at one of these jobs")
+
+// unharmed does something, and gives errPanic where that panics.
+func (w *Worker) unharmed(job string, f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			w.options.Log.Error("panic", "job", j.ID, "what", p, "stack", string(debug.Stack()))
-			err = fault.New(fault.Internal, "the server failed at this job").WithHint("Tell who runs the server: job %s.", j.ID)
+			w.options.Log.Error("panic", "job", job, "what", p, "stack", string(debug.Stack()))
+			err = errPanic
 		}
 	}()
 	return f()

@@ -1,0 +1,236 @@
+package remote
+
+import (
+	"context"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/nnsight-go/nnsight-go/engine/aten"
+	"github.com/nnsight-go/nnsight-go/engine/enginetest"
+	"github.com/nnsight-go/nnsight-go/engine/fault"
+	"github.com/nnsight-go/nnsight-go/engine/gen"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/host"
+	"github.com/stretchr/testify/require"
+)
+
+// likeSettings are those of a company, of one of several kinds.
+func likeSettings(r *rand.Rand, kind int) gen.Settings {
+	settings := gen.Settings{LengthPenalty: 1, EarlyStopping: "false", Temperature: 1, Pad: 2, MinNewTokens: r.IntN(3)}
+	switch kind % 7 {
+	case 1:
+		settings.EOS = []int64{3, 5, 7, 9, 11, 13}
+	case 2:
+		settings.Repetition = 1.5
+	case 3:
+		settings.EOS, settings.NoRepeatNgram = []int64{4, 6, 8}, 2
+	case 4:
+		settings.EOS, settings.Repetition, settings.NoRepeatNgram = []int64{4, 6, 8, 10}, 1.3, 1
+	case 5:
+		settings.Sample, settings.Temperature, settings.TopK = true, 0.8, 12
+	case 6:
+		settings.Sample, settings.TopP, settings.EOS = true, 0.9, []int64{4, 6, 8}
+	}
+	return settings
+}
+
+// randomGeneration makes a request of a company: prompts, masks and a number of tokens, by chance.
+func randomGeneration(t *testing.T, r *rand.Rand, settings gen.Settings) []byte {
+	settings.MaxNewTokens = 1 + r.IntN(10)
+	request := Request{Version: 1, Model: "m", Kind: Generate, Settings: &settings, Prompt: &Prompt{}}
+	for range 1 + r.IntN(2) {
+		row := make([]int64, 1+r.IntN(6))
+		for i := range row {
+			row[i] = 1 + r.Int64N(20)
+		}
+		request.Prompt.Rows = append(request.Prompt.Rows, row)
+	}
+	if r.IntN(3) == 0 {
+		for _, row := range request.Prompt.Rows {
+			mask := make([]int64, len(row))
+			for i := range mask {
+				mask[i] = min(1, int64(i+r.IntN(2)))
+			}
+			mask[len(mask)-1] = 1
+			request.Prompt.Masks = append(request.Prompt.Masks, mask)
+		}
+	}
+	for range settings.MaxNewTokens + r.IntN(2) {
+		request.Steps = append(request.Steps, Step{Program: []string{"g"}, End: true, Want: []string{WantResults, WantDrawn}})
+	}
+	empty := map[string][]byte{"g": graph.Encode(&graph.Graph{Invokes: []graph.Invoke{{}}})}
+	if !settings.Sample {
+		return wire(t, request, empty, nil)
+	}
+	request.Random = "random"
+	random := anotherState(t, r)
+	defer random.Free()
+	return wire(t, request, empty, map[string]aten.Tensor{"random": random})
+}
+
+// anotherState is a state of a generator that nobody has had.
+func anotherState(t *testing.T, r *rand.Rand) aten.Tensor {
+	op, err := aten.Find("aten::rand")
+	require.NoError(t, err)
+	drawn, err := op.Call([]aten.Value{aten.IntsValue(1 + r.Int64N(100))})
+	require.NoError(t, err)
+	drawn.Free()
+	state, err := aten.RandomState("cpu")
+	require.NoError(t, err)
+	return state
+}
+
+// leftIn is the state of the generator that a response has.
+func leftIn(t *testing.T, data []byte) []byte {
+	f, err := readFile(data)
+	require.NoError(t, err)
+	r, _ := response(t, data)
+	return f[r.Random].Data
+}
+
+// parsed reads a request, and gives also what it comes to alone.
+func parsed(t *testing.T, p *Performer, data []byte) (*Request, Response) {
+	r, err := Parse(data, p.Limits)
+	require.NoError(t, err)
+	require.NotNil(t, r.Company())
+	out, err := perform(t, p, data)
+	require.NoError(t, err)
+	want, _ := response(t, out)
+	return r, want
+}
+
+// Requests that come at any step, and some that leave before they are done: each that stays has what it has alone.
+func TestGenerationsJoinAndLeave(t *testing.T) {
+	for name, config := range map[string]string{"gpt2": enginetest.GPT2, "llama": enginetest.Llama} {
+		m, err := host.Open(enginetest.Directory(t, config, 1), host.Options{Prepack: -1})
+		require.NoError(t, err)
+		defer func() { require.NoError(t, m.Close()) }()
+		p := &Performer{Model: m, Limits: Limits{Work: 1e12, Memory: 1 << 30}}
+		for trial := range 40 {
+			r := rand.New(rand.NewPCG(uint64(trial), 9))
+			settings := likeSettings(r, trial)
+			wants, states := map[*Request]Response{}, map[*Request][]byte{}
+			a := p.Alongside()
+			left, joined := 0, 0
+			for step := 0; step == 0 || a.Open() > 0; step++ {
+				if step < 12 && r.IntN(2) == 0 || step == 0 {
+					var fresh []*Request
+					for range 1 + r.IntN(3) {
+						data := randomGeneration(t, r, settings)
+						one, want := parsed(t, p, data)
+						alone, err := perform(t, p, data)
+						require.NoError(t, err)
+						wants[one], states[one] = want, leftIn(t, alone)
+						fresh = append(fresh, one)
+					}
+					require.NoError(t, a.Join(t.Context(), fresh))
+					joined += len(fresh)
+				}
+				if a.Open() > 1 && r.IntN(8) == 0 {
+					require.NoError(t, a.Leave(a.all[r.IntN(len(a.all))].request))
+					left++
+				}
+				if a.Open() > 0 {
+					require.NoError(t, a.Step(t.Context()))
+				}
+				for _, done := range a.Grown() {
+					got, _ := response(t, done.Response)
+					require.Equal(t, wants[done.Request].Steps, got.Steps, "%s, trial %d, step %d", name, trial, step)
+					require.Equal(t, states[done.Request], leftIn(t, done.Response))
+					joined--
+				}
+			}
+			require.Equal(t, left, joined, "%s, trial %d", name, trial)
+		}
+	}
+}
+
+// One that cannot join does not harm those that are under way.
+func TestWhoCannotJoin(t *testing.T) {
+	p := &Performer{Model: open(t)}
+	r := rand.New(rand.NewPCG(1, 1))
+	live := aten.Live()
+	a := p.Alongside()
+	settings := gen.Settings{Temperature: 1}
+	var one *Request
+	var want Response
+	for one == nil || one.Settings.MaxNewTokens < 4 {
+		one, want = parsed(t, p, randomGeneration(t, r, settings))
+	}
+	require.NoError(t, a.Join(t.Context(), []*Request{one}))
+	bad, err := Parse(randomGeneration(t, r, settings), Limits{})
+	require.NoError(t, err)
+	bad.Prompt.Rows[0][0] = 1 << 40
+	require.ErrorContains(t, a.Join(t.Context(), []*Request{bad}), "vocabulary")
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	good, err := Parse(randomGeneration(t, r, settings), Limits{})
+	require.NoError(t, err)
+	require.Equal(t, fault.Cancelled, fault.As(a.Join(gone, []*Request{good})).Code)
+	require.Equal(t, 1, a.Open())
+	for a.Open() > 0 {
+		require.NoError(t, a.Step(t.Context()))
+	}
+	got, _ := response(t, a.Grown()[0].Response)
+	require.Equal(t, want, got)
+	require.NoError(t, p.Model.Load())
+	require.LessOrEqual(t, aten.Live()-live, int64(len(p.Model.Describe().Params)))
+}
+
+func TestGenerationsThatShareSteps(t *testing.T) {
+	m := open(t)
+	p := &Performer{Model: m}
+	r := rand.New(rand.NewPCG(5, 6))
+	for trial := range 20 {
+		settings := likeSettings(r, trial)
+		var all []*Request
+		var alone []Response
+		for range 2 + r.IntN(4) {
+			one, want := parsed(t, p, randomGeneration(t, r, settings))
+			require.Equal(t, one.Company(), first(append(all, one)).Company())
+			all, alone = append(all, one), append(alone, want)
+		}
+		together, err := p.PerformTogether(t.Context(), all)
+		require.NoError(t, err)
+		for i := range all {
+			got, _ := response(t, together[i])
+			require.Equal(t, alone[i].Steps, got.Steps, "trial %d, request %d", trial, i)
+		}
+	}
+	// those that run alone
+	one := generation(t, 6, "", false)
+	one.Steps[5].Want = []string{WantDrawn}
+	for name, change := range map[string]func(r *Request){
+		"a state nobody draws from": func(r *Request) { r.Random = "random" },
+		"a state of a step": func(r *Request) {
+			r.Settings.Sample, r.Random, r.Steps[3].Random = true, "random", "random"
+		},
+		"beams":                   func(r *Request) { r.Settings.Beams = 2 },
+		"not to their end":        func(r *Request) { r.Steps = r.Steps[:5] },
+		"scores":                  func(r *Request) { r.Steps[5].Want = []string{WantScores} },
+		"ended":                   func(r *Request) { r.Steps[5].Ended = []bool{true} },
+		"several of each":         func(r *Request) { r.Settings.Returned = 2 },
+		"a step that has no end":  func(r *Request) { r.Steps[5].End = false },
+		"more new ones than said": func(r *Request) { r.Settings.MaxNewTokens = 7 },
+		"no rows":                 func(r *Request) { r.Prompt = &Prompt{} },
+		"masks of other rows":     func(r *Request) { r.Prompt = &Prompt{Rows: r.Prompt.Rows, Masks: [][]int64{}} },
+	} {
+		request := one
+		settings := *one.Settings
+		request.Settings, request.Steps = &settings, append([]Step(nil), one.Steps...)
+		change(&request)
+		request.programs = make([]program, len(request.Steps))
+		for i := range request.programs {
+			request.programs[i].graph = &graph.Graph{}
+		}
+		require.Nil(t, request.Company(), name)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	file, err := Parse(wire(t, one, nil, nil), Limits{})
+	require.NoError(t, err)
+	_, err = p.PerformTogether(ctx, []*Request{file, file})
+	require.Equal(t, fault.Cancelled, fault.As(err).Code)
+}
+
+func first(all []*Request) *Request { return all[0] }
