@@ -178,7 +178,7 @@ func TestAGenerationGoesOn(t *testing.T) {
 	for _, sample := range []bool{false, true} {
 		var want []int64
 		for _, chains := range []*Chains{nil, NewChains(4, time.Minute)} {
-			p := &Performer{Model: m, Chains: chains}
+			p := &Performer{Model: m, Chains: chains, Limits: Limits{Work: 1e12, Memory: 1 << 30, Output: 1 << 20}}
 			var got []int64
 			for k := 1; k <= 6; k++ {
 				out, err := perform(t, p, wire(t, generation(t, k, "c", sample), nil, map[string]aten.Tensor{"random": random}))
