@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,8 @@ import torch
 
 from . import inputs, positions, settings, torchmap
 from .drawing import Drawing
-from .errors import NotSavedError
-from .generation import Generation, StepRecorder
+from .errors import NnsightError, NotSavedError, RemoteError
+from .generation import Generation, StepRecorder, must_wait
 from .native import become
 from .positions import here
 from .recorder import current
@@ -18,6 +19,7 @@ from .stopping import Stop
 
 if TYPE_CHECKING:
     from .model import LanguageModel
+    from .remote.jobs import Job
     from .runners import Runner
 
 
@@ -61,6 +63,9 @@ class Continuation:
         InputError: the input or a setting cannot be used, or there is no room for so many tokens.
     """
 
+    job: Job | None = None  # of the generation, where nobody waits for it
+    _waits = False  # for what that job gives
+
     def __init__(
         self,
         model: LanguageModel,
@@ -95,9 +100,12 @@ class Continuation:
         self._mode.__exit__(kind, error, traceback)
         of = error.recorder if isinstance(error, Stop) else None
         stopped = isinstance(of, StepRecorder) and of.generation is self.generation
-        why = "it was not in use when its step ran"
+        why: str | None = "it was not in use when its step ran"
         try:
-            if kind is None:
+            if self.generation.left_alone and (kind is None or stopped):
+                self._leave_alone(stopped)
+                why = None
+            elif kind is None:
                 self._finish(None)
             elif isinstance(of, StepRecorder) and stopped:
                 self._finish(max(of.step + 1, self.generation.ran))
@@ -108,8 +116,32 @@ class Continuation:
             raise
         finally:
             current.recorder = None
-            self.generation.close(why)
+            if why is not None:
+                self.generation.close(why)
         return stopped
+
+    def _leave_alone(self, stopped: bool) -> None:
+        """Leaves it with a server. What comes is what would have been there now."""
+        if stopped:
+            raise must_wait("this generation is stopped by a line of its own")
+        self.job, self._waits = self.generation.submit(), True
+        self.job._reads(self._arrived, self._lost)
+
+    def _arrived(self, answer: Any) -> list[torch.Tensor]:
+        """Takes what has come, and gives what the block has saved, in that order; tokens last."""
+        self.generation.arrived(answer)
+        self._finish(None)
+        saved = [
+            *_tensors(list(self.generation.saved.values())),
+            *(x for x in self._awaited if type(x) is torch.Tensor),
+        ]
+        self._waits = False
+        self.generation.close("it was not in use when its step ran")
+        return saved
+
+    def _lost(self, error: NnsightError) -> None:
+        self._waits = False
+        self.generation.lost(error)
 
     @property
     def result(self) -> Awaited:
@@ -128,6 +160,11 @@ class Continuation:
     def _await(self, awaited: Awaited) -> None:
         """Runs all steps, since a line inside the block uses the tokens."""
         rec = current.recorder
+        if self._waits:
+            raise RemoteError(
+                "the tokens of this generation are not there yet",
+                hint="Wait for them: `tracer.job.result()`, or `await tracer.job`.",
+            )
         if not isinstance(rec, StepRecorder) or rec.generation is not self.generation:
             raise NotSavedError(
                 "the tokens of this generation were not saved",
@@ -141,3 +178,12 @@ class Continuation:
     def _adopt(self, awaited: Awaited) -> None:
         assert self._tokens is not None
         become([awaited], [self._tokens])
+
+
+def _tensors(x: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a structure of containers, in order."""
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, list | tuple | dict):
+        for part in x.values() if isinstance(x, dict) else x:
+            yield from _tensors(part)

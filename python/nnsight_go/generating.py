@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from . import foreign, positions, saving, sessions
+from . import remote as remotely
 from .barrier import Barrier
 from .cache import Cache, conversion, follow
 from .continuation import Continuation
@@ -24,6 +25,7 @@ from .stopping import Stop
 if TYPE_CHECKING:
     from .envoy import Envoy
     from .model import LanguageModel
+    from .remote.jobs import Job
     from .runners import Runner
 
 
@@ -149,6 +151,8 @@ class Generating:
         self._used = self._inside = True
         saving.mount()
         sessions.flush()
+        if sessions.opened.session is not None and self._runner is not None:
+            remotely.waits(self._runner, "a generation of a session")
         if self._own is not None:
             self._own.enter()
         return self
@@ -182,6 +186,21 @@ class Generating:
         own = self._recorder().generation.input
         assert own is not None
         return own.result
+
+    @property
+    def job(self) -> Job:
+        """The job of a generation with ``blocking=False``, once its block has ended: ``id``, ``status``, ``result()``.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self._own is None or self._own.job is None:
+            raise InputError(
+                "this generation has no job: nothing of it waits on a server",
+                hint="A block with remote=..., blocking=False has one when it has ended.",
+                **positions.fields(here()),
+            )
+        return self._own.job
 
     @property
     def scores(self) -> list[torch.Tensor]:
@@ -276,6 +295,8 @@ class Invoker:
     """One input of a generation, as a context manager."""
 
     def __init__(self, tracer: Generating, args: tuple[Any, ...], by_name: dict[str, Any]) -> None:
+        if tracer._runner is not None:
+            remotely.waits(tracer._runner, "a generation of several invokes")
         self._tracer = tracer
         self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, by_name)
         self._input: Continuation | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .edits import Edit
     from .loops import Loop
     from .native import Native
+    from .remote.jobs import Job
     from .runners import Runner, Running
 
 
@@ -199,6 +201,10 @@ class StepRecorder(Recorder):
         return done
 
 
+# Steps whose recordings are complete, and what is to be done once each has run.
+Completed = list[tuple[StepRecorder, Callable[[], None]]]
+
+
 class Generation:
     """A batch of rows that grow, step by step, with what the program does at each."""
 
@@ -234,6 +240,7 @@ class Generation:
         self.saved: dict[int, Any] = {}
         self._steps: dict[int, StepRecorder] = {}
         self._held: list[Proxy] = []
+        self._left: Completed = []  # steps that a server has, of which nothing has come yet
 
     def recorder(self, step: int) -> StepRecorder:
         """The recording of a step, with the loops before this line replayed into it."""
@@ -269,6 +276,8 @@ class Generation:
 
     def run_to(self, step: int) -> bool:
         """Runs all steps before one, and tells whether that one happens."""
+        if step > self.ran and not self.ended and self.left_alone:
+            raise must_wait("this line goes on to a later step, which needs the tokens of those before")
         while self.ran < step and not self.ended:
             last = min(step, self.ran + self.together) if self.drawing.idle else self.ran + 1
             if last == self.ran + 1:
@@ -281,8 +290,16 @@ class Generation:
 
     def _run_together(self, last: int) -> None:
         """Runs steps before ``last``: as many as need nothing of each other that Python would hand on."""
+        steps = self._gather(last)
+        with _counted(steps, self.ran):
+            happened = self.handle.flush()
+        for _, done in steps[:happened]:
+            self._happened(done)
+
+    def _gather(self, last: int) -> Completed:
+        """Records the ends of these steps, which wait for ``flush``."""
         self.handle.gather()
-        steps: list[tuple[StepRecorder, Callable[[], None]]] = []
+        steps: Completed = []
         for number in range(self.ran, last):
             if any(loop.needs(number, self.ran) for loop in self.loops):
                 break
@@ -290,14 +307,44 @@ class Generation:
                 break
             with self.at(number) as rec:
                 steps.append((rec, rec.complete()))
-        try:
-            happened = self.handle.flush()
-        except NnsightError as error:
-            if error.step is not None and 0 <= (at := error.step - self.ran) < len(steps):
-                steps[at][0].count(error)
-            raise
-        for _, done in steps[:happened]:
+        return steps
+
+    @property
+    def left_alone(self) -> bool:
+        """Whether nobody waits for it."""
+        return not getattr(self.runner, "blocking", True)
+
+    def submit(self) -> Job:
+        """Leaves all steps with a server.
+
+        Raises:
+            InputError: something is to be done here between two of them.
+        """
+        steps = self._gather(self.most) if self.drawing.idle and not self.ran else []
+        if len(steps) < self.most:
+            raise must_wait("this generation has something to do here between its steps")
+        handle: Any = self.handle
+        job: Job = handle.submit()
+        self._left = steps
+        for rec, _ in steps:
+            rec.job, rec.closed = job, "the job of its generation has not been waited for"
+        return job
+
+    def arrived(self, answer: Any) -> None:
+        """Does what is to be done at each step, once all have come."""
+        for rec, _ in self._left:
+            rec.job = rec.closed = None
+        handle: Any = self.handle
+        for _, done in self._left[: handle.arrived(answer)]:
             self._happened(done)
+
+    def lost(self, error: NnsightError) -> None:
+        """Ends it, of which nothing will come."""
+        with contextlib.suppress(NnsightError), _counted(self._left, 0):
+            raise error
+        for rec, _ in self._left:
+            rec.job = None
+        self.close(f"the job of its generation failed with {type(error).__name__}")
 
     def _happened(self, done: Callable[[], None]) -> None:
         """Goes on to the tokens of a step that has run."""
@@ -332,6 +379,27 @@ class Generation:
 
     def _free(self) -> None:
         self.handle.free()
+
+
+@contextmanager
+def _counted(steps: Completed, first: int) -> Iterator[None]:
+    """Numbers the invoke of an error of one of these steps as the user counts them."""
+    try:
+        yield
+    except NnsightError as error:
+        if error.step is not None and 0 <= (at := error.step - first) < len(steps):
+            steps[at][0].count(error)
+        raise
+
+
+def must_wait(why: str) -> InputError:
+    """The error of what cannot be left alone."""
+    return InputError(
+        f"{why}, so that it must be waited for",
+        hint="Leave blocking=False out. What can be left alone: lines of step 0, and `with tracer.iter[...]:` "
+        "whose lines use no value of another step.",
+        **positions.fields(here()),
+    )
 
 
 def _step(proxy: Proxy) -> int:

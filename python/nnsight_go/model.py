@@ -237,11 +237,15 @@ class LanguageModel(Envoy, Editable):
     def share_tokens(self, on: bool) -> None:
         self._native.share(on)
 
-    def generate(self, *inputs: Any, remote: bool | str | None = None, **settings: Any) -> Generating:
+    def generate(
+        self, *inputs: Any, remote: bool | str | None = None, blocking: bool = True, **settings: Any
+    ) -> Generating:
         """Generates text, with every step open: ``with model.generate("Hello", max_new_tokens=5) as tracer:``.
 
         Args:
             inputs: as ``trace`` takes them; a list of prompts is padded on the left.
+            remote: as ``trace`` takes it.
+            blocking: False leaves a remote generation with the server when the block ends: ``tracer.job``.
             settings: as in transformers: ``max_new_tokens`` (or ``max_length``), ``min_new_tokens``,
                 ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``typical_p``,
                 ``repetition_penalty``, ``no_repeat_ngram_size``, ``eos_token_id``, ``pad_token_id``. Those not
@@ -257,7 +261,7 @@ class LanguageModel(Envoy, Editable):
         Raises:
             InputError: the input or a setting cannot be used, or there is no room for so many tokens.
         """
-        return Generating(self, inputs, settings, self._runner(remote))
+        return Generating(self, inputs, settings, self._runner(remote, blocking))
 
     def _inputs_of(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Takes the inputs by name out of what ``generate`` was given."""

@@ -19,6 +19,7 @@ from .runs import Program, Remote, given
 
 if TYPE_CHECKING:
     from ..proxy import Proxy
+    from .jobs import Job
 
 
 # So many steps go in one request at most: what all of them give comes in one response.
@@ -52,6 +53,14 @@ class RemoteGeneration:
     def perform(self, parts: Sequence[Part]) -> Answer:
         """Has the next steps done, or so much of the last one as is known."""
         draws = self._settings["do_sample"]
+        answer = self.remote.answer(self._request(parts))
+        if draws and "drawn" in parts[-1].want:
+            self._after = answer.random()
+            torch.set_rng_state(self._after)
+        return answer
+
+    def _request(self, parts: Sequence[Part]) -> bytes:
+        draws = self._settings["do_sample"]
         if draws and self._random is None:
             self._random = torch.get_rng_state()
         elif draws and "drawn" in parts[0].want:
@@ -64,11 +73,7 @@ class RemoteGeneration:
         request = Request(
             self.remote.name, "generate", steps, self._prompt, self._settings, chain=self._chain, random=random
         )
-        answer = self.remote.answer(message.encode(request))
-        if draws and "drawn" in parts[-1].want:
-            self._after = answer.random()
-            torch.set_rng_state(self._after)
-        return answer
+        return message.encode(request)
 
     def run(self, part: Part, adopt: Sequence[Proxy] | None) -> list[torch.Tensor]:
         """Has a step done; its tokens are drawn at once, unless the program changes scores."""
@@ -90,9 +95,23 @@ class RemoteGeneration:
     def flush(self) -> int:
         """Does all of them in one request, and tells how many happened."""
         assert self._gathered is not None
+        return self.arrived(self.perform([part for part, _ in self._gathered]))
+
+    def submit(self) -> Job:
+        """Leaves all of them with the server. Tokens are drawn from a generator that this process's one has begun."""
+        assert self._gathered is not None
+        if self._settings["do_sample"]:
+            seed = int(torch.randint(1 << 62, ()))
+            self._random = torch.Generator().manual_seed(seed).get_state()
+        request = self._request([part for part, _ in self._gathered])
+        return self.remote.transport.submit(request, (), self.remote.native.device)
+
+    def arrived(self, answer: Answer) -> int:
+        """Takes what has come of them, and tells how many happened."""
+        assert self._gathered is not None
         gathered, self._gathered = self._gathered, None
         first = len(self._steps)
-        self._answer = answer = self.perform([part for part, _ in gathered])
+        self._answer = answer
         for number, (part, adopt) in enumerate(gathered, first):
             if number not in answer:
                 break

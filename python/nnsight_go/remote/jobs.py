@@ -39,6 +39,7 @@ class Job:
         self._which: Sequence[int] | None = None  # of its values the program has saved
         self._lock = threading.Lock()
         self._values: list[torch.Tensor] | None = None
+        self._read: Callable[[messages.Answer], list[torch.Tensor]] | None = None  # of a generation
         self._error: NnsightError | None = None
         self._when_done: list[Callable[[], None]] = []
         self._when_failed: list[Callable[[NnsightError], None]] = []
@@ -110,12 +111,15 @@ class Job:
 
     def _fill(self, data: bytearray) -> None:
         answer = messages.Answer(data, self._device)
-        values = answer.all_results()
-        adopt, self._adopt = self._adopt, []
-        if adopt:
-            become(adopt, values)
-            values = list(adopt)
-        self._values = values if self._which is None else [values[i] for i in self._which]
+        if self._read is not None:
+            self._values = self._read(answer)
+        else:
+            values = answer.all_results()
+            adopt, self._adopt = self._adopt, []
+            if adopt:
+                become(adopt, values)
+                values = list(adopt)
+            self._values = values if self._which is None else [values[i] for i in self._which]
         for act in self._when_done:
             act()
         self._when_done, self._when_failed = [], []
@@ -125,6 +129,13 @@ class Job:
         for act in self._when_failed:
             act(error)
         self._when_done, self._when_failed = [], []
+
+    def _reads(
+        self, read: Callable[[messages.Answer], list[torch.Tensor]], failed: Callable[[NnsightError], None]
+    ) -> None:
+        """Notes who makes values of what comes, and what is to be done if nothing ever will."""
+        self._read = read
+        self._when_failed.append(failed)
 
     def _then(self, which: Sequence[int], done: Callable[[], None], failed: Callable[[NnsightError], None]) -> None:
         """Notes what is to be done once the values are there, or will never be."""
