@@ -76,7 +76,7 @@ async def _wait(job: Any) -> None:
 
 
 def test_sampled(gpt2_pair: Pair, host: str) -> None:
-    """Each draws what its seed says, and no two the same."""
+    """Each draws what its seed says, the first what is drawn here, and no two the same."""
 
     def sampled() -> list[torch.Tensor]:
         torch.manual_seed(3)
@@ -93,8 +93,26 @@ def test_sampled(gpt2_pair: Pair, host: str) -> None:
         assert torch.equal(state, torch.get_rng_state())
         return [tokens for _, tokens in found]
 
+    torch.manual_seed(3)
+    with gpt2_pair.model.generate(gpt2_pair.ids(5), **SETTINGS, do_sample=True):
+        here = gpt2_pair.model.generator.output.save()
     one, two = sampled(), sampled()
+    assert torch.equal(one[0], here)
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]) and not torch.equal(one[0], one[1])
+
+
+@pytest.mark.parametrize("more", [{"num_beams": 3}, {"max_new_tokens": 9}], ids=["beams", "scores"])
+def test_other_generations(gpt2_pair: Pair, host: str, more: dict[str, Any]) -> None:
+    model, found = gpt2_pair.model, []
+    for where in (None, host):
+        scored = {"output_scores": True} if "num_beams" not in more else {}
+        options = {**SETTINGS, **more, **scored, "remote": where, "blocking": where is None}
+        with model.generate(gpt2_pair.ids(5), **options) as tracer:
+            tokens = model.generator.output.save()
+        if where is not None:
+            tracer.job.result()
+        found.append([tokens, *(tracer.scores if scored else [])])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_one_that_ends_early(gpt2_pair: Pair, host: str) -> None:

@@ -98,12 +98,15 @@ class RemoteGeneration:
         return self.arrived(self.perform([part for part, _ in self._gathered]))
 
     def submit(self) -> Job:
-        """Leaves all of them with the server. Tokens are drawn from a generator that this process's one has begun."""
+        """Leaves all of them with the server, which draws the tokens that would be drawn here.
+
+        What is drawn here next comes from another state: where the generator would be by then, nobody knows yet.
+        """
         assert self._gathered is not None
+        request = self._request([part for part, _ in self._gathered])
         if self._settings["do_sample"]:
             seed = int(torch.randint(1 << 62, ()))
-            self._random = torch.Generator().manual_seed(seed).get_state()
-        request = self._request([part for part, _ in self._gathered])
+            torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
         return self.remote.transport.submit(request, (), self.remote.native.device)
 
     def arrived(self, answer: Answer) -> int:
