@@ -233,13 +233,12 @@ def test_a_worker_that_is_killed_loses_no_generation(gpt2_pair: Pair, tmp_path: 
             got = [clients.submit(tokens, i, server.host) for i in range(40)]
             first.wait_for("state=COMPLETED", 3)
             first.kill()
-            done = sum("state=COMPLETED" in line for line in first.said)
             with Process(*worker) as second:
                 for i, future in enumerate(got):
                     assert torch.equal(future.result(), wanted[i])
                 assert second.end() == 0
         again = sum("state=COMPLETED" in line for line in second.said)
-        assert done + again >= 40 and again < 40
+        assert again < 40  # what the first had done, of which it may not have said so, is not done again
 
 
 @pytest.mark.slow
