@@ -70,6 +70,31 @@ inline Object of(PyObject* x, PyObject* rec) {
   return Object(name ? PyObject_CallFunctionObjArgs(recording::parts.argument, x, name.get(), nullptr) : nullptr);
 }
 
+// store(rec, target, index, value): records target[index] = value in the open invoke.
+inline PyObject* store(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  enum { kSetIndex = 2 };  // wire.Kind.SET_INDEX
+  return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
+    if (count != 4 || recording::parts.argument == nullptr) {
+      PyErr_SetString(PyExc_TypeError, "a recorder, a target, an index and a value are needed, and prepare() before");
+      return nullptr;
+    }
+    PyObject* rec = args[0];
+    Object target = of(args[1], rec);
+    Object index = target ? of(args[2], rec) : nullptr;
+    Object value = index ? of(args[3], rec) : nullptr;
+    if (!value) return nullptr;
+    Object invoke = get(rec, names::invoke), place = recording::here();
+    if (invoke && PyLong_AsLong(invoke.get()) < 0) invoke.reset(PyObject_CallMethodNoArgs(rec, names::_owner));
+    Object nodes = get(rec, names::nodes), made = get(rec, names::made);
+    Object kind(PyLong_FromLong(kSetIndex)), mode(PyLong_FromLong(recording::mode_now()));
+    if (!invoke || !place || !nodes || !made || !kind || !mode) return nullptr;
+    Object node(
+        PyTuple_Pack(7, kind.get(), invoke.get(), place.get(), mode.get(), target.get(), index.get(), value.get()));
+    if (!node || PyList_Append(made.get(), Py_None) != 0 || PyList_Append(nodes.get(), node.get()) != 0) return nullptr;
+    Py_RETURN_NONE;
+  });
+}
+
 // argument(x, rec): what wire.argument(x, rec.number) gives.
 inline PyObject* argument(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded<PyObject*>(nullptr, [&]() -> PyObject* {

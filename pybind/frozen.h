@@ -18,6 +18,11 @@ inline Object of(PyObject* x);
 
 inline bool is_plain(PyObject* x) { return x == Py_None || PyLong_Check(x) || PyFloat_Check(x) || PyUnicode_Check(x); }
 
+// Nested tensors and those of symbolic sizes have none that could be compared.
+inline bool has_sizes(const at::Tensor& t) {
+  return !t.is_nested() && !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+}
+
 inline Object of_tensor(const at::Tensor& t) {
   std::vector<int64_t> facts{static_cast<int64_t>(t.scalar_type()), static_cast<int64_t>(t.device().type()),
                              t.device().index()};
@@ -66,7 +71,7 @@ inline Object of(PyObject* x) {
     Py_LeaveRecursiveCall();
     return out;
   }
-  if (THPVariable_Check(x)) return of_tensor(THPVariable_Unpack(x));
+  if (THPVariable_Check(x) && has_sizes(THPVariable_Unpack(x))) return of_tensor(THPVariable_Unpack(x));
   return Object(PyLong_FromVoidPtr(x));
 }
 

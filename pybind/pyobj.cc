@@ -86,6 +86,7 @@ PyObject* nngpy_calls() {
                                 {"forward", fast(hooked::forward), METH_FASTCALL, nullptr},
                                 {"prepare", fast(recording::prepare), METH_FASTCALL, nullptr},
                                 {"argument", fast(arguments::argument), METH_FASTCALL, nullptr},
+                                {"store", fast(arguments::store), METH_FASTCALL, nullptr},
                                 {"item", fast(recording::item), METH_FASTCALL, nullptr},
                                 {"output", recording::output, METH_O, nullptr},
                                 {"read", fast(recording::read_leaf), METH_FASTCALL, nullptr},

@@ -25,18 +25,22 @@ PyObject* nngpy_wrap(void* tensor);
  * number. The caller keeps its handles tensors[0..len(proxies)). 0 or -1. */
 int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls);
 
+// clang-format off
 /* What every trace calls, as builtins by name [new reference]: a dictionary. Calling one costs a fraction
  * of what ctypes does for a call.
  *
- *   become(proxies, tensors, cls)          nngpy_adopt with Python tensors, a list
- *   proxy(cls, placeholder, rec, id)       an instance of cls, which has __torch_dispatch__, over a copy
- *                                          of a placeholder, with the attributes _rec and _id
- *   frozen(x)                              what an input is like, to be compared and hashed: sizes, dtypes and devices
- * of tensors, plain values, containers; of all else, which it is forward(...)                           a forward pass
- * in whose hooks the lines of a block are done (hooked.h) argument(x, rec)                       the wire form of an
- * argument (arguments.h) read(rec, point, leaf)                 records reading one tensor of an access point
- * (recording.h) output(envoy), item(envoy, index), save(proxy) what the Python of these names does (recording.h), once
- *   prepare(...)                           has told what that needs */
+ *   become(proxies, tensors, cls)        nngpy_adopt with Python tensors, a list
+ *   proxy(cls, placeholder, rec, id)     an instance of cls, which has __torch_dispatch__, over a copy of a
+ *                                        placeholder, with the attributes _rec and _id
+ *   frozen(x)                            what an input is like, to be compared and hashed (frozen.h)
+ *   forward(...)                         a forward pass in whose hooks the lines of a block are done (hooked.h)
+ *   argument(x, rec)                     the wire form of an argument (arguments.h)
+ *   store(rec, target, index, value)     records target[index] = value (arguments.h)
+ *   read(rec, point, leaf)               records reading one tensor of an access point (recording.h)
+ *   output(envoy), item(envoy, index), save(proxy)
+ *                                        what the Python of these names does (recording.h), once
+ *   prepare(...)                         has told what that needs */
+// clang-format on
 PyObject* nngpy_calls(void);
 
 /* A callable around a Python function that is no frame in tracebacks [new reference]. It binds like

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # as it is, and must not change until the block has run.
 COPY_BYTES = 64 * 1024
 
-_CALL, _INDEX, _SET_INDEX, _ITEM = int(Kind.CALL), int(Kind.INDEX), int(Kind.SET_INDEX), int(Kind.ITEM)
+_CALL, _INDEX, _ITEM = int(Kind.CALL), int(Kind.INDEX), int(Kind.ITEM)
 _WRITE, _MODULE, _CONST = int(Kind.WRITE), int(Kind.MODULE), int(Kind.CONST)
 _SAVE = int(Kind.SAVE)
 
@@ -304,9 +304,7 @@ class Recorder:
 
     def set_index(self, target: Proxy, index: Any, value: Any) -> None:
         """Records ``target[index] = value``."""
-        argument = _ffi.calls()["argument"]
-        of, where, what = argument(target, self), argument(index, self), argument(value, self)
-        self._add(_SET_INDEX, None, of, where, what)
+        _ffi.calls()["store"](self, target, index, value)
 
     def item(self, of: int, key: int | str) -> Proxy:
         """Records taking one of several results."""
