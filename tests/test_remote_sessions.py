@@ -268,15 +268,24 @@ def test_an_error_names_the_line_and_nothing_has_a_value(gpt2_pair: Pair, reques
             value.sum()
 
 
-def test_a_session_that_is_left_runs_nothing(gpt2_pair: Pair, requests: list[dict[str, Any]]) -> None:
+def test_a_session_that_is_left(gpt2_pair: Pair, requests: list[dict[str, Any]]) -> None:
+    """By an error: what ended before it has its values. By an interrupt: nothing runs any more."""
     model = gpt2_pair.model
+    found = []
+    for kind in (ZeroDivisionError, KeyboardInterrupt):
+        with pytest.raises(kind), model.session(remote="local"):
+            with model.trace(gpt2_pair.ids(5)):
+                found.append(model.transformer.h[0].output[0].save())
+            raise kind
+    assert len(requests) == 1 and type(found[0]) is torch.Tensor
+    with pytest.raises(NotSavedError, match="left by KeyboardInterrupt"):
+        found[1].sum()
     with pytest.raises(ZeroDivisionError), model.session(remote="local"):
         with model.trace(gpt2_pair.ids(5)):
-            h = model.transformer.h[0].output[0].save()
+            lost = model.transformer.h[0].output[0].index_select(1, torch.tensor([77])).save()
         raise ZeroDivisionError
-    assert not requests
-    with pytest.raises(NotSavedError, match="left by ZeroDivisionError"):
-        h.sum()
+    with pytest.raises(NotSavedError, match="failed with OpError"):
+        lost.sum()
 
 
 def test_values_of_a_trace_that_failed_to_record(gpt2_pair: Pair) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from . import positions, saving
-from .errors import InputError
+from .errors import InputError, NnsightError
 from .positions import here
 from .recorder import current
 
@@ -66,7 +67,10 @@ class Session:
         opened.session = None
         if self._gathered is None:
             return
-        if kind is not None:
+        if kind is not None and self._blocking and issubclass(kind, Exception):
+            with contextlib.suppress(NnsightError):  # the error that came goes on; what ended before it has its values
+                self._gathered.flush()
+        elif kind is not None:
             self._gathered.abandon(f"its session was left by {kind.__name__}")
         elif self._blocking:
             self._gathered.flush()
