@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -291,8 +290,11 @@ class Generation:
     def _run_together(self, last: int) -> None:
         """Runs steps before ``last``: as many as need nothing of each other that Python would hand on."""
         steps = self._gather(last)
-        with _counted(steps, self.ran):
+        try:
             happened = self.handle.flush()
+        except NnsightError as error:
+            _count(steps, self.ran, error)
+            raise
         for _, done in steps[:happened]:
             self._happened(done)
 
@@ -340,8 +342,7 @@ class Generation:
 
     def lost(self, error: NnsightError) -> None:
         """Ends it, of which nothing will come."""
-        with contextlib.suppress(NnsightError), _counted(self._left, 0):
-            raise error
+        _count(self._left, 0, error)
         for rec, _ in self._left:
             rec.job = None
         self.close(f"the job of its generation failed with {type(error).__name__}")
@@ -381,15 +382,10 @@ class Generation:
         self.handle.free()
 
 
-@contextmanager
-def _counted(steps: Completed, first: int) -> Iterator[None]:
+def _count(steps: Completed, first: int, error: NnsightError) -> None:
     """Numbers the invoke of an error of one of these steps as the user counts them."""
-    try:
-        yield
-    except NnsightError as error:
-        if error.step is not None and 0 <= (at := error.step - first) < len(steps):
-            steps[at][0].count(error)
-        raise
+    if error.step is not None and 0 <= (at := error.step - first) < len(steps):
+        steps[at][0].count(error)
 
 
 def must_wait(why: str) -> InputError:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _ffi, points, positions, wire
-from .errors import NnsightError, OpError, users
-from .hosting import Spot
+from .errors import OpError
+from .hosting import Spot, called
 from .points import Leaf, Tree
 from .proxy import Proxy
 from .wire import Kind
@@ -134,22 +134,17 @@ def _known(x: Any) -> Any:
 
 def _called(rec: HostedRecorder, id: int, node: tuple[Any, ...]) -> Step:
     made = rec.made[id]
-    args: list[Any] = []
-    refs: list[int] = []
-    if made is None or not isinstance(made[0], CALLABLE):
-        for place, x in enumerate(node[5]):
-            is_node = type(x) is list and x[0] == wire.Tag.REF
-            refs += (place, x[1]) if is_node else ()
-            args.append(None if is_node else _known(x))
-        named = {k: _known(x) for k, x in node[6].items()} if node[6] else None
-        return _CALL, id, operator(node[4]), tuple(args), tuple(refs), named
-    function, given, by_name = made
-    for place, x in enumerate(given):
-        is_node = isinstance(x, torch.Tensor)
-        refs += (place, x._id if type(x) is Proxy else _constant(rec, node, x)) if is_node else ()
-        args.append(None if is_node else _plain(x))
-    named = {k: _plain(x) for k, x in by_name.items()} if by_name else None
-    return _CALL, id, function, tuple(args), tuple(refs), named
+    if made is not None and isinstance(made[0], CALLABLE):
+        function, given, by_name = made
+        nodes = [_node_of(rec, node, x) if isinstance(x, torch.Tensor) else None for x in given]
+        plain = _plain
+    else:
+        function, given, by_name = operator(node[4]), node[5], node[6]
+        nodes = [x[1] if type(x) is list and x[0] == wire.Tag.REF else None for x in given]
+        plain = _known
+    args = tuple([plain(x) if at is None else None for x, at in zip(given, nodes, strict=True)])
+    refs = tuple([i for place, at in enumerate(nodes) if at is not None for i in (place, at)])
+    return _CALL, id, function, args, refs, {k: plain(x) for k, x in by_name.items()} if by_name else None
 
 
 def operator(name: str) -> Any:
@@ -160,8 +155,10 @@ def operator(name: str) -> Any:
     return getattr(packet, overload) if overload else packet
 
 
-def _constant(rec: HostedRecorder, node: tuple[Any, ...], tensor: torch.Tensor) -> int:
-    """The node by which another uses a tensor from outside."""
+def _node_of(rec: HostedRecorder, node: tuple[Any, ...], tensor: torch.Tensor) -> int:
+    """The node by which another uses a tensor: a proxy, or one from outside."""
+    if type(tensor) is Proxy:
+        return tensor._id
     for ref in wire.references(node):
         used = rec.nodes[ref]
         if used[0] == Kind.CONST and rec.captures[used[4]].original is tensor:
@@ -190,15 +187,11 @@ def run(rec: HostedRecorder, program: Program, ids: list[int], adopt: Sequence[P
     """
     args, kwargs = rec.given[0]
     consts = [c.sent for c in rec.captures] if rec.captures else []
-    try:
-        found = _ffi.calls()["forward"](
-            program.modules, program.steps, program.before, len(rec.nodes), rec.hosted.module, args, kwargs,
-            consts, rec.mode, rec.autocast, rec.failure, ids, adopt, torch.Tensor,
-        )  # fmt: skip
-    except NnsightError:
-        raise
-    except Exception as error:
-        raise users(error)  # noqa: B904
+    found = called(
+        _ffi.calls()["forward"],
+        program.modules, program.steps, program.before, len(rec.nodes), rec.hosted.module, args, kwargs,
+        consts, rec.mode, rec.autocast, rec.failure, ids, adopt, torch.Tensor,
+    )  # fmt: skip
     for value, spot, steps in zip(found or (), program.spots, program.steps, strict=found is not None):
         if value is True:
             continue

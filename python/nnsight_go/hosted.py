@@ -136,10 +136,8 @@ class Hosted:
         self.ops: dict[tuple[str, int], Point] = {}  # those of every pass, which native models know
         self.steps: OrderedDict[Any, list[Layout]] = OrderedDict()  # of generations (hosted_generation)
         self.latest: Layout | None = None  # of the kind of input that was traced last
-        self._latest: tuple[Any, Layout | None] = (
-            None,
-            None,
-        )  # that kind, and its layout, unless all has been forgotten
+        # that kind, and its layout, unless all has been forgotten
+        self._latest: tuple[Any, Layout | None] = (None, None)
         self._handles: dict[Any, int] = {}
         self._handle_of: weakref.WeakKeyDictionary[Layout, int] = weakref.WeakKeyDictionary()
         # a parameter goes where its module goes

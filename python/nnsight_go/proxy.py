@@ -34,7 +34,6 @@ class _Told:
 
 
 told = _Told()
-_KIND: tuple[type, ...] = ()
 
 
 class Proxy(torch.Tensor):
@@ -95,12 +94,12 @@ class Proxy(torch.Tensor):
 
         A method of its own, since other libraries put theirs into the place of torch's.
         """
-        return told.dispatch(_BACKWARD, _KIND, (self, *args), kwargs)
+        return told.dispatch(_BACKWARD, (Proxy,), (self, *args), kwargs)
 
     # ---- parts: torch would come here as well, on a longer way ----
 
     def __getitem__(self, index: Any) -> Any:
-        return told.dispatch(_GETITEM, _KIND, (self, index), {})
+        return told.dispatch(_GETITEM, (Proxy,), (self, index), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
         told.set_item(self, index, value)
@@ -197,6 +196,3 @@ class Proxy(torch.Tensor):
         raise TypeError(
             f"{self._label()} has no value yet and cannot be pickled: save it, and pickle it after the block"
         )
-
-
-_KIND = (Proxy,)

@@ -171,7 +171,7 @@ class Recorder:
         "several",
         "skipped",
         "when_done",
-    )  # fmt: skip
+    )
 
     def __init__(self, native: Native) -> None:
         self.native = native

@@ -19,7 +19,7 @@ import torch
 from . import hooked, hosting, wire
 from .recorder import mode_now, version
 from .torchmap.computing import substituted
-from .torchmap.operators import RESHAPING, is_in_place
+from .torchmap.operators import RESHAPING, changes_first
 from .wire import Kind
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _changed(node: tuple[Any, ...]) -> Any:
         if node[6] and "out" in node[6]:
             return node[6]["out"]
         name = node[4].partition("::")[2].partition(".")[0]
-        if is_in_place(name) or (name.startswith("__i") and name.endswith("__")):
+        if changes_first(name):
             return node[5][0]
     return None
 

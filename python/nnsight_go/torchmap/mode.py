@@ -14,7 +14,7 @@ from ..recorder import Recorder, current, proxies
 from ..wire import Unrecordable
 from . import rules, transforms
 from .computing import compute
-from .operators import is_in_place
+from .operators import changes_first
 
 _push, _pop = torch._C._push_on_torch_function_stack, torch._C._pop_torch_function_stack
 _default_dtype, _transform = torch.get_default_dtype, transforms.active
@@ -93,7 +93,7 @@ def _outside(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 def _changes_another(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call changes a value of another trace in place: that changes the value itself, there and then."""
     name = getattr(func, "__name__", "")
-    in_place = is_in_place(name) or name == "__setitem__" or (name.startswith("__i") and name.endswith("__"))
+    in_place = changes_first(name) or name == "__setitem__"
     targets = [*(args[:1] if in_place else ()), kwargs.get("out")]
     return any(p._rec is not rec for p in proxies(targets))
 

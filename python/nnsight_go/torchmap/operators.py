@@ -78,6 +78,11 @@ def is_in_place(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
+def changes_first(name: str) -> bool:
+    """The same of methods as well: ``__iadd__`` and kin."""
+    return is_in_place(name) or (name.startswith("__i") and name.endswith("__"))
+
+
 def _full_name(schema: Any) -> str:
     return f"{schema.name}.{schema.overload_name}" if schema.overload_name else str(schema.name)
 
