@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnsight_go import NNsight
+from nnsight_go import InputError, NNsight
 from nnsight_go.hosting import mapped
 from test_hosted import _proxies, _with_first, at, close, flat
 from zoo import ZOO
@@ -278,3 +278,149 @@ def test_autograd_keeps_them_apart() -> None:
         one.sum().backward()
         two.sum().backward()  # of a graph of its own
     assert module[0].weight.grad is not None
+
+
+# ---- an invoke without an input ----
+
+
+def _layers() -> nn.Sequential:
+    return nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_whole_batch(grad: bool) -> None:
+    module, a, b = _layers(), torch.randn(2, 8), torch.randn(3, 8)
+    model = NNsight(module)
+    got: dict[str, torch.Tensor] = {}
+
+    def look() -> None:
+        with torch.set_grad_enabled(grad), model.trace() as tracer:
+            with tracer.invoke(a):
+                model[0].output[:, 0] = 7
+                got["first"] = model[1].output.save()
+            with tracer.invoke(b):
+                model[1].output = model[1].output * 2
+                got["second"] = model[1].output.save()
+            with tracer.invoke():
+                assert model[1].output.shape == (5, 8)
+                got["before"] = model[1].output.clone().save()
+                model[1].output[1:3] = 0  # the last row of one and the first of the other
+                got["after"] = model[1].output.save()
+                got["out"] = model.output.save()
+
+    look()
+    with Counted(module) as counted:
+        look()
+    assert counted.passes == 1
+    h = module[0](a).detach()
+    h[:, 0] = 7
+    first, second = module[1](h), module[1](module[0](b)) * 2
+    close(got["first"], first)
+    close(got["second"], second)
+    want = torch.cat([first, second]).detach()
+    close(got["before"], want)
+    want[1:3] = 0
+    close(got["after"], want)
+    close(got["out"], module[3](module[2](want)))
+    assert got["out"].requires_grad == grad
+
+
+def test_the_whole_batch_of_one_and_of_those_that_say_nothing() -> None:
+    module, a = Mean(), torch.randn(3, 4)
+    model = NNsight(module)
+    with model.trace() as tracer:
+        with tracer.invoke(a):
+            model.linear.output[0] = 0
+        with tracer.invoke():
+            one = model.output.save()
+    h = module.linear(a)
+    h[0] = 0
+    close(one, module.out(h - h.mean(0, keepdim=True)))
+    with model.trace() as tracer:  # rows that know of each other may be seen together
+        for part in (a[:1], a[1:]):
+            with tracer.invoke(part):
+                pass
+        with tracer.invoke():
+            both = model.output.save()
+    close(both, module(a))
+
+
+def test_values_for_the_whole_batch() -> None:
+    module, a, b = _layers(), torch.randn(1, 8), torch.randn(1, 8)
+    model = NNsight(module)
+    with model.trace() as tracer:
+        with tracer.invoke(a):
+            h = model[1].output
+        with tracer.invoke(b):
+            model[2].output[:] = h
+        with tracer.invoke():
+            model[3].output[:] += h
+            out = model.output.save()
+            cache = tracer.cache(modules=[model[2]])
+    assert cache["model.2"].output.shape == (2, 8)
+    h = module[1](module[0](a))
+    close(out, torch.cat([module[3](module[2](h)), module[3](h)]) + h)
+    with model.scan() as tracer:
+        for x in (a, b):
+            with tracer.invoke(x):
+                pass
+        with tracer.invoke():
+            out = model.output.save()
+    assert out.is_meta and out.shape == (2, 8)
+
+
+def test_what_the_whole_batch_refuses() -> None:
+    module, a, b = _layers(), torch.randn(1, 8), torch.randn(2, 8)
+    model, mixing = NNsight(module), NNsight(Mean())
+
+    def refused(model: NNsight, why: str, first: Any, second: Any, last: Any, inputs: Any = (a, b)) -> None:
+        with pytest.raises(InputError, match=why) as caught, model.trace() as tracer:
+            with tracer.invoke(inputs[0]):
+                first()
+            with tracer.invoke(inputs[1]):
+                second()
+            with tracer.invoke():
+                last()
+        assert caught.value.file == __file__
+
+    def nothing() -> None: ...
+
+    read = lambda: model[1].output.save()  # noqa: E731
+    refused(model, "differ in more than the number", read, nothing, nothing, (a, torch.randn(2, 3, 8)))
+    refused(model, "needs a value", read, nothing, lambda: float(model.output.sum()))
+    refused(model, "needed a value", lambda: float(model.output.sum()), nothing, nothing)
+    refused(model, "asks for gradients", read, nothing, lambda: model.output.sum().backward())
+    refused(model, "leaves a module out", lambda: model[1].skip(model[0].output), nothing, nothing)
+    refused(model, "leaves a module out", nothing, nothing, lambda: model[1].skip(model[0].output))
+
+    def longer() -> None:
+        model[1].output = torch.cat([model[1].output] * 2)
+
+    refused(model, "other sizes", longer, nothing, nothing)
+    reads = lambda: mixing.output.save()  # noqa: E731
+    refused(
+        mixing, "the model takes or gives is not made of the rows", reads, nothing, nothing, (torch.randn(1, 4),) * 2
+    )
+    late: list[Any] = []
+
+    def early() -> None:
+        model[0].output[:] = late[0]
+
+    refused(model, "before that pass has come", lambda: late.append(model[2].output), early, nothing, (a, a))
+    with pytest.raises(InputError, match="behind it"), model.trace() as tracer:
+        with tracer.invoke(a):
+            pass
+        with tracer.invoke():
+            pass
+        with tracer.invoke(b):
+            pass
+    with pytest.raises(InputError, match="there is none yet"), model.trace() as tracer, tracer.invoke():
+        pass
+    with model.edit(a) as edited:
+        edited[0].output[:] = 0
+    with pytest.raises(InputError, match="brings the edits"), edited.trace() as tracer:
+        with tracer.invoke(a):
+            pass
+        with tracer.invoke():
+            pass
+    close(model(a), module(a))

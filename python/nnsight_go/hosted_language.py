@@ -263,7 +263,10 @@ class LanguageTracer(HostedTracer):
             self._given = model._given(args, kwargs)
 
     def invoke(self, *args: Any, **kwargs: Any) -> HostedInvoker:
-        """Begins one input of the trace: ``with tracer.invoke("Hello"):``. Each has a forward pass of its own."""
+        """Begins one input of the trace: ``with tracer.invoke("Hello"):``. Each is as if it ran alone.
+
+        The last may have no input: it sees the rows of all others, which then have as many tokens each.
+        """
         return HostedInvoker(self, self.model._given(args, kwargs) if args or kwargs else ((), {}))
 
 

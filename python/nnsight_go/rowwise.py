@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _ffi, hosting
+from . import _ffi, hosting, positions
+from .errors import InputError
 from .hosting import Spot
+from .positions import Place, here
 from .straight import Key, Straight
 
 if TYPE_CHECKING:
@@ -94,6 +96,62 @@ class Together:
             out += [group] if group.cuts else [each[i] for i in group.invokes]
         return sorted(out, key=lambda one: one.invokes[0])
 
+    def whole(self, given: Sequence[Given]) -> Given:
+        """The inputs of all invokes as one, which an invoke without an input sees.
+
+        Raises:
+            InputError: they differ in more than the number of their rows.
+        """
+        rows = [self._rows(one) for one in given]
+        if len(given) == 1:
+            return given[0]
+        if not all(rows) or any(
+            self._kind(x, n) != self._kind(given[0], rows[0]) for x, n in zip(given, rows, strict=True)
+        ):
+            raise apart(
+                here(),
+                "these inputs cannot be put together: they differ in more than the number of their rows",
+                hint="Give inputs of the same sizes, texts of as many tokens, or all of them as one input.",
+            )
+        return self._stacked(given, rows)
+
+    def run_whole(self, given: Sequence[Given], layout: Layout, block: Straight, place: Place) -> None:
+        """Does all invokes of a block in one pass; the last of them has no input and sees the rows of all others.
+
+        Args:
+            given: the inputs by invoke.
+            layout: the access points of each.
+            block: what is to be done.
+            place: the line that begins the last invoke.
+
+        Raises:
+            InputError: they cannot share a pass.
+            OpError: an operation failed.
+        """
+        own, last = list(range(len(given))), len(given)
+        group = Pass(own, [self._rows(one) for one in given])
+        if len(own) == 1:
+            named = [
+                (*key, leaf.name)
+                for key in block.schedule.steps[own[0]]
+                for leaf in hosting.leaves(layout.points[key].tree)
+            ]
+            group.cuts = dict.fromkeys(named, Cut(_SHARED, 0))
+        else:
+            group.cuts = self._cuts(given, layout, block, group)
+        if group.cuts is None:
+            names = sorted({name or "the model" for i in own for name, _ in block.schedule.steps[i]})
+            raise apart(
+                place,
+                f"what {', '.join(names[:3])}{', ...' if names[3:] else ''} takes or gives is not made of the rows of "
+                "its invokes: they mix, or random numbers or statistics of the batch are in them",
+                hint="Switch the model to eval(), or say which axis the rows are on: NNsight(module, batch_dim=...).",
+            )
+        if block.schedule.late:
+            raise apart(place, "an invoke uses a value of another one before that pass has come to it")
+        if not self.run(given, layout, block, group, last):
+            raise apart(place, "one of them gives a value other sizes, or names a module that was not called")
+
     def _followed(self, given: Sequence[Given]) -> bool:
         """Whether autograd follows these passes: alone, each would have a history of its own."""
         if not torch.is_grad_enabled():
@@ -129,17 +187,27 @@ class Together:
         whole = iter([torch.cat(c, self._axis) if self._is_stacked(c[0], rows[0]) else c[0] for c in columns])
         return hosting.mapped(given[0], lambda _: next(whole))  # type: ignore[no-any-return]
 
-    def run(self, given: Sequence[Given], layout: Layout, block: Straight, group: Pass) -> bool:
+    def run(
+        self, given: Sequence[Given], layout: Layout, block: Straight, group: Pass, last: int | None = None
+    ) -> bool:
         """Does the invokes of a group in one pass. False where they need one each after all: nothing is done then.
+
+        Args:
+            given: the inputs by invoke.
+            layout: the access points of each.
+            block: what is to be done.
+            group: which invokes.
+            last: one that sees the rows of all of them, as they have left them.
 
         Raises:
             OpError: an operation failed.
         """
-        visitor = _Visitor(self._hosted, layout, block, group)
-        for i in group.invokes:
+        visitor = _Visitor(self._hosted, layout, block, group, last)
+        for i in visitor.invokes:
             block.do(block.schedule.first[i], {})
         try:
-            whole = self._stacked([given[i] for i in group.invokes], group.rows)
+            inputs = [given[i] for i in group.invokes]
+            whole = self._stacked(inputs, group.rows) if len(inputs) > 1 else inputs[0]
             self._hosted.forward(whole, hosting.sides(visitor.missing), visitor.visit)
         except Unfit:
             block.forget()
@@ -211,11 +279,13 @@ class Together:
 class _Visitor:
     """What is done at the access points of a pass of several invokes."""
 
-    def __init__(self, hosted: Hosted, layout: Layout, block: Straight, group: Pass) -> None:
+    def __init__(self, hosted: Hosted, layout: Layout, block: Straight, group: Pass, last: int | None) -> None:
         self._hosted, self._layout, self._block, self._cuts = hosted, layout, block, group.cuts or {}
         starts = itertools.accumulate(group.rows, initial=0)
-        self._invokes = list(zip(group.invokes, starts, group.rows, strict=False))
-        self.missing = {key for i in group.invokes for key in block.schedule.steps[i]}
+        self._parts = list(zip(group.invokes, starts, group.rows, strict=False))
+        self._last = last
+        self.invokes = group.invokes if last is None else [*group.invokes, last]
+        self.missing = {key for i in self.invokes for key in block.schedule.steps[i]}
 
     def visit(self, spot: Spot, value: Any) -> Any:
         """Does the nodes of each invoke, and joins what they put in the place of their rows."""
@@ -225,13 +295,19 @@ class _Visitor:
         self.missing.discard(key)
         tree = self._layout.points[key].tree
         whole = self._hosted.tensors(spot, tree, value)
-        changed: dict[str, torch.Tensor] = {}
+        changed: dict[str, Any] = {}
         if key in self._block.schedule.edited:
             for name, tensor in whole.items():
                 if tensor is not None and 0 in tensor.stride():  # rows that lie in the same memory
                     whole[name] = changed[name] = tensor.contiguous()
+        changed |= self._each(key, whole)
+        changed |= self._all(key, whole | changed)
+        return hosting.replaced(value, changed) if changed else value
+
+    def _each(self, key: Key, whole: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Does what each invoke does with its rows. Gives the tensors in which rows were replaced."""
         new: dict[str, dict[int, torch.Tensor]] = {}
-        for invoke, row, rows in self._invokes:
+        for invoke, row, rows in self._parts:
             ids = self._block.schedule.steps[invoke].get(key)
             if ids is None:
                 continue
@@ -241,19 +317,36 @@ class _Visitor:
                 for name in whole:
                     if after[name] is not parts[name]:
                         new.setdefault(name, {})[invoke] = _fitting(after[name], parts[name])
+        changed: dict[str, torch.Tensor] = {}
         for name, by_invoke in new.items():
             cut, tensor = self._cut(key, name), whole[name]
-            assert tensor is not None
-            rows_of = [
-                by_invoke[i] if i in by_invoke else cut.part(tensor, row, rows) for i, row, rows in self._invokes
-            ]
-            changed[name] = torch.cat(rows_of, cut.axis)
-        return hosting.replaced(value, changed) if changed else value
+            rows_of = [by_invoke[i] if i in by_invoke else cut.part(tensor, row, n) for i, row, n in self._parts]
+            changed[name] = torch.cat(rows_of, cut.axis) if len(rows_of) > 1 else rows_of[0]
+        return changed
+
+    def _all(self, key: Key, whole: dict[str, Any]) -> dict[str, Any]:
+        """Does what the last invoke does with all rows. Gives the tensors that are others after it."""
+        ids = None if self._last is None else self._block.schedule.steps[self._last].get(key)
+        if ids is None:
+            return {}
+        edited = key in self._block.schedule.edited  # what the invokes have read stays as they have read it
+        after = {n: t.clone() if edited and t is not None else t for n, t in whole.items()}
+        self._block.do(ids, after)
+        return {n: t for n, t in after.items() if t is not whole[n]}
 
     def _cut(self, key: Key, leaf: str) -> Cut:
         cut = self._cuts[(*key, leaf)]
         assert cut is not None
         return cut
+
+
+def apart(place: Place, why: str, hint: str | None = None) -> InputError:
+    """The error of an invoke without an input, at that line, that no forward pass can be made for."""
+    return InputError(
+        f"an invoke without an input sees the rows of all others in one forward pass, and {why}",
+        hint=hint or "Give all rows as one input, `model.trace(x)`, and say there which of them a line means.",
+        **positions.fields(place),
+    )
 
 
 def _tensors(x: Any) -> Iterator[torch.Tensor]:

@@ -43,6 +43,7 @@ class Schedule:
         sides: by invoke: the same access points, as sides of modules.
         first: by invoke: the nodes to be done before its pass.
         mixes: a value of an invoke is used by a later one.
+        late: and it is made where a pass of both has not come yet.
         edited: the access points at which something is replaced or changed in place.
         ends: by node: those that none uses after it.
         program: the same for builtins, where they can do it.
@@ -52,7 +53,7 @@ class Schedule:
         self.steps: list[dict[Key, list[int]]] = [{} for _ in range(invokes)]
         self.sides: list[dict[str, set[int]]] = []
         self.first: list[list[int]] = [[] for _ in range(invokes)]
-        self.mixes = False
+        self.mixes = self.late = False
         self.edited: set[Key | None] = set()
         self.ends: dict[int, list[int]] = {}
         self.program: hooked.Program | None = None
@@ -215,8 +216,8 @@ def _placed(
 ) -> bool:
     """Says where each node is done. False where one cannot be done where the pass stands then."""
     at: list[tuple[float, Key | None]] = [(-1, None)] * len(rec.invokes)
+    made = [-1.0] * len(rec.nodes)  # the order of the access point where each is done
     reads: list[frozenset[tuple[int, float]]] = [frozenset()] * len(rec.nodes)  # of what a value is made
-    edits = {node[1] for id, node in enumerate(rec.nodes) if node[0] == _WRITE or id in changed}
     for id, node in enumerate(rec.nodes):
         if not live[id]:
             continue
@@ -227,8 +228,9 @@ def _placed(
             key = (node[4], node[5])
             order = rec.order(invoke, key)
             before = at[invoke][0]
-            if kind == _READ and order < before and invoke not in edits:  # it is the same wherever it is read
+            if kind == _READ and order < before:  # it is the same wherever it is read
                 reads[id] = frozenset(((invoke, order),))
+                made[id] = order
                 out.steps[invoke].setdefault(key, []).append(id)
                 continue
             if order < before or (kind == _WRITE and order > before):
@@ -241,14 +243,16 @@ def _placed(
         for ref in uses[id]:
             last[ref] = max(last.get(ref, -1), id)
             reads[id] |= reads[ref]
-            out.mixes = out.mixes or rec.nodes[ref][1] != invoke
+            if rec.nodes[ref][1] != invoke:
+                out.mixes = True
+                out.late = out.late or made[ref] > at[invoke][0]
         target = changed.get(id)
         if target is not None:
             if node[0] == _CALL and node[4].partition("::")[2] in RESHAPING:
                 return False
             if target[0] != 0 or reads[target[1]] != {(invoke, at[invoke][0])}:
                 return False  # a value that the pass has left behind, or that belongs to somebody else
-        point = at[invoke][1]
+        made[id], point = at[invoke]
         if target is not None or kind == _WRITE:
             out.edited.add(point)
         (out.first[invoke] if point is None else out.steps[invoke].setdefault(point, [])).append(id)

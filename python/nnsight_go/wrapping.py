@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -30,10 +30,10 @@ from .hosted import Given, Hosted, HostedRun, Layout, compiled
 from .hosted_source import HostedSource
 from .native import NoTensor, Run, become
 from .points import Leaf, Point
-from .positions import here
+from .positions import Place, here
 from .proxy import Proxy
 from .recorder import NOWHERE, Recorder, current
-from .rowwise import Together
+from .rowwise import Together, apart
 from .scanning import ScanRecorder
 from .tracing import Invoker, Tracer
 from .wire import Kind
@@ -50,6 +50,7 @@ class HostedRecorder(Recorder):
     native: Any
     uncalled = "Use the module around it, whose code does its work."
     sourced = False  # layouts have operations, which a line or an edit has asked for
+    whole: Place = None  # the line that begins an invoke without an input, which is the last then
     _told = 0
     _unkept: Sequence[int] = ()  # values that were kept without the engine
 
@@ -66,10 +67,31 @@ class HostedRecorder(Recorder):
 
     def open(self, given: Given) -> None:
         """Begins an invoke."""
+        if self.whole is not None:
+            raise apart(here(), "this one comes behind it", hint="Put the one without an input last.")
         self._passes[self.open_invoke(ROW, None)] = len(self.given)
         self.given.append(given)
         if self.edits:
             self.sourced = self.sourced or any(map(self._is_of_operations, self.edits))
+
+    def open_whole(self) -> None:
+        """Begins an invoke that sees the rows of all before it, which then share a pass."""
+        for why, so in (
+            ("there is one already: its lines belong into that block", self.whole is not None),
+            ("a line before this one needed a value, for which a pass of its own began", self._run is not None),
+            ("each of them brings the edits of the model along", self.edits),
+            ("one of them leaves a module out", any(self.left.values())),
+        ):
+            if so:
+                raise apart(here(), why)
+        self.open_invoke(None, None)
+        self.whole = here()
+
+    def force(self, wanted: Iterable[Proxy]) -> list[torch.Tensor]:
+        """The real values of proxies at this point of the program, for which the pass waits."""
+        if self.whole is not None:
+            raise apart(here(), "this line needs a value in the middle of it")
+        return super().force(wanted)
 
     def _is_of_operations(self, edit: Edit) -> bool:
         """Whether an edit names results of operations."""
@@ -86,6 +108,8 @@ class HostedRecorder(Recorder):
 
     def leave_out(self, name: str, beside: Beside) -> None:
         """Notes that a call of a module does not run; its tensors are written, ``beside`` is the rest of its output."""
+        if self.whole is not None:
+            raise apart(here(), "this line leaves a module out")
         self.skipped[self.invoke, name] = here()
         self.left.setdefault(self._passes.get(self.invoke, 0), {})[name] = beside
 
@@ -102,7 +126,7 @@ class HostedRecorder(Recorder):
         """The access points of an invoke's forward pass."""
         known = self.layouts.get(invoke)
         if known is None:
-            given = self.given[self._passes[invoke]]
+            given = self._sees(invoke)
             known = self.hosted.layout(given)
             if self.sourced:
                 known = self.hosted.inside(known, given)
@@ -113,6 +137,11 @@ class HostedRecorder(Recorder):
                 _are_alike(known, next(iter(self.layouts.values())))
         return known
 
+    def _sees(self, invoke: int) -> Given:
+        """The input of an invoke, or of all of them for the one that has none."""
+        number = self._passes.get(invoke)
+        return Together(self.hosted).whole(self.given) if number is None else self.given[number]
+
     def look_near(self) -> None:
         """Finds out which access points the open invoke's pass has."""
         if self.invoke in self._passes and self.invoke not in self.layouts:
@@ -120,7 +149,7 @@ class HostedRecorder(Recorder):
 
     def look_inside(self) -> None:
         """Makes the results of operations access points, too."""
-        layouts = {i: self.hosted.inside(of, self.given[self._passes[i]]) for i, of in self.layouts.items()}
+        layouts = {i: self.hosted.inside(of, self._sees(i)) for i, of in self.layouts.items()}
         for layout in layouts.values():
             _are_alike(layout, next(iter(layouts.values())))
         self.layouts, self.sourced, self.near = layouts, True, NOWHERE
@@ -199,6 +228,8 @@ class HostedRecorder(Recorder):
                     hooked.run(self, program, ids, adopt)
                 self._unkept = ids
                 return []
+        if self.whole is not None:
+            raise apart(self.whole, "this block asks for gradients, or its lines do not follow the order of a pass")
         for node in self.nodes[self._told :]:
             if node[0] in (Kind.READ, Kind.WRITE):
                 if self.invokes[node[1]].edit:
@@ -292,6 +323,8 @@ class HostedRecorder(Recorder):
 
     def _do(self, block: straight.Straight, ids: list[int]) -> None:
         """Does a block that goes straight ahead, without the engine, in the passes of all its invokes."""
+        if self.whole is not None:
+            return Together(self.hosted).run_whole(self.given, self.layout(len(self.given)), block, self.whole)
         if self.stopped:
             last = max((self.nodes[id][1] for id in ids), default=-1)
             for invoke in range(last + 1):
@@ -398,7 +431,10 @@ class HostedTracer(Tracer):
         return out
 
     def invoke(self, *args: Any, **kwargs: Any) -> HostedInvoker:
-        """Begins one input of the trace: ``with tracer.invoke(x):``. Each has a forward pass of its own."""
+        """Begins one input of the trace: ``with tracer.invoke(x):``. Each is as if it ran alone.
+
+        The last may have no input: it sees the rows of all others, in one forward pass.
+        """
         return HostedInvoker(self, (args, kwargs))
 
 
@@ -411,13 +447,10 @@ class HostedInvoker(Invoker):
         self._tracer, self._given, self._used = tracer, given, False
 
     def _open(self) -> None:
-        if not any(self._given):
-            raise InputError(
-                "an invoke of a module needs an input",
-                hint="Each invoke has a forward pass of its own. Give the rows together to see all of them in one.",
-                **positions.fields(here()),
-            )
-        self._tracer._recorder.open(self._given)
+        if any(self._given):
+            self._tracer._recorder.open(self._given)
+        else:
+            self._tracer._recorder.open_whole()
 
 
 class ModuleEnvoy(Envoy):
