@@ -369,6 +369,15 @@ class Result:
     maybe: torch.Tensor | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    first: torch.Tensor
+    second: torch.Tensor = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "second", self.first * 2)
+
+
 class Both(NamedTuple):
     a: torch.Tensor
     b: torch.Tensor
@@ -427,6 +436,9 @@ def test_structures() -> None:
         out = given(lambda x: Result(x, [x], 2), value)
         assert type(out) is Result and torch.equal(out.first, a) and torch.equal(out.rest[0], b)
         assert (out.count, out.maybe) == (2, None)
+    for value in (Derived(a), {"first": a, "second": a * 2}):
+        out = given(Derived, value)
+        assert type(out) is Derived and torch.equal(out.first, a) and torch.equal(out.second, a * 2)
     out = given(lambda x: {"a": x, "more": {"b": x}}, {"a": a, "more": {"b": b}})
     assert type(out) is dict and torch.equal(out["more"]["b"], b)
     out = given(lambda x: {"a": x, "more": {"n": 1, "of": ()}}, {"a": a})

@@ -155,14 +155,6 @@ class Hosted:
         layout: Layout = rec.layout(rec.invoke)
         return layout.points
 
-    def begin(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuses: a stored graph has no forward pass of Python's."""
-        raise InputError(
-            "a stored graph does not run on a wrapped module in this version",
-            hint="Use model.trace(...).",
-            **positions.fields(here()),
-        )
-
     def explain(self, *_: Any) -> NoReturn:
         """Refuses: the engine plans no forward pass of Python's."""
         raise InputError(

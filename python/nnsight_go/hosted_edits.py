@@ -20,7 +20,7 @@ from .edits import EditRecorder, InputSizes, depends
 from .errors import InputError
 from .hosted import Given, Hosted, Layout
 from .hosted_skipping import Beside
-from .hosting import leaves, mapped, split
+from .hosting import all_sizes, leaves, mapped, split
 from .points import Constant, Leaf, Mapping, Sequence, Tree
 from .positions import here
 from .proxy import Proxy
@@ -80,7 +80,7 @@ class HostedEditRecorder(EditRecorder, HostedRecorder):
         given = layout.given
         with contextlib.suppress(Exception):  # it does not run without data
             if given is not None:
-                given = _sized(given, _sizes(given), self.hosted.device)
+                given = _sized(given, all_sizes(given), self.hosted.device)
             return self.hosted.inside(layout, given or ((), {}), really=False)
         return None
 
@@ -200,7 +200,7 @@ def _lengthened(hosted: Hosted, example: Layout) -> Layout | None:
         return None
     found = None
     tried: set[str] = set()
-    sizes = _sizes(example.given)
+    sizes = all_sizes(example.given)
     done: set[tuple[int, int]] = set()  # number of a tensor, and of its axis
     for axes, longer in itertools.product(_groups(sizes), (lambda n: 2 * n, lambda n: n + 1)):
         if axes & done or len(tried) >= _TRIES:
@@ -223,12 +223,6 @@ def _groups(sizes: list[list[int]]) -> Iterator[frozenset[tuple[int, int]]]:
         yield frozenset((t, k) for t, k in axes if k == number)
     for size in dict.fromkeys(sizes[t][k] for t, k in axes):
         yield frozenset((t, k) for t, k in axes if sizes[t][k] == size)
-
-
-def _sizes(given: Given) -> list[list[int]]:
-    found: list[list[int]] = []
-    mapped(given, lambda x: found.append(list(x.shape)))
-    return found
 
 
 def _sized(given: Given, sizes: list[list[int]], device: torch.device) -> Given:

@@ -138,6 +138,10 @@ class HostedLanguageModel(NNsight, LanguageModel):
             named["decoder_input_ids"] = torch.full((len(rows), 1), start, device=self.device)
         return (), named
 
+    def input_of(self, prompt: Any) -> Given:
+        """What the module is called with for a prompt, as ``trace`` takes it; a dictionary says it by name."""
+        return self._given((), prompt) if isinstance(prompt, dict) else self._given((prompt,), {})
+
     def _example(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout:
         """The access points that an edit may name: without an example those of rows of token ids, which are made up."""
         if args or kwargs:

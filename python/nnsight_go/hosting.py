@@ -8,6 +8,7 @@ block runs on a thread of its own, one of the two at a time.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -168,7 +169,12 @@ def replaced(value: Any, by: Parts[str, Any], name: str = "") -> Any:
     if type(value) is dict:
         return new
     if dataclasses.is_dataclass(value):
-        return dataclasses.replace(value, **new)  # type: ignore[type-var]
+        if all(f.init for f in dataclasses.fields(value)):
+            return dataclasses.replace(value, **new)  # type: ignore[type-var]
+        out = copy.copy(value)
+        for k, v in new.items():
+            object.__setattr__(out, k, v)  # it may be frozen
+        return out
     out = value.copy()
     out.update(new)
     return out
@@ -229,6 +235,13 @@ def mapped(x: Any, f: Callable[[torch.Tensor], Any]) -> Any:
     if type(x) is dict:
         return {k: mapped(v, f) for k, v in x.items()}
     return x
+
+
+def all_sizes(x: Any) -> list[list[int]]:
+    """The sizes of an input's tensors, in order."""
+    found: list[list[int]] = []
+    mapped(x, lambda tensor: found.append(list(tensor.shape)))
+    return found
 
 
 def sides(points: Iterable[tuple[str, int]]) -> dict[str, set[int]]:

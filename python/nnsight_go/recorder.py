@@ -20,6 +20,7 @@ from .errors import InputError, NnsightError, NotSavedError, OutOfOrderError, Re
 from .points import Leaf, Point
 from .positions import Place, here
 from .proxy import Proxy
+from .stored import Facts
 from .wire import Kind
 
 if TYPE_CHECKING:
@@ -234,11 +235,14 @@ class Recorder:
         number, nodes, constants = len(self.invokes), len(self.nodes), len(self.captures)
         self.invokes.append(Invoke(None, edit=True))
         for tensor in edit.recording.constants:
-            index = len(self.captures)
-            self.captures.append(_Capture(tensor, version(tensor), tensor, index, None))
+            self.brought(tensor)
         for node in edit.recording.nodes:
             self.nodes.append(wire.renumbered(node, number, nodes, constants))
             self.made.append(None)
+
+    def brought(self, tensor: torch.Tensor) -> None:
+        """Adds a tensor that an earlier recording uses from outside."""
+        self.captures.append(_Capture(tensor, version(tensor), tensor, len(self.captures), None))
 
     def close_invoke(self) -> None:
         """Does what is to be done at the end of the open invoke, where edits came with it: here it is nothing."""
@@ -684,6 +688,11 @@ class Recorder:
 
     def settle(self) -> None:
         """Completes the recording, for whom looks at it."""
+
+    def facts(self) -> Facts:
+        """What its graph is tied to."""
+        pinned, forced = (place and positions.row(place) for place in (self.pinned, self.forced))
+        return Facts(list(self.kept), pinned, forced)
 
     def _keep(self, ids: Iterable[int]) -> None:
         """Records that the values of nodes are wanted."""

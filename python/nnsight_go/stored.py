@@ -68,6 +68,9 @@ class Recording:
         )
 
 
+Plain = dict[str, bool | int | float | str | None]
+
+
 class Facts(msgspec.Struct, omit_defaults=True):
     """What a file says beside its graph.
 
@@ -77,13 +80,17 @@ class Facts(msgspec.Struct, omit_defaults=True):
         forced: a line that used values of it.
         resizes: whether it may put values of other sizes in the place of the model's.
         skips: by name: calls of a wrapped model's modules that do not run, and what is no tensor of what they give.
+        left: the same of each forward pass, of a graph.
+        sizes: of the tensors of each input, where the inputs are a wrapped model's; they are not in the file.
     """
 
     kept: list[int] = []
     pinned: tuple[str, int, str] | None = None
     forced: tuple[str, int, str] | None = None
     resizes: bool = False
-    skips: dict[str, dict[str, bool | int | float | str | None]] = {}
+    skips: dict[str, Plain] = {}
+    left: list[dict[str, Plain]] = []
+    sizes: list[list[list[int]]] | None = None
 
 
 def load(path: str | os.PathLike[str], kind: str) -> tuple[Recording, Facts]:

@@ -18,7 +18,7 @@ from .positions import here
 from .recorder import OF_SESSION, Recorder, current
 from .steps import Chosen, Steps
 from .stopping import Stop
-from .stored import Facts, Recording
+from .stored import Recording
 
 if TYPE_CHECKING:
     from .envoy import Envoy
@@ -162,8 +162,7 @@ class Tracer:
             [c.sent for c in rec.captures],
             tuple(c.version if c.sent is c.original else -1 for c in rec.captures),
         )
-        pinned, forced = (place and positions.row(place) for place in (rec.pinned, rec.forced))
-        return Graph(recording, Facts(list(rec.kept), pinned, forced))
+        return Graph(recording, rec.facts())
 
     def explain(self) -> str:
         """What the engine computes for the trace, as text: forward passes, modules that never run, shared tokens.

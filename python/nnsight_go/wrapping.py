@@ -26,6 +26,7 @@ from .edits import Edit, Editable, Editing
 from .envoy import Envoy
 from .errors import InputError, ModulePathError, NnsightError, OpError
 from .generation import StepRecorder
+from .graphs import Graph
 from .hosted import Given, Hosted, HostedRun, Layout, compiled
 from .hosted_source import HostedSource
 from .native import NoTensor, Run, become
@@ -35,8 +36,9 @@ from .proxy import Proxy
 from .recorder import NOWHERE, Recorder, current
 from .rowwise import Together, apart
 from .scanning import ScanRecorder
+from .stored import Facts
 from .tracing import Invoker, Tracer
-from .wire import Kind
+from .wire import Kind, Node
 
 if TYPE_CHECKING:
     from .hosted_skipping import Beside
@@ -49,6 +51,7 @@ class HostedRecorder(Recorder):
 
     native: Any
     uncalled = "Use the module around it, whose code does its work."
+    foreign = ("an edit", "Trace the model without this edit, or with an input of the kind that it was recorded for.")
     sourced = False  # layouts have operations, which a line or an edit has asked for
     whole: Place = None  # the line that begins an invoke without an input, which is the last then
     _told = 0
@@ -61,6 +64,7 @@ class HostedRecorder(Recorder):
         self._passes: dict[int, int] = {}  # by invoke: the number of its forward pass; edits have none
         self.layouts: dict[int, Layout] = {}  # by invoke, of those that lines have named something of
         self._calls: dict[tuple[int, str], int] = {}
+        self._carried: set[int] = set()  # reads that no line of the block has made
         self._ports: dict[str, set[int]] = {}  # by path: the sides of modules that nodes before _told name
         self._absent: set[tuple[int, str, int, str]] = set()  # what the passes did not have (HostedRun)
         self.left: dict[int, dict[str, Beside]] = {}  # by number of the pass: the calls of modules that it leaves out
@@ -72,7 +76,7 @@ class HostedRecorder(Recorder):
         self._passes[self.open_invoke(ROW, None)] = len(self.given)
         self.given.append(given)
         if self.edits:
-            self.sourced = self.sourced or any(map(self._is_of_operations, self.edits))
+            self.sourced = self.sourced or any(self.names_operations(edit.recording.nodes) for edit in self.edits)
 
     def open_whole(self) -> None:
         """Begins an invoke that sees the rows of all before it, which then share a pass."""
@@ -93,9 +97,9 @@ class HostedRecorder(Recorder):
             raise apart(here(), "this line needs a value in the middle of it")
         return super().force(wanted)
 
-    def _is_of_operations(self, edit: Edit) -> bool:
-        """Whether an edit names results of operations."""
-        named = {node[4] for node in edit.recording.nodes if node[0] in (Kind.READ, Kind.WRITE)}
+    def names_operations(self, nodes: Iterable[Node]) -> bool:
+        """Whether nodes name results of operations."""
+        named = {node[4] for node in nodes if node[0] in (Kind.READ, Kind.WRITE)}
         paths = {hosting.split(name)[0] for name in named if "source." in name}
         return not paths <= self.hosted.modules.keys()
 
@@ -195,7 +199,8 @@ class HostedRecorder(Recorder):
         self.near = NOWHERE
 
     def batch(self, invoke: int) -> tuple[int, int]:
-        """Sizes of access points are known as they are."""
+        """Sizes of access points are known as they are; which of them depend on the input is not."""
+        self.pinned = self.pinned or here()
         return 1, 1
 
     def stands_before(self, one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
@@ -233,7 +238,7 @@ class HostedRecorder(Recorder):
         for node in self.nodes[self._told :]:
             if node[0] in (Kind.READ, Kind.WRITE):
                 if self.invokes[node[1]].edit:
-                    self._edited(node)
+                    self.found(node)
                 self._ports.setdefault(hosting.split(node[4])[0], set()).add(node[5])
         self._told = len(self.nodes)
         if isinstance(self._run, HostedRun):
@@ -264,11 +269,11 @@ class HostedRecorder(Recorder):
         """The number of the forward pass that an invoke, or an edit of it, sees."""
         return self._passes.get(self._user(invoke), 0)
 
-    def _edited(self, node: tuple[Any, ...]) -> tuple[int, Point, Leaf]:
-        """What a node of an edit names: invoke, access point and tensor.
+    def found(self, node: tuple[Any, ...]) -> tuple[int, Point, Leaf]:
+        """What a node names that was recorded for another pass: invoke, access point and tensor.
 
         Raises:
-            ModulePathError: the pass does not come there. The edit was recorded for another one.
+            ModulePathError: the pass does not come there.
         """
         _, invoke, place, _, name, port, _, leaf = node[:8]
         invoke = self._user(invoke)
@@ -289,9 +294,9 @@ class HostedRecorder(Recorder):
         else:
             what = f"{side}, which is not called {f'{call + 1} times ' if call else ''}in this forward pass"
         raise ModulePathError(
-            f"an edit names {what}",
+            f"{self.foreign[0]} names {what}",
             path=path,
-            hint="Trace the model without this edit, or with an input of the kind that it was recorded for.",
+            hint=self.foreign[1],
             **positions.fields(place),
         )
 
@@ -301,6 +306,7 @@ class HostedRecorder(Recorder):
             last = self._carry_on()
             if last is not None:
                 self.save(last)
+                self._carried.add(last._id)
 
     def _carry_on(self) -> Proxy | None:
         """A value that has the pass come to all its edits, where no line goes so far: what it does may show them."""
@@ -310,7 +316,7 @@ class HostedRecorder(Recorder):
             if node[0] not in (Kind.READ, Kind.WRITE):
                 continue
             if self.invokes[node[1]].edit:
-                invoke, point, leaf = self._edited(node)
+                invoke, point, leaf = self.found(node)
                 if invoke == self.invoke and (last is None or last[0].order < point.order):
                     last = (point, leaf)
             elif node[1] == self.invoke and self.taken_back(id):
@@ -372,6 +378,15 @@ class HostedRecorder(Recorder):
         self._keep(self._unkept)
         self._unkept = ()
 
+    def facts(self) -> Facts:
+        """What its graph is tied to, and what it leaves out."""
+        facts = super().facts()
+        facts.kept = [save for save in facts.kept if self.nodes[save][4][1] not in self._carried]
+        facts.sizes = [hosting.all_sizes(given) for given in self.given]
+        if any(self.left.values()):
+            facts.left = [dict(self.left.get(i, {})) for i in range(len(self.given))]
+        return facts
+
     def must_run(self) -> bool:
         """A forward pass runs to its end, for what it does beside its results."""
         return bool(self.given)
@@ -417,6 +432,13 @@ class HostedTracer(Tracer):
     @property
     def _has_input(self) -> bool:
         return self._given is not None
+
+    @property
+    def graph(self) -> Graph:
+        """What has been recorded so far; after the block, the whole trace. It holds on to the inputs."""
+        graph = super().graph
+        graph.inputs = tuple(self._recorder.given)
+        return graph
 
     def __enter__(self) -> HostedTracer:
         super().__enter__()
@@ -645,6 +667,12 @@ class NNsight(ModuleEnvoy, Editable):
         if trace:
             return tracer
         return tracer._output() if self._edits else self._module(*args, **kwargs)
+
+    def input_of(self, prompt: Any) -> Given:
+        """What the module is called with, where one value says it: a dictionary by name, a tuple in order."""
+        if isinstance(prompt, dict):
+            return (), prompt
+        return (prompt if type(prompt) is tuple else (prompt,)), {}
 
     def session(self, remote: bool | str | None = None, blocking: bool = True, **kwargs: Any) -> sessions.Session:
         """Several traces in which values flow from one to the next without being saved."""
