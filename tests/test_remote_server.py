@@ -134,6 +134,28 @@ def test_generations_at_once(gpt2_pair: Pair, host: str) -> None:
             assert torch.equal(got, want)
 
 
+def test_generations_with_lines_at_once(gpt2_pair: Pair, host: str) -> None:
+    """Each has what it has alone: its tokens, what it has changed, and what it keeps of each step."""
+
+    def run(i: int, remote: str | None) -> tuple[list[torch.Tensor], torch.Tensor]:
+        kept: list[torch.Tensor] = []
+        model, rows = gpt2_pair.model, [gpt2_pair.ids(3 + i % 3, seed=i + k) for k in range(1 + i % 2)]
+        settings: dict[str, Any] = {"max_new_tokens": 3 + i % 6, "eos_token_id": [], "pad_token_id": 0}
+        with model.generate(rows, **settings, remote=remote) as tracer:
+            with tracer.iter[i % 3 :]:
+                model.transformer.h[1].output[0][:, -1] *= 1 + 0.1 * (i % 4)
+                kept.append(model.transformer.h[2].output[0].save())
+            tokens = tracer.result.save()
+        return kept, tokens
+
+    wanted = [run(i, None) for i in range(24)]
+    with concurrent.futures.ThreadPoolExecutor(12) as clients:
+        for (kept, got), (want_kept, want) in zip(clients.map(lambda i: run(i, host), range(24)), wanted, strict=True):
+            assert torch.equal(got, want)
+            assert len(kept) == len(want_kept) > 0
+            torch.testing.assert_close(kept, want_kept, rtol=1e-4, atol=1e-4)
+
+
 def test_another_model(gpt2_pair: Pair, host: str) -> None:
     model = LanguageModel(str(gpt2_pair.directory), tokenizer=False)
     model._name_or_path = "no/such"

@@ -116,6 +116,15 @@ func (g *Generation) Begin(program *graph.Graph, consts []aten.Tensor, end bool)
 	return g.cache.Begin(program, consts, end)
 }
 
+// BeginParts starts the next step with a program of several, who have so many rows each: see [host.Cache.BeginParts].
+func (g *Generation) BeginParts(program *graph.Graph, rows []int, consts []aten.Tensor) (*host.Run, error) {
+	if g.done {
+		aten.FreeAll(consts)
+		return nil, fault.New(fault.Handle, "this generation has ended")
+	}
+	return g.cache.BeginParts(program, rows, consts)
+}
+
 // Plain does a step without a program, up to its tokens.
 func (g *Generation) Plain() ([]int64, error) {
 	run, err := g.Begin(&graph.Graph{}, nil, true)

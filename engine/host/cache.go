@@ -2,6 +2,7 @@ package host
 
 import (
 	"cmp"
+	"slices"
 	"strings"
 	"sync"
 
@@ -131,6 +132,16 @@ func (c *Cache) Batch() int { return len(c.rows) }
 // Begin starts a run of the step: a trace without invokes of its own, whose lines see the step's
 // tokens. With end nothing will be added to it. It takes over the graph, and consts also where it fails.
 func (c *Cache) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, error) {
+	return c.begin(func(own *graph.Graph) error { return c.fill(own, g) }, consts, end)
+}
+
+// BeginParts starts a run of the step whose rows belong to several: each has an invoke without rows of its own, which sees
+// as many rows as parts says, behind those of the one before. Their programs are complete, and know nothing of each other.
+func (c *Cache) BeginParts(g *graph.Graph, parts []int, consts []aten.Tensor) (*Run, error) {
+	return c.begin(func(own *graph.Graph) error { return c.divide(own, g, parts) }, consts, true)
+}
+
+func (c *Cache) begin(grow func(own *graph.Graph) error, consts []aten.Tensor, end bool) (*Run, error) {
 	free := func() {
 		aten.FreeAll(consts)
 	}
@@ -150,7 +161,7 @@ func (c *Cache) Begin(g *graph.Graph, consts []aten.Tensor, end bool) (*Run, err
 		return nil, err
 	}
 	r.plan = plan.New(r.models)
-	if err := r.Extend(func(own *graph.Graph) error { return c.fill(own, g) }, consts, end); err != nil {
+	if err := r.Extend(grow, consts, end); err != nil {
 		return nil, err
 	}
 	return r, nil
@@ -166,6 +177,7 @@ func (c *Cache) variant(r *Run) error {
 // fill makes a step's program that of the rows.
 func (c *Cache) fill(own, g *graph.Graph) error {
 	*own = *g
+	own.Invokes = slices.Clone(g.Invokes) // the caller's stay as they are
 	main := -1
 	for i := range own.Invokes {
 		if in := &own.Invokes[i]; !in.Edit {
@@ -182,6 +194,33 @@ func (c *Cache) fill(own, g *graph.Graph) error {
 	if main < 0 {
 		own.Invokes = append(own.Invokes, graph.Invoke{Rows: c.rows, Masks: c.masks})
 	}
+	return nil
+}
+
+// divide makes a step's program that of several, and has the logits of all of them at its end.
+func (c *Cache) divide(own, g *graph.Graph, parts []int) error {
+	*own = *g
+	own.Invokes = slices.Clone(g.Invokes)
+	row, next := 0, 0
+	for i := range own.Invokes {
+		in := &own.Invokes[i]
+		if in.Edit {
+			continue
+		}
+		if next == len(parts) || row+parts[next] > len(c.rows) {
+			return fault.New(fault.Internal, "a step has more invokes than it has rows")
+		}
+		end := row + parts[next]
+		in.Rows = c.rows[row:end]
+		if c.masks != nil {
+			in.Masks = c.masks[row:end]
+		}
+		row, next = end, next+1
+	}
+	if row != len(c.rows) {
+		return fault.New(fault.Internal, "%d rows of a step are nobody's", len(c.rows)-row)
+	}
+	own.Invokes = append(own.Invokes, graph.Invoke{NoGrad: own.Invokes[0].NoGrad, Inference: own.Invokes[0].Inference})
 	return nil
 }
 

@@ -97,6 +97,9 @@ var random = opSet("rand", "randn", "randint", "randperm", "rand_like", "randn_l
 
 func isRandom(op string) bool { return random[baseName(op)] }
 
+// Draws reports whether a node draws random numbers.
+func Draws(n *graph.Node) bool { return n.Kind == graph.KindCall && isRandom(n.Op) }
+
 // lasting lists operators that change what a tensor keeps beside its elements: they run though nothing
 // reads their result.
 var lasting = opSet("set_grad", "add_grad")

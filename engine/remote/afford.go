@@ -55,7 +55,8 @@ func (t *together) judge(all []*performing) host.Judge {
 		invoke := 0
 		for i, x := range all {
 			own := x.request.programs[0].graph
-			saves := [2]graph.ID{t.starts[i], t.starts[i] + graph.ID(len(own.Nodes))}
+			from, to := t.nodes(i)
+			saves := [2]graph.ID{from, to}
 			if !slices.Contains(x.request.Steps[0].Want, WantResults) {
 				saves[1] = saves[0]
 			}

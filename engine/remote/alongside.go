@@ -8,13 +8,16 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/fault"
 	"github.com/nnsight-go/nnsight-go/engine/gen"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
+	"github.com/nnsight-go/nnsight-go/engine/host"
+	"github.com/nnsight-go/nnsight-go/engine/plan"
 )
 
 // alongside is the company of generations: all that decides about a token but how many there are.
 type alongside struct{ settings string }
 
-// company is that of a generation to whose end a request goes, without a program: its rows grow as they do alone, beside
-// whatever others, and what they draw comes from the request's own generator.
+// company is that of a generation to whose end a request goes: its rows grow as they do alone, beside whatever others, and
+// what they draw comes from the request's own generator.
 func (r *Request) company() any {
 	s := *r.Settings
 	rows := len(r.Prompt.Rows)
@@ -26,7 +29,7 @@ func (r *Request) company() any {
 	}
 	for i := range r.Steps {
 		step := &r.Steps[i]
-		if !step.End || len(r.programs[i].graph.Nodes) > 0 || step.Scores != "" || step.Ended != nil || step.Random != "" {
+		if !step.End || step.Scores != "" || step.Ended != nil || step.Random != "" || !r.mayShare(i) {
 			return nil
 		}
 		for _, want := range step.Want {
@@ -43,6 +46,34 @@ func (r *Request) company() any {
 	return alongside{string(text)}
 }
 
+// mayShare reports whether a step has no lines, or such as are done beside those of others.
+func (r *Request) mayShare(step int) bool {
+	g := r.programs[step].graph
+	if len(g.Nodes) == 0 {
+		return true
+	}
+	if !r.keepsToItself(step) || slices.ContainsFunc(g.Nodes, func(n graph.Node) bool { return plan.Draws(&n) }) {
+		return false
+	}
+	// rows are the batch's, and lines of one invoke are all there are
+	mains := 0
+	for i := range g.Invokes {
+		v := &g.Invokes[i]
+		if v.Rows != nil || v.Inference || !v.Edit && i != len(g.Invokes)-1 {
+			return false
+		}
+		if !v.Edit {
+			mains++
+		}
+	}
+	return mains == 1
+}
+
+// hasLines reports whether a generation does more than to write.
+func (r *Request) hasLines() bool {
+	return slices.ContainsFunc(r.programs, func(p program) bool { return len(p.graph.Nodes) > 0 })
+}
+
 // grown is a generation among others.
 type grown struct {
 	*performing
@@ -52,13 +83,15 @@ type grown struct {
 	draws *gen.Draws // its generator, where it draws
 }
 
-// Alongside is generations of one company that grow in the same steps. Requests join between two steps, and leave when they
-// are done or nobody wants them any more. It belongs to one goroutine at a time; free it.
+// Alongside is generations of one company that grow in the same steps, with what their lines do there. Requests join
+// between two steps, and leave when they are done or nobody wants them any more, or when a line of theirs cannot be done
+// beside others. It belongs to one goroutine at a time; free it.
 type Alongside struct {
 	performer *Performer
 	batch     *gen.Generation // nil while there is nobody
 	all       []*grown        // in the order of their rows
 	grew      []Grown
+	apart     []*Request
 }
 
 // Grown is a request that is done, and its response.
@@ -88,6 +121,13 @@ func (a *Alongside) Grown() []Grown {
 	return out
 }
 
+// Apart gives those that have left since it was asked last, since they must run alone: a line of theirs failed here.
+func (a *Alongside) Apart() []*Request {
+	out := a.apart
+	a.apart = nil
+	return out
+}
+
 // Free ends all that are under way.
 func (a *Alongside) Free() {
 	if a.batch != nil {
@@ -99,23 +139,71 @@ func (a *Alongside) Free() {
 // Join does the first step of requests, and lets them go on beside those that are under way. Where it fails none of them
 // has joined, and the others go on.
 func (a *Alongside) Join(ctx context.Context, requests []*Request) error {
-	own := &Alongside{performer: a.performer}
+	own := a.performer.Alongside()
+	defer own.Free()
+	for _, group := range firstSteps(requests) {
+		if err := own.join(ctx, group); err != nil {
+			return err
+		}
+	}
+	return a.takeOver(own)
+}
+
+// firstSteps divides requests into those that do their first step together. Lines may look at all tokens of a prompt, so
+// that those that have some do it without padding: beside prompts of the same length.
+func firstSteps(requests []*Request) (groups [][]*Request) {
+	numbers := map[int]int{} // by length: which of the groups
+	for _, r := range requests {
+		length := 0 // of those without lines
+		if r.hasLines() {
+			length = r.evenLength()
+		}
+		number, known := numbers[length]
+		if !known {
+			number = len(groups)
+			groups = append(groups, nil)
+			if length >= 0 {
+				numbers[length] = number
+			}
+		}
+		groups[number] = append(groups[number], r)
+	}
+	return groups
+}
+
+// evenLength is how many tokens each row of a prompt has, and counts; -1 where they differ.
+func (r *Request) evenLength() int {
+	first := len(r.Prompt.Rows[0])
+	if r.Prompt.Masks != nil || slices.ContainsFunc(r.Prompt.Rows, func(row []int64) bool { return len(row) != first }) {
+		return -1
+	}
+	return first
+}
+
+// join does the first step of requests together, and adds them.
+func (a *Alongside) join(ctx context.Context, requests []*Request) error {
+	own := a.performer.Alongside()
 	defer own.Free()
 	if err := own.begin(ctx, requests); err != nil {
 		return err
 	}
-	if err := own.Step(ctx); err != nil {
+	if err := own.step(ctx); err != nil {
 		return err
 	}
-	if own.batch != nil && a.batch != nil {
-		if err := a.batch.Join(own.batch); err != nil {
+	return a.takeOver(own)
+}
+
+// takeOver adds the members of another, which has none then. Where it fails both are as they were.
+func (a *Alongside) takeOver(o *Alongside) error {
+	if o.batch != nil && a.batch != nil {
+		if err := a.batch.Join(o.batch); err != nil {
 			return err
 		}
 	} else if a.batch == nil {
-		a.batch = own.batch
+		a.batch = o.batch
 	}
-	a.all, a.grew = append(a.all, own.all...), append(a.grew, own.grew...)
-	own.batch = nil
+	a.all, a.grew = append(a.all, o.all...), append(a.grew, o.grew...)
+	o.batch, o.all, o.grew = nil, nil, nil
 	return nil
 }
 
@@ -179,10 +267,11 @@ func (a *Alongside) giveGenerators() error {
 	return nil
 }
 
-// plain does a step, with the process's generator put back behind it where rows draw from theirs.
-func (a *Alongside) plain() ([]int64, error) {
+// drawn draws the tokens of a step that has run, with the process's generator put back behind it where rows draw from
+// theirs.
+func (a *Alongside) drawn() ([]int64, error) {
 	if a.all[0].draws == nil {
-		return a.batch.Plain()
+		return a.batch.Next()
 	}
 	generator.Lock()
 	defer generator.Unlock()
@@ -191,30 +280,135 @@ func (a *Alongside) plain() ([]int64, error) {
 		return nil, err
 	}
 	defer before.Free()
-	tokens, err := a.batch.Plain()
+	tokens, err := a.batch.Next()
 	if again := aten.SetRandomState("cpu", before); err == nil {
 		err = again
 	}
 	return tokens, err
 }
 
-// Step does the next step of all. Where it fails they have ended, and none is done.
-func (a *Alongside) Step(ctx context.Context) error {
-	if ctx.Err() != nil {
-		return cancelled(ctx)
+// saved is what the lines of a step have kept.
+type saved struct {
+	of      [][]graph.Result // by member
+	tensors []aten.Tensor
+}
+
+// begun starts the forward pass of a step, with the lines of all. t says whose nodes are whose, where there are some.
+func (a *Alongside) begun() (run *host.Run, t *together, err error) {
+	if !slices.ContainsFunc(a.all, (*grown).speaks) {
+		run, err = a.batch.Begin(&graph.Graph{}, nil, true)
+		return run, nil, err
 	}
-	tokens, err := a.plain()
+	t = &together{graph: &graph.Graph{}}
+	rows := make([]int, len(a.all))
+	for i, g := range a.all {
+		rows[i] = g.rows
+		if !g.speaks() {
+			t.starts = append(t.starts, graph.ID(len(t.graph.Nodes)))
+			t.graph.Invokes = append(t.graph.Invokes, graph.Invoke{})
+			continue
+		}
+		if err := t.add(g.performing, g.step); err != nil {
+			aten.FreeAll(t.consts)
+			return nil, t, err
+		}
+	}
+	for i := range t.graph.Invokes {
+		t.graph.Invokes[i].NoGrad = false // nothing here has a gradient
+	}
+	run, err = a.batch.BeginParts(t.graph, rows, t.consts)
+	return run, t, err
+}
+
+// speaks reports whether it has lines at the step that comes next.
+func (g *grown) speaks() bool { return len(g.request.programs[g.step].graph.Nodes) > 0 }
+
+// run does the forward pass of a step, with the lines of all. to is the member whose line failed, if one did.
+func (a *Alongside) run(ctx context.Context) (out saved, to *grown, err error) {
+	run, t, err := a.begun()
+	var results []graph.Result
+	if err == nil {
+		results, out.tensors, err = finish(ctx, run)
+	}
 	if err != nil {
-		return err
+		return out, a.whose(t, fault.As(err).Node), err
 	}
-	ended := a.batch.Ended()
+	out.of = make([][]graph.Result, len(a.all))
+	for i := range out.of {
+		if t != nil {
+			out.of[i] = t.own(i, results)
+		}
+	}
+	return out, nil, nil
+}
+
+// whose is the member whose node it is, of those that were put together; nil where it is nobody's.
+func (a *Alongside) whose(t *together, node int) *grown {
+	switch {
+	case t == nil:
+		return nil
+	case len(t.starts) < len(a.all):
+		return a.all[len(t.starts)] // it could not be added
+	}
+	for i, g := range a.all {
+		if from, end := t.nodes(i); graph.ID(node) >= from && graph.ID(node) < end {
+			return g
+		}
+	}
+	return nil
+}
+
+// Step does the next step of all. Where a line of one of them fails, that one leaves, and the others go on. Where it fails
+// otherwise they have ended, and none is done.
+func (a *Alongside) Step(ctx context.Context) error {
+	for len(a.all) > 0 {
+		to, err := a.tried(ctx)
+		if err == nil || to == nil {
+			return err
+		}
+		a.apart = append(a.apart, to.request)
+		if err := a.Leave(to.request); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// step does the next step of all, and fails where any of them does.
+func (a *Alongside) step(ctx context.Context) error {
+	_, err := a.tried(ctx)
+	return err
+}
+
+// tried does the next step of all. It gives the member whose line it was, where one failed: the step has not been done then.
+func (a *Alongside) tried(ctx context.Context) (*grown, error) {
+	if ctx.Err() != nil {
+		return nil, cancelled(ctx)
+	}
+	found, to, err := a.run(ctx)
+	if err != nil {
+		return to, err
+	}
+	defer func() { aten.FreeAll(found.tensors) }()
+	tokens, err := a.drawn()
+	if err != nil {
+		return nil, err
+	}
+	return nil, a.grow(tokens, found)
+}
+
+// grow gives each its tokens and what it has kept, and ends those that are done.
+func (a *Alongside) grow(tokens []int64, found saved) error {
+	ended, next := a.batch.Ended(), 0
 	return a.leave(func(g *grown, rows []int) (bool, error) {
 		own := make([]int64, len(rows))
 		over := true
 		for i, r := range rows {
 			own[i], over = tokens[r], over && ended[r]
 		}
-		done, err := g.take(own, over)
+		kept := found.of[next]
+		next++
+		done, err := g.take(own, over, kept, found.tensors)
 		if err != nil || !done {
 			return false, err
 		}
@@ -283,6 +477,9 @@ func (p *Performer) generateTogether(ctx context.Context, requests []*Request) (
 	if err != nil {
 		return nil, err
 	}
+	if apart := a.Apart(); len(apart) > 0 {
+		return nil, fault.New(fault.Internal, "a line of a generation cannot be done beside others")
+	}
 	out := make([][]byte, len(requests))
 	for _, done := range a.Grown() {
 		out[slices.Index(requests, done.Request)] = done.Response
@@ -290,8 +487,9 @@ func (p *Performer) generateTogether(ctx context.Context, requests []*Request) (
 	return out, nil
 }
 
-// take notes what a step has drawn for it, and reports whether it is done: it has all tokens, or all of its rows have ended.
-func (g *grown) take(tokens []int64, over bool) (done bool, err error) {
+// take notes what a step has drawn and kept for it, and reports whether it is done: it has all tokens, or all of its rows
+// have ended.
+func (g *grown) take(tokens []int64, over bool, kept []graph.Result, tensors []aten.Tensor) (done bool, err error) {
 	number := g.step
 	s := &g.request.Steps[number]
 	g.step++
@@ -299,7 +497,7 @@ func (g *grown) take(tokens []int64, over bool) (done bool, err error) {
 	if len(s.Want) == 0 {
 		return done, nil
 	}
-	step, err := g.answer(nil, nil, s)
+	step, err := g.answer(kept, tensors, s)
 	if err != nil {
 		return done, err
 	}

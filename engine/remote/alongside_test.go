@@ -2,7 +2,9 @@ package remote
 
 import (
 	"context"
+	"fmt"
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"github.com/nnsight-go/nnsight-go/engine/aten"
@@ -34,8 +36,42 @@ func likeSettings(r *rand.Rand, kind int) gen.Settings {
 	return settings
 }
 
-// randomGeneration makes a request of a company: prompts, masks and a number of tokens, by chance.
-func randomGeneration(t *testing.T, r *rand.Rand, settings gen.Settings) []byte {
+// lines are a program of a step, by chance: it saves what a block gives, or changes it and saves what comes of it.
+func lines(r *rand.Rand, block string) *graph.Graph {
+	node := func(kind graph.Kind, path, leaf string, args ...graph.Arg) graph.Node {
+		return graph.Node{Kind: kind, Path: path, Port: graph.PortOutput, Leaf: leaf, Args: args, Pos: -1}
+	}
+	call := func(op string, args ...graph.Arg) graph.Node {
+		return graph.Node{Kind: graph.KindCall, Op: op, Args: args, Pos: -1}
+	}
+	g := &graph.Graph{Invokes: []graph.Invoke{{NoGrad: r.IntN(2) == 0}}, Nodes: []graph.Node{node(graph.KindRead, block, "0")}}
+	switch r.IntN(4) {
+	case 0: // the values alone
+	case 1:
+		g.Nodes = append(g.Nodes, call("aten::mul_.Scalar", graph.Ref(0), graph.Float(r.Float64()*2)))
+	case 2:
+		scaled := call("aten::mul.Scalar", graph.Ref(0), graph.Float(r.Float64()*2))
+		g.Nodes = append(g.Nodes, scaled, node(graph.KindWrite, block, "0", graph.Ref(1)))
+	case 3: // in a block of its own that goes before, as an edit does
+		g.Invokes = append([]graph.Invoke{{Edit: true, NoGrad: g.Invokes[0].NoGrad}}, g.Invokes...)
+		own := node(graph.KindRead, block, "0")
+		own.Invoke = 1
+		g.Nodes = append(g.Nodes, call("aten::add_.Scalar", graph.Ref(0), graph.Float(r.Float64())), own)
+	}
+	main, last := int32(len(g.Invokes)-1), graph.ID(len(g.Nodes))
+	for i, n := range []graph.Node{node(graph.KindRead, "lm_head", ""), node(graph.KindSave, "", "", graph.Ref(last)),
+		node(graph.KindSave, "", "", graph.Ref(0))} {
+		if i < 2 || main == 0 {
+			n.Invoke = main
+			g.Nodes = append(g.Nodes, n)
+		}
+	}
+	return g
+}
+
+// randomGeneration makes a request of a company: prompts, masks, a number of tokens and lines at a block, if one is named,
+// by chance.
+func randomGeneration(t *testing.T, r *rand.Rand, settings gen.Settings, block string) []byte {
 	settings.MaxNewTokens = 1 + r.IntN(10)
 	request := Request{Version: 1, Model: "m", Kind: Generate, Settings: &settings, Prompt: &Prompt{}}
 	for range 1 + r.IntN(2) {
@@ -55,17 +91,23 @@ func randomGeneration(t *testing.T, r *rand.Rand, settings gen.Settings) []byte 
 			request.Prompt.Masks = append(request.Prompt.Masks, mask)
 		}
 	}
-	for range settings.MaxNewTokens + r.IntN(2) {
-		request.Steps = append(request.Steps, Step{Program: []string{"g"}, End: true, Want: []string{WantResults, WantDrawn}})
+	programs := map[string][]byte{"g": graph.Encode(&graph.Graph{Invokes: []graph.Invoke{{}}})}
+	speaks := block != "" && r.IntN(3) > 0
+	for i := range settings.MaxNewTokens + r.IntN(2) {
+		name := "g"
+		if speaks && r.IntN(2) == 0 {
+			name = fmt.Sprint("g", i)
+			programs[name] = graph.Encode(lines(r, block))
+		}
+		request.Steps = append(request.Steps, Step{Program: []string{name}, End: true, Want: []string{WantResults, WantDrawn}})
 	}
-	empty := map[string][]byte{"g": graph.Encode(&graph.Graph{Invokes: []graph.Invoke{{}}})}
 	if !settings.Sample {
-		return wire(t, request, empty, nil)
+		return wire(t, request, programs, nil)
 	}
 	request.Random = "random"
 	random := anotherState(t, r)
 	defer random.Free()
-	return wire(t, request, empty, map[string]aten.Tensor{"random": random})
+	return wire(t, request, programs, map[string]aten.Tensor{"random": random})
 }
 
 // anotherState is a state of a generator that nobody has had.
@@ -99,6 +141,19 @@ func parsed(t *testing.T, p *Performer, data []byte) (*Request, Response) {
 	return r, want
 }
 
+// same requires responses of the same steps, whose values differ by rounding alone.
+func same(t *testing.T, want, got []byte, about ...any) {
+	head, values := response(t, want)
+	gotHead, found := response(t, got)
+	require.Equal(t, head.Steps, gotHead.Steps, about...)
+	for i := range values {
+		for k := range values[i] {
+			require.Len(t, found[i][k], len(values[i][k]), about...)
+			require.InDeltaSlice(t, values[i][k], found[i][k], 1e-4, about...)
+		}
+	}
+}
+
 // Requests that come at any step, and some that leave before they are done: each that stays has what it has alone.
 func TestGenerationsJoinAndLeave(t *testing.T) {
 	for name, config := range map[string]string{"gpt2": enginetest.GPT2, "llama": enginetest.Llama} {
@@ -106,21 +161,22 @@ func TestGenerationsJoinAndLeave(t *testing.T) {
 		require.NoError(t, err)
 		defer func() { require.NoError(t, m.Close()) }()
 		p := &Performer{Model: m, Limits: Limits{Work: 1e12, Memory: 1 << 30}}
-		for trial := range 40 {
+		for trial := range 28 {
 			r := rand.New(rand.NewPCG(uint64(trial), 9))
 			settings := likeSettings(r, trial)
-			wants, states := map[*Request]Response{}, map[*Request][]byte{}
+			block := map[string]string{"gpt2": "transformer.h.1", "llama": "model.layers.1"}[name]
+			wants, states := map[*Request][]byte{}, map[*Request][]byte{}
 			a := p.Alongside()
 			left, joined := 0, 0
 			for step := 0; step == 0 || a.Open() > 0; step++ {
 				if step < 12 && r.IntN(2) == 0 || step == 0 {
 					var fresh []*Request
 					for range 1 + r.IntN(3) {
-						data := randomGeneration(t, r, settings)
-						one, want := parsed(t, p, data)
+						data := randomGeneration(t, r, settings, block)
+						one, _ := parsed(t, p, data)
 						alone, err := perform(t, p, data)
 						require.NoError(t, err)
-						wants[one], states[one] = want, leftIn(t, alone)
+						wants[one], states[one] = alone, leftIn(t, alone)
 						fresh = append(fresh, one)
 					}
 					require.NoError(t, a.Join(t.Context(), fresh))
@@ -134,8 +190,7 @@ func TestGenerationsJoinAndLeave(t *testing.T) {
 					require.NoError(t, a.Step(t.Context()))
 				}
 				for _, done := range a.Grown() {
-					got, _ := response(t, done.Response)
-					require.Equal(t, wants[done.Request].Steps, got.Steps, "%s, trial %d, step %d", name, trial, step)
+					same(t, wants[done.Request], done.Response, "%s, trial %d, step %d", name, trial, step)
 					require.Equal(t, states[done.Request], leftIn(t, done.Response))
 					joined--
 				}
@@ -155,16 +210,16 @@ func TestWhoCannotJoin(t *testing.T) {
 	var one *Request
 	var want Response
 	for one == nil || one.Settings.MaxNewTokens < 4 {
-		one, want = parsed(t, p, randomGeneration(t, r, settings))
+		one, want = parsed(t, p, randomGeneration(t, r, settings, ""))
 	}
 	require.NoError(t, a.Join(t.Context(), []*Request{one}))
-	bad, err := Parse(randomGeneration(t, r, settings), Limits{})
+	bad, err := Parse(randomGeneration(t, r, settings, ""), Limits{})
 	require.NoError(t, err)
 	bad.Prompt.Rows[0][0] = 1 << 40
 	require.ErrorContains(t, a.Join(t.Context(), []*Request{bad}), "vocabulary")
 	gone, cancel := context.WithCancel(t.Context())
 	cancel()
-	good, err := Parse(randomGeneration(t, r, settings), Limits{})
+	good, err := Parse(randomGeneration(t, r, settings, ""), Limits{})
 	require.NoError(t, err)
 	require.Equal(t, fault.Cancelled, fault.As(a.Join(gone, []*Request{good})).Code)
 	require.Equal(t, 1, a.Open())
@@ -173,6 +228,58 @@ func TestWhoCannotJoin(t *testing.T) {
 	}
 	got, _ := response(t, a.Grown()[0].Response)
 	require.Equal(t, want, got)
+	require.NoError(t, p.Model.Load())
+	require.LessOrEqual(t, aten.Live()-live, int64(len(p.Model.Describe().Params)))
+}
+
+// A line that fails at a later step, or a constant that is not there: its request leaves, and the others do not notice.
+func TestALineThatFailsBesideOthers(t *testing.T) {
+	p := &Performer{Model: open(t)}
+	r := rand.New(rand.NewPCG(3, 1))
+	settings := gen.Settings{Temperature: 1}
+	live := aten.Live()
+	for _, breaks := range []func(g *graph.Graph){
+		func(g *graph.Graph) {
+			g.Nodes[1] = graph.Node{Kind: graph.KindCall, Op: "aten::select.int", Args: []graph.Arg{graph.Ref(0), graph.Int(1), graph.Int(9)}, Pos: -1}
+		},
+		func(g *graph.Graph) { g.Nodes[0].Path = "transformer.h.9" },
+		func(g *graph.Graph) { g.Nodes[1] = graph.Node{Kind: graph.KindConst, Index: 3, Pos: -1} },
+	} {
+		var all []*Request
+		var wants [][]byte
+		for len(all) < 4 {
+			data := randomGeneration(t, r, settings, "transformer.h.1")
+			one, want := parsed(t, p, data)
+			if one.Settings.MaxNewTokens < 5 || len(want.Steps) < 5 {
+				continue
+			}
+			out, err := perform(t, p, data)
+			require.NoError(t, err)
+			all, wants = append(all, one), append(wants, out)
+		}
+		bad := lines(r, "transformer.h.1")
+		for len(bad.Invokes) > 1 || len(bad.Nodes) < 5 {
+			bad = lines(r, "transformer.h.1")
+		}
+		bad.Nodes[len(bad.Nodes)-1].Args = []graph.Arg{graph.Ref(1)} // so that it is wanted
+		breaks(bad)
+		all[2].programs[3] = program{graph: bad}
+		require.NotNil(t, all[2].Company())
+		a := p.Alongside()
+		require.NoError(t, a.Join(t.Context(), all))
+		var grew []Grown
+		for step := 1; a.Open() > 0; step++ {
+			require.NoError(t, a.Step(t.Context()))
+			grew = append(grew, a.Grown()...)
+			apart := a.Apart()
+			require.Equal(t, step == 3, slices.Contains(apart, all[2]))
+			require.Equal(t, step == 3, len(apart) == 1)
+		}
+		require.Len(t, grew, 3)
+		for _, done := range grew {
+			same(t, wants[slices.Index(all, done.Request)], done.Response)
+		}
+	}
 	require.NoError(t, p.Model.Load())
 	require.LessOrEqual(t, aten.Live()-live, int64(len(p.Model.Describe().Params)))
 }
@@ -186,7 +293,7 @@ func TestGenerationsThatShareSteps(t *testing.T) {
 		var all []*Request
 		var alone []Response
 		for range 2 + r.IntN(4) {
-			one, want := parsed(t, p, randomGeneration(t, r, settings))
+			one, want := parsed(t, p, randomGeneration(t, r, settings, ""))
 			require.Equal(t, one.Company(), first(append(all, one)).Company())
 			all, alone = append(all, one), append(alone, want)
 		}

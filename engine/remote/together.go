@@ -2,6 +2,7 @@ package remote
 
 import (
 	"context"
+	"slices"
 	"strings"
 
 	"github.com/nnsight-go/nnsight-go/engine/aten"
@@ -14,29 +15,31 @@ func (r *Request) Company() any {
 	if r.Kind == Generate {
 		return r.company()
 	}
-	if r.Kind != Trace || !r.Steps[0].End || len(r.Steps[0].Program) != 1 || r.Random != "" {
+	if r.Kind != Trace || len(r.Steps[0].Program) != 1 || r.Random != "" || !r.keepsToItself(0) {
 		return nil
 	}
-	for i := range r.Steps[0].Constants {
-		if r.Steps[0].Constants[i].Grad {
-			return nil
-		}
-	}
 	g := r.programs[0].graph
-	for i := range g.Invokes {
-		if v := &g.Invokes[i]; v.Rows == nil && !v.Edit || v.Mode() != g.Invokes[0].Mode() {
-			return nil // it sees the whole batch
-		}
-	}
-	for i := range g.Nodes {
-		if n := &g.Nodes[i]; n.Kind >= graph.KindTrack || strings.HasPrefix(n.Op, "nng::") {
-			return nil // it asks for gradients
-		}
-	}
-	if len(g.Invokes) == 0 {
+	if len(g.Invokes) == 0 || slices.ContainsFunc(g.Invokes, graph.Invoke.WholeBatch) {
 		return nil
 	}
 	return g.Invokes[0].Mode()
+}
+
+// keepsToItself reports whether the lines of a step are done beside those of others as they are alone: they are complete,
+// run under one mode, and ask for no gradients.
+func (r *Request) keepsToItself(step int) bool {
+	s, g := &r.Steps[step], r.programs[step].graph
+	if !s.End || len(s.Program) > 1 || slices.ContainsFunc(s.Constants, func(c Constant) bool { return c.Grad }) {
+		return false
+	}
+	for _, v := range g.Invokes {
+		if v.Mode() != g.Invokes[0].Mode() {
+			return false
+		}
+	}
+	return !slices.ContainsFunc(g.Nodes, func(n graph.Node) bool {
+		return n.Kind >= graph.KindTrack || strings.HasPrefix(n.Op, "nng::")
+	})
 }
 
 // Tokens is how many there are in the rows of a request, new ones included.
@@ -57,13 +60,13 @@ type together struct {
 	consts []aten.Tensor
 }
 
-// add appends a request, whose numbers go on where those of the others end.
-func (t *together) add(x *performing) error {
-	consts, err := x.constants(&x.request.Steps[0])
+// add appends a step of a request, whose numbers go on where those of the others end.
+func (t *together) add(x *performing, step int) error {
+	consts, err := x.constants(&x.request.Steps[step])
 	if err != nil {
 		return err
 	}
-	own := x.request.programs[0].graph
+	own := x.request.programs[step].graph
 	node, invoke, pos, index := graph.ID(len(t.graph.Nodes)), int32(len(t.graph.Invokes)), int32(len(t.graph.Positions)), int32(len(t.consts))
 	renumber := func(id graph.ID) graph.Arg { return graph.Ref(id + node) }
 	for _, n := range own.Nodes {
@@ -88,6 +91,26 @@ func (t *together) add(x *performing) error {
 	return nil
 }
 
+// nodes are those of one of the requests: from the first to the one behind the last.
+func (t *together) nodes(request int) (from, to graph.ID) {
+	if request+1 < len(t.starts) {
+		return t.starts[request], t.starts[request+1]
+	}
+	return t.starts[request], graph.ID(len(t.graph.Nodes))
+}
+
+// own are the results of one of the requests, numbered as in its own program.
+func (t *together) own(request int, results []graph.Result) (own []graph.Result) {
+	from, to := t.nodes(request)
+	for _, result := range results {
+		if result.Node >= from && result.Node < to {
+			result.Node -= from
+			own = append(own, result)
+		}
+	}
+	return own
+}
+
 // PerformTogether runs requests of one company in the same forward passes, and gives the response of each. Where anything fails it
 // gives an error and no response: who is to blame shows when each runs alone.
 func (p *Performer) PerformTogether(ctx context.Context, requests []*Request) (out [][]byte, err error) {
@@ -98,7 +121,7 @@ func (p *Performer) PerformTogether(ctx context.Context, requests []*Request) (o
 	var all []*performing
 	for _, r := range requests {
 		x := p.begin(ctx, r)
-		if err = t.add(x); err != nil {
+		if err = t.add(x, 0); err != nil {
 			break
 		}
 		all = append(all, x)
@@ -119,18 +142,7 @@ func (p *Performer) PerformTogether(ctx context.Context, requests []*Request) (o
 		aten.FreeAll(tensors)
 	}()
 	for i, x := range all {
-		end := graph.ID(len(t.graph.Nodes))
-		if i+1 < len(all) {
-			end = t.starts[i+1]
-		}
-		var own []graph.Result
-		for _, result := range results {
-			if result.Node >= t.starts[i] && result.Node < end {
-				result.Node -= t.starts[i]
-				own = append(own, result)
-			}
-		}
-		step, err := x.answer(own, tensors, &x.request.Steps[0])
+		step, err := x.answer(t.own(i, results), tensors, &x.request.Steps[0])
 		if err != nil {
 			return nil, err
 		}

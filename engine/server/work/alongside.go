@@ -51,6 +51,10 @@ func (w *Worker) alongside(taking, running context.Context, s *served, all []*jo
 		}
 		if err := h.unharmed("several", func() error { return h.batch.Step(running) }); err != nil {
 			h.scatter()
+			continue
+		}
+		for _, r := range h.batch.Apart() {
+			h.apart = append(h.apart, h.gone(r))
 		}
 	}
 	for _, j := range h.apart {
