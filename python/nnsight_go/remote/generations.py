@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from .jobs import Job
 
 
-# So many steps go in one request at most: what all of them give comes in one response.
-TOGETHER = 64
+# So many steps go in one request at most: what all of them give comes in one response, and one that ends early has
+# recorded the rest for nothing. Generations of more tokens go in several, each of which runs alone.
+TOGETHER = 256
 
 
 class RemoteGeneration:
