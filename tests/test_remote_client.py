@@ -20,7 +20,7 @@ import torch
 
 import nnsight_go
 from nnsight_go import CONFIG, CancelledError, InputError, LanguageModel, NNsight, OpError, RemoteError
-from nnsight_go.remote import Job, progress
+from nnsight_go.remote import Job, generations, progress
 from nnsight_go.remote import server as http
 from references import Pair
 from remoteserver import KEY, Server, accepted_then_dropped, drop, half, serving, slow, status
@@ -105,7 +105,10 @@ def test_generation_and_stream(model: LanguageModel, server: Server) -> None:
 
 
 @pytest.mark.parametrize("what", ["plain", "all", "outside", "tokens", "cached", "many", "ended"])
-def test_steps_that_need_nothing_of_python_go_together(model: LanguageModel, server: Server, what: str) -> None:
+def test_steps_that_need_nothing_of_python_go_together(
+    model: LanguageModel, server: Server, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generations.RemoteGeneration, "together", 64)
     end = {"ended": {"eos_token_id": [model.tokenizer(" Paris")["input_ids"][0]]}}
     new = 70 if what == "many" else 6
     settings = {"max_new_tokens": new, "eos_token_id": [], "pad_token_id": 0} | end.get(what, {})
