@@ -62,13 +62,15 @@ inline void exchange(PyObject* proxy, PyObject* wrapper) {
   }
 }
 
-// Everything that can fail comes first, so that either all proxies become tensors or none does.
-template <typename Source>
-int adopt(PyObject* proxies, PyObject* cls, Source source) {
+// Exchanges the impls of proxies with those of other objects, wrapped(i). Everything that can fail comes first, so that
+// either all proxies become tensors or none does.
+template <typename Wrapped>
+int exchange_all(PyObject* proxies, PyObject* cls, Wrapped wrapped) {
   if (!PyList_Check(proxies) || !PyType_Check(cls)) {
     PyErr_SetString(PyExc_TypeError, "a list of proxies and a class are needed");
     return -1;
   }
+  static PyObject* const kind = PyUnicode_InternFromString("__class__");
   Py_ssize_t n = PyList_GET_SIZE(proxies);
   std::vector<Object> wrappers;
   wrappers.reserve(n);
@@ -78,10 +80,7 @@ int adopt(PyObject* proxies, PyObject* cls, Source source) {
       PyErr_Format(PyExc_TypeError, "only a torch.Tensor can become one, not a %s", Py_TYPE(proxy)->tp_name);
       return -1;
     }
-    Tensor real = source(i);
-    // A tensor that has a Python object already (an earlier wrapper here among them) keeps it.
-    if (real.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr) real = alias_of(real);
-    wrappers.emplace_back(THPVariable_Wrap(real));
+    wrappers.push_back(wrapped(i));
     if (!wrappers.back()) return -1;
   }
   for (Py_ssize_t i = 0; i < n; i++) {
@@ -92,9 +91,38 @@ int adopt(PyObject* proxies, PyObject* cls, Source source) {
       PyDict_Clear(dict.get());
     else
       PyErr_Clear();
-    if (PyObject_SetAttrString(proxy, "__class__", cls) != 0) return -1;
+    if (PyObject_SetAttr(proxy, kind, cls) != 0) return -1;
   }
   return 0;
+}
+
+// A tensor of this class that only one reference in Python, which is about to go, holds: its object may be given up.
+inline bool is_spare(PyObject* tensor, PyObject* cls) {
+  return reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == cls && Py_REFCNT(tensor) == 1 &&
+         reinterpret_cast<THPVariable*>(tensor)->cdata.use_count() == 1;
+}
+
+// Makes proxies the tensors of other objects, source(i), which stay as they are unless they are spare.
+template <typename Source>
+int adopt_objects(PyObject* proxies, PyObject* cls, Source source) {
+  auto wrapped = [&](Py_ssize_t i) {
+    PyObject* tensor = source(i);
+    return is_spare(tensor, cls) ? python::owned(tensor)
+                                 : Object(THPVariable_Wrap(alias_of(THPVariable_Unpack(tensor))));
+  };
+  return exchange_all(proxies, cls, wrapped);
+}
+
+// Makes proxies tensors, source(i).
+template <typename Source>
+int adopt(PyObject* proxies, PyObject* cls, Source source) {
+  auto wrapped = [&](Py_ssize_t i) {
+    Tensor real = source(i);
+    // A tensor that has a Python object already (an earlier wrapper here among them) keeps it.
+    if (real.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr) real = alias_of(real);
+    return Object(THPVariable_Wrap(real));
+  };
+  return exchange_all(proxies, cls, wrapped);
 }
 
 }  // namespace adopting

@@ -271,8 +271,8 @@ inline PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
       }
       values.push_back(value);
     }
-    auto source = [&](Py_ssize_t i) { return THPVariable_Unpack(values[i]); };
-    if (adopting::adopt(args[kProxies], args[kClass], source) != 0) return nullptr;
+    auto source = [&](Py_ssize_t i) { return values[i]; };
+    if (adopting::adopt_objects(args[kProxies], args[kClass], source) != 0) return nullptr;
     Py_RETURN_NONE;
   });
 }

@@ -7,6 +7,7 @@
 #include <ATen/core/grad_mode.h>
 #include <Python.h>
 #include <c10/core/InferenceMode.h>
+#include <structmember.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "python.h"
@@ -29,8 +30,53 @@ struct Parts {
   PyObject* save;         // (proxy): keeps it, where it takes more
   PyObject* item;         // (envoy, index): a part of it, where it takes more
   PyObject* argument;     // (x, name): its wire form, where it takes more
+  PyObject* recorder;     // the class, which has slots, as have
+  PyObject* point;        // the classes of access points, and of leaves
 };
 inline Parts parts{};
+
+// Where the objects of a class hold an attribute that has a slot: what a look-up by name would come to.
+class Slot {
+ public:
+  // False, with an error, where the class has no slot of that name.
+  bool find(PyObject* cls, const char* name) {
+    Object descriptor(PyObject_GetAttrString(cls, name));
+    if (!descriptor) return false;
+    if (Py_TYPE(descriptor.get()) != &PyMemberDescr_Type) {
+      PyErr_Format(PyExc_TypeError, "%R has no slot %s", cls, name);
+      return false;
+    }
+    offset_ = reinterpret_cast<PyMemberDescrObject*>(descriptor.get())->d_member->offset;
+    return true;
+  }
+
+  // What an object of that class, or one below it, holds there; null while it holds nothing.
+  Object of(PyObject* object) const {
+    return owned(*reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_));
+  }
+
+ private:
+  Py_ssize_t offset_ = 0;
+};
+
+struct Slots {
+  Slot nodes, made, bound, skipped, saved, fresh, named, looked, failed, writes;  // of a recorder
+  Slot path, port, order, tree;                                                   // of an access point
+  Slot name;                                                                      // of a leaf
+
+  bool find(PyObject* recorder, PyObject* point, PyObject* leaf) {
+    return nodes.find(recorder, "nodes") && made.find(recorder, "made") && bound.find(recorder, "bound") &&
+           skipped.find(recorder, "skipped") && saved.find(recorder, "_saved") && fresh.find(recorder, "_fresh") &&
+           named.find(recorder, "_named") && looked.find(recorder, "_looked") && failed.find(recorder, "_failed") &&
+           writes.find(recorder, "_writes") && path.find(point, "path") && port.find(point, "port") &&
+           order.find(point, "order") && tree.find(point, "tree") && name.find(leaf, "name");
+  }
+};
+inline Slots slots{};
+
+inline bool is_a(PyObject* object, PyObject* cls) {
+  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(cls));
+}
 
 // Names of attributes, made once: `ready`.
 namespace names {
@@ -94,13 +140,15 @@ inline long mode_now() { return (at::GradMode::is_enabled() ? 1 : 0) | (c10::Inf
 // Records reading one tensor of an access point, and gives its proxy.
 inline Object read(PyObject* rec, PyObject* point, PyObject* leaf) {
   enum { kRead = 4 };  // wire.Kind.READ
-  Object invoke = get(rec, names::invoke), nodes = get(rec, names::nodes), made = get(rec, names::made);
-  Object path = get(point, names::path), port = get(point, names::port), order = get(point, names::order);
-  Object name = get(leaf, names::name), infer = get(rec, names::_leaf_meta), written = get(rec, names::_writes);
-  Object named = get(rec, names::_named), fresh = get(rec, names::_fresh), living = get(rec, names::living);
+  Object invoke = get(rec, names::invoke), nodes = slots.nodes.of(rec), made = slots.made.of(rec);
+  Object path = slots.path.of(point), port = slots.port.of(point), order = slots.order.of(point);
+  Object name = slots.name.of(leaf), infer = get(rec, names::_leaf_meta), written = slots.writes.of(rec);
+  Object named = slots.named.of(rec), fresh = slots.fresh.of(rec), living = get(rec, names::living);
   if (!invoke || !nodes || !made || !path || !port || !order || !name || !infer || !written || !named || !fresh ||
-      !living)
+      !living) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_AttributeError, "a recorder or an access point is not complete");
     return nullptr;
+  }
   Py_ssize_t writes = 0;
   if (PyDict_GET_SIZE(written.get()) > 0) {
     PyObject* before = PyDict_GetItemWithError(written.get(), invoke.get());
@@ -138,7 +186,8 @@ inline Object read(PyObject* rec, PyObject* point, PyObject* leaf) {
 // read(rec, point, leaf): Recorder.read.
 inline PyObject* read_leaf(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
-    if (count != 3 || parts.current == nullptr) {
+    if (count != 3 || parts.current == nullptr || !is_a(args[0], parts.recorder) || !is_a(args[1], parts.point) ||
+        !is_a(args[2], parts.leaf)) {
       PyErr_SetString(PyExc_TypeError, "a recorder, an access point and a leaf are needed, and prepare() before them");
       return nullptr;
     }
@@ -150,9 +199,9 @@ inline PyObject* read_leaf(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // without an error: it takes more than that.
 inline Object seen(PyObject* envoy, PyObject* port) {
   Object rec = get(parts.current, names::recorder);
-  if (!rec || rec.get() == Py_None) return nullptr;
+  if (!rec || !is_a(rec.get(), parts.recorder)) return nullptr;
   Object invoke = get(rec.get(), names::invoke), native = get(rec.get(), names::native);
-  Object skipped = get(rec.get(), names::skipped), own = get(envoy, names::_native), known = get(envoy, names::_first);
+  Object skipped = slots.skipped.of(rec.get()), own = get(envoy, names::_native), known = get(envoy, names::_first);
   if (!own || !known) PyErr_Clear();  // what is no module of the model's
   if (!invoke || !native || !skipped || PyDict_GET_SIZE(skipped.get()) != 0 || !known || own.get() != native.get())
     return nullptr;
@@ -164,9 +213,8 @@ inline Object seen(PyObject* envoy, PyObject* port) {
   if (!near || PyObject_RichCompareBool(PyTuple_GET_ITEM(near.get(), 0), invoke.get(), Py_EQ) != 1) return nullptr;
   Object side(PyTuple_Pack(2, known.get(), port));
   Object point = owned(side ? PyDict_GetItemWithError(PyTuple_GET_ITEM(near.get(), 1), side.get()) : nullptr);
-  if (!point) return nullptr;
-  Object path = get(point.get(), names::path), bound = get(rec.get(), names::bound),
-         tree = get(point.get(), names::tree);
+  if (!point || !is_a(point.get(), parts.point)) return nullptr;
+  Object path = slots.path.of(point.get()), bound = slots.bound.of(rec.get()), tree = slots.tree.of(point.get());
   if (!path || !bound || !tree) return nullptr;
   Object key(PyTuple_Pack(3, invoke.get(), path.get(), port));
   Object before = owned(key ? PyDict_GetItemWithError(bound.get(), key.get()) : nullptr);
@@ -194,13 +242,13 @@ inline PyObject* save(PyObject*, PyObject* proxy) {
   return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
     auto more = [&]() -> PyObject* { return PyErr_Occurred() ? nullptr : PyObject_CallOneArg(parts.save, proxy); };
     Object rec = get(proxy, names::_rec), id = get(proxy, names::_id), now = get(parts.current, names::recorder);
-    if (!rec || !id || !now || now.get() != rec.get()) return more();
+    if (!rec || !id || !now || now.get() != rec.get() || !is_a(rec.get(), parts.recorder)) return more();
     Object closed = get(rec.get(), names::closed), plain = get(rec.get(), names::plain);
-    Object failed = get(rec.get(), names::_failed), looked = get(rec.get(), names::_looked);
+    Object failed = slots.failed.of(rec.get()), looked = slots.looked.of(rec.get());
     if (!closed || !plain || !failed || !looked || closed.get() != Py_None || plain.get() != Py_True ||
         PyDict_GET_SIZE(failed.get()) != 0 || PyDict_GET_SIZE(looked.get()) != 0)
       return more();
-    Object saved = get(rec.get(), names::_saved), fresh = get(rec.get(), names::_fresh);
+    Object saved = slots.saved.of(rec.get()), fresh = slots.fresh.of(rec.get());
     Object key(PyLong_FromVoidPtr(proxy));
     if (!saved || !fresh || !key || PyDict_SetItem(saved.get(), key.get(), proxy) != 0 ||
         PySet_Discard(fresh.get(), id.get()) < 0)
@@ -226,14 +274,17 @@ inline PyObject* item(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-// prepare(current, proxy, placeholder, leaf, files, is_users, read, save, item, argument): see Parts.
+// prepare(current, proxy, placeholder, leaf, files, is_users, read, save, item, argument, recorder, point): see Parts.
 inline PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 10 || !PyType_Check(args[1]) || !THPVariable_Check(args[2]) || !PyDict_Check(args[4])) {
-    PyErr_SetString(PyExc_TypeError, "it takes the ten parts of recording.h");
+  if (count != 12 || !PyType_Check(args[1]) || !THPVariable_Check(args[2]) || !PyType_Check(args[3]) ||
+      !PyDict_Check(args[4]) || !PyType_Check(args[10]) || !PyType_Check(args[11])) {
+    PyErr_SetString(PyExc_TypeError, "it takes the twelve parts of recording.h");
     return nullptr;
   }
+  if (!slots.find(args[10], args[11], args[3])) return nullptr;
   for (Py_ssize_t i = 0; i < count; i++) Py_INCREF(args[i]);  // for as long as the process lives
-  parts = {args[0], args[1], args[2], args[3], args[4], args[5], args[6], args[7], args[8], args[9]};
+  parts = {args[0], args[1], args[2], args[3], args[4],  args[5],
+           args[6], args[7], args[8], args[9], args[10], args[11]};
   Py_RETURN_NONE;
 }
 

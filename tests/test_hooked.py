@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -350,3 +351,37 @@ def test_a_builtin_says_what_it_wants() -> None:
     assert calls["frozen"]([1, (torch.ones(2),)]) == calls["frozen"]([1, (torch.zeros(2),)])
     assert calls["frozen"]([torch.ones(2)]) != calls["frozen"]([torch.ones(2, dtype=torch.float64)])
     assert calls["frozen"]([torch.ones(2)]) != calls["frozen"]((torch.ones(2),)) != calls["frozen"]({"a": 1})
+
+
+def test_what_others_hold_stays_theirs() -> None:
+    """A saved value is the object of an output that nobody holds, and shares memory with one that somebody does."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.kept = nn.Linear(4, 4), None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.kept = self.inner(x)
+            self.weak = weakref.ref(self.kept)
+            return self.kept * 2
+
+    module, x = Keeps(), torch.randn(2, 4)
+    model = NNsight(module)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), model.trace(x):
+            inner, twice = model.inner.output.save(), model.inner.output.save()
+            out = model.output.save()
+        kept = module.kept
+        assert isinstance(kept, torch.Tensor) and kept is not inner and inner is twice and module.weak() is kept
+        assert kept.data_ptr() == inner.data_ptr() and torch.equal(out, kept * 2)
+        assert type(inner) is torch.Tensor and inner.requires_grad == grad and kept.requires_grad == grad
+        if grad:
+            out.sum().backward(retain_graph=True)
+            (kept.sum() + inner.sum()).backward()
+            torch.testing.assert_close(module.inner.bias.grad, torch.full((4,), 8.0))
+            module.zero_grad()
+    out.tag = 1  # as of any tensor
+    with model.trace(x):
+        again = model.output.save()
+    assert not hasattr(again, "tag") and out.tag == 1

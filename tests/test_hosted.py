@@ -768,15 +768,6 @@ def test_session_and_barrier() -> None:
     close(out, module[2](torch.relu(module[0](*args)) * 2))
 
 
-def test_what_is_not_there_yet() -> None:
-    module, args, _ = ZOO["mlp"]()
-    model = NNsight(module)
-    with model.trace(*args) as tracer:
-        model[1].output.save()
-    with pytest.raises(InputError, match="in this version"):
-        tracer.graph.run(model)
-
-
 def test_calls_without_a_trace() -> None:
     module, args, _ = ZOO["mlp"]()
     model = NNsight(module)

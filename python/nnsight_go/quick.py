@@ -9,7 +9,7 @@ from typing import Any
 
 from . import _ffi, positions, proxy, recorder, wire
 from .envoy import Envoy
-from .points import Leaf
+from .points import Leaf, Point
 from .proxy import Proxy
 
 
@@ -19,6 +19,6 @@ def twins() -> dict[Any, Any]:
     calls, twins = _ffi.calls(), {output.fget: "output", Envoy.__getitem__: "item", Proxy.save: "save"}
     calls["prepare"](
         recorder.current, Proxy, proxy.PLACEHOLDER, Leaf, positions.files, positions.is_users,
-        Envoy._read, Proxy.save, Envoy.__getitem__, wire.argument,
+        Envoy._read, Proxy.save, Envoy.__getitem__, wire.argument, recorder.Recorder, Point,
     )  # fmt: skip
     return {function: calls[name] for function, name in twins.items()}
