@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"os/signal"
 	"path/filepath"
 	"strings"
@@ -131,7 +132,7 @@ func (r *running) work(ctx context.Context, store *jobs.Store, models map[string
 
 func serveCommand() *cobra.Command {
 	var r running
-	var listen, data, natsURL, natsListen, natsToken, cert, certKey string
+	var listen, data, natsURL, natsListen, natsToken, cert, certKey, audit string
 	var open bool
 	var body int64
 	var rate float64
@@ -188,8 +189,13 @@ func serveCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			trail, closeTrail, err := appended(audit)
+			if err != nil {
+				return err
+			}
+			defer closeTrail()
 			metrics := server.NewMetrics() // the server listens before there are workers, so that it hears of them
-			handler, err := server.New(store, server.Options{Keys: known, Unlocked: len(all) == 0, Log: log, Body: body, Rate: rate}, metrics)
+			handler, err := server.New(store, server.Options{Keys: known, Unlocked: len(all) == 0, Log: log, Body: body, Rate: rate, Audit: trail}, metrics)
 			if err != nil {
 				return err
 			}
@@ -202,6 +208,7 @@ func serveCommand() *cobra.Command {
 	f := c.Flags()
 	f.StringVar(&listen, "listen", "127.0.0.1:8418", "address to listen on")
 	f.StringVar(&data, "data", "nnsight-data", "directory of jobs, results and keys")
+	f.StringVar(&audit, "audit", "", "file that is told who asked for what, a line of JSON a request")
 	f.BoolVar(&open, "open", false, "let everybody in, without a key")
 	f.StringVar(&natsURL, "nats", "", "NATS servers of a cluster, in place of one inside this process")
 	f.StringVar(&natsListen, "nats-listen", "", "address where workers of other processes reach the queue")
@@ -213,6 +220,18 @@ func serveCommand() *cobra.Command {
 	c.MarkFlagsRequiredTogether("tls-cert", "tls-key")
 	c.MarkFlagsMutuallyExclusive("nats", "nats-listen")
 	return c
+}
+
+// appended opens a file to write to its end; without a path there is none.
+func appended(path string) (w io.Writer, done func(), err error) {
+	if path == "" {
+		return nil, func() {}, nil
+	}
+	f, err := os.OpenFile(path, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, nil, err
+	}
+	return f, func() { _ = f.Close() }, nil
 }
 
 func workerCommand() *cobra.Command {

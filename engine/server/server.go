@@ -36,6 +36,7 @@ type Options struct {
 	Body     int64   // bytes of a request, once decompressed; 0 is 256 MiB
 	Rate     float64 // jobs a second of one key; 0 is 50
 	Log      *slog.Logger
+	Audit    io.Writer // is told who asked for what, a line of JSON a request; nil: nobody is
 }
 
 // Server answers HTTP requests. Any number of goroutines may use it.
@@ -45,6 +46,7 @@ type Server struct {
 	workers func() []jobs.Worker
 	rates   *rates
 	metrics *Metrics
+	audit   *auditor
 	mux     *http.ServeMux
 	locked  atomic.Bool // a key was seen
 }
@@ -79,7 +81,8 @@ func New(store *jobs.Store, o Options, m *Metrics) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{store: store, options: o, workers: workers, rates: newRates(o.Rate), metrics: m, mux: http.NewServeMux()}
+	s := &Server{store: store, options: o, workers: workers, rates: newRates(o.Rate), metrics: m,
+		audit: newAuditor(o.Audit), mux: http.NewServeMux()}
 	s.routes()
 	return s, nil
 }
@@ -155,12 +158,12 @@ const nobody = "everybody"
 
 // keyed lets those in that have a key.
 func (s *Server) keyed(h func(*asked) error) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
+	return s.audit.about(func(w http.ResponseWriter, r *http.Request) (who string) {
 		a := &asked{w: w, r: r, ctx: r.Context(), owner: nobody}
 		asks, err := s.asksForKeys()
 		if err != nil {
 			s.unreadable(w, err)
-			return
+			return ""
 		}
 		if asks {
 			scheme, given, _ := strings.Cut(r.Header.Get("Authorization"), " ")
@@ -170,22 +173,21 @@ func (s *Server) keyed(h func(*asked) error) http.HandlerFunc {
 			key, err := s.options.Keys.Find(given)
 			if err != nil {
 				s.unreadable(w, err)
-				return
+				return ""
 			}
 			if key == nil {
 				w.Header().Set("WWW-Authenticate", "Bearer")
 				fail(w, http.StatusUnauthorized, fault.New(fault.Remote, "the server does not know this API key, or there was none").
 					WithHint("Set it: CONFIG.set_default_api_key(...). `nnsight-go key create` makes one."))
-				return
+				return ""
 			}
 			a.key, a.owner = key, key.ID
 		}
-		err = h(a)
-		if err == nil || a.ctx.Err() != nil {
-			return
+		if err = h(a); err != nil && a.ctx.Err() == nil {
+			fail(w, statusOf(err), err)
 		}
-		fail(w, statusOf(err), err)
-	}
+		return a.owner
+	})
 }
 
 // asksForKeys reports whether only those are let in that have a key.
@@ -342,6 +344,7 @@ func (s *Server) submit(a *asked) error {
 	if err != nil {
 		return refusal{http.StatusBadRequest, err}
 	}
+	names(a.w, head.Model)
 	in := &jobs.Submission{Owner: a.owner, Model: head.Model, Kind: head.Kind, Mark: mark, Request: data}
 	if a.key != nil {
 		in.Priority, in.Limits = jobs.Priority(a.key.Priority), a.key.Limits

@@ -267,6 +267,48 @@ func TestKeysOpenWhatIsTheirs(t *testing.T) {
 	s.refused(401, "", "GET", "/v1/jobs", nil, asAda)
 }
 
+// lines hands on each line that is written to it.
+type lines chan string
+
+func (l lines) Write(data []byte) (int, error) {
+	l <- string(data)
+	return len(data), nil
+}
+
+func TestAnAuditSaysWhoAskedForWhat(t *testing.T) {
+	store := keys.Open(filepath.Join(t.TempDir(), "keys.json"))
+	ada, id, err := store.Create(keys.Key{Name: "Ada"})
+	require.NoError(t, err)
+	audit := make(lines, 1)
+	s := start(t, server.Options{Keys: store, Audit: audit}, work.Options{})
+	type line struct {
+		Msg, Key, Job, Model string
+		Status               int
+		Received, Sent       int64
+	}
+	said := func(want line, method, path string, body []byte, headers ...string) []byte {
+		_, data, _ := s.ask(method, path, body, headers...)
+		text := <-audit
+		var got line
+		require.NoError(t, json.Unmarshal([]byte(text), &got), text)
+		want.Received, want.Sent = int64(len(body)), int64(len(data))
+		if want.Job == "new" {
+			want.Job = got.Job
+		}
+		require.Equal(t, want, got)
+		require.NotContains(t, text, "nng_")
+		return []byte(got.Job)
+	}
+	r, as := request(t, name, saved(1, 2)), "Authorization: Bearer "+ada
+	said(line{Msg: "POST /v1/jobs", Status: 401}, "POST", "/v1/jobs", r, "Authorization: Bearer nng_x")
+	made := said(line{Msg: "POST /v1/jobs", Key: id.ID, Job: "new", Model: name, Status: 200}, "POST", "/v1/jobs?wait=30", r, as)
+	job := string(made)
+	said(line{Msg: "GET /v1/jobs/{id}/result", Key: id.ID, Job: job, Status: 200}, "GET", "/v1/jobs/"+job+"/result", nil, as)
+	said(line{Msg: "GET /v1/jobs/{id}/events", Key: id.ID, Job: job, Status: 200}, "GET", "/v1/jobs/"+job+"/events", nil, as)
+	said(line{Msg: "DELETE /v1/jobs/{id}", Key: id.ID, Job: "0123", Status: 404}, "DELETE", "/v1/jobs/0123", nil, as)
+	said(line{Msg: "GET /v1/models/{name...}", Key: id.ID, Model: name, Status: 200}, "GET", "/v1/models/"+name, nil, as)
+}
+
 func TestTheFirstKeyClosesTheDoor(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "keys.json")
 	known := keys.Open(path)
