@@ -92,6 +92,7 @@ type Alongside struct {
 	all       []*grown        // in the order of their rows
 	grew      []Grown
 	apart     []*Request
+	why       error // the last of them is apart
 }
 
 // Grown is a request that is done, and its response.
@@ -121,7 +122,7 @@ func (a *Alongside) Grown() []Grown {
 	return out
 }
 
-// Apart gives those that have left since it was asked last, since they must run alone: a line of theirs failed here.
+// Apart gives those that have left since it was asked last, since they must run alone: something of theirs failed here.
 func (a *Alongside) Apart() []*Request {
 	out := a.apart
 	a.apart = nil
@@ -187,8 +188,11 @@ func (a *Alongside) join(ctx context.Context, requests []*Request) error {
 	if err := own.begin(ctx, requests); err != nil {
 		return err
 	}
-	if err := own.step(ctx); err != nil {
+	if _, err := own.tried(ctx); err != nil {
 		return err
+	}
+	if len(own.apart) > 0 {
+		return own.why
 	}
 	return a.takeOver(own)
 }
@@ -366,7 +370,7 @@ func (a *Alongside) Step(ctx context.Context) error {
 		if err == nil || to == nil {
 			return err
 		}
-		a.apart = append(a.apart, to.request)
+		a.part(to, err)
 		if err := a.Leave(to.request); err != nil {
 			return err
 		}
@@ -374,10 +378,9 @@ func (a *Alongside) Step(ctx context.Context) error {
 	return nil
 }
 
-// step does the next step of all, and fails where any of them does.
-func (a *Alongside) step(ctx context.Context) error {
-	_, err := a.tried(ctx)
-	return err
+// part notes that a member is to run alone.
+func (a *Alongside) part(g *grown, why error) {
+	a.apart, a.why = append(a.apart, g.request), why
 }
 
 // tried does the next step of all. It gives the member whose line it was, where one failed: the step has not been done then.
@@ -397,7 +400,7 @@ func (a *Alongside) tried(ctx context.Context) (*grown, error) {
 	return nil, a.grow(tokens, found)
 }
 
-// grow gives each its tokens and what it has kept, and ends those that are done.
+// grow gives each its tokens and what it has kept, and ends those that are done, or cannot take it.
 func (a *Alongside) grow(tokens []int64, found saved) error {
 	ended, next := a.batch.Ended(), 0
 	return a.leave(func(g *grown, rows []int) (bool, error) {
@@ -409,12 +412,17 @@ func (a *Alongside) grow(tokens []int64, found saved) error {
 		kept := found.of[next]
 		next++
 		done, err := g.take(own, over, kept, found.tensors)
-		if err != nil || !done {
-			return false, err
+		var response []byte
+		if err == nil && done {
+			response, err = g.told()
 		}
-		response, err := g.told()
-		a.grew = append(a.grew, Grown{g.request, response})
-		return true, err
+		switch {
+		case err != nil:
+			a.part(g, err)
+		case done:
+			a.grew = append(a.grew, Grown{g.request, response})
+		}
+		return done || err != nil, nil
 	})
 }
 
@@ -477,8 +485,8 @@ func (p *Performer) generateTogether(ctx context.Context, requests []*Request) (
 	if err != nil {
 		return nil, err
 	}
-	if apart := a.Apart(); len(apart) > 0 {
-		return nil, fault.New(fault.Internal, "a line of a generation cannot be done beside others")
+	if len(a.apart) > 0 {
+		return nil, a.why
 	}
 	out := make([][]byte, len(requests))
 	for _, done := range a.Grown() {

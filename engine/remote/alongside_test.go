@@ -284,6 +284,46 @@ func TestALineThatFailsBesideOthers(t *testing.T) {
 	require.LessOrEqual(t, aten.Live()-live, int64(len(p.Model.Describe().Params)))
 }
 
+// More bytes than an estimate knew of: whose they are leaves, and the others go on.
+func TestOneThatGivesTooMuchBesideOthers(t *testing.T) {
+	p := &Performer{Model: open(t), Limits: Limits{Output: 1 << 20}}
+	r := rand.New(rand.NewPCG(8, 1))
+	var all []*Request
+	var wants [][]byte
+	for len(all) < 3 {
+		data := randomGeneration(t, r, gen.Settings{Temperature: 1}, "transformer.h.1")
+		if one, want := parsed(t, p, data); one.hasLines() && len(want.Steps) > 5 && len(one.programs[3].graph.Nodes) > 0 {
+			out, err := perform(t, p, data)
+			require.NoError(t, err)
+			all, wants = append(all, one), append(wants, out)
+		}
+	}
+	a := p.Alongside()
+	defer a.Free()
+	require.NoError(t, a.Join(t.Context(), all))
+	for _, g := range a.all {
+		if g.request == all[1] {
+			g.bytes = 1 << 20
+		}
+	}
+	grew, apart := a.Grown(), a.Apart()
+	for a.Open() > 0 {
+		require.NoError(t, a.Step(t.Context()))
+		grew, apart = append(grew, a.Grown()...), append(apart, a.Apart()...)
+	}
+	require.Equal(t, []*Request{all[1]}, apart)
+	require.Len(t, grew, 2)
+	for _, done := range grew {
+		same(t, wants[slices.Index(all, done.Request)], done.Response)
+	}
+	bad, err := Parse(randomGeneration(t, r, gen.Settings{Temperature: 1}, ""), Limits{})
+	require.NoError(t, err)
+	require.NoError(t, a.begin(t.Context(), []*Request{bad}))
+	a.all[0].bytes = 1 << 21
+	a.all[0].request.Steps[0].Want = []string{WantDrawn}
+	require.NoError(t, a.Step(t.Context()), "tokens alone are no values")
+}
+
 func TestGenerationsThatShareSteps(t *testing.T) {
 	m := open(t)
 	p := &Performer{Model: m}
