@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from nnsight_go import _ffi
 from nnsight_go.native import Run
+from nnsight_go.remote.runs import RemoteRun
+from on_a_server import (  # noqa: F401
+    farm,
+    pytest_collection_modifyitems,
+    pytest_generate_tests,
+    pytest_pyfunc_call,
+    runs_on,
+)
 from references import Pair, gpt2, llama, pair, tokenizer
 
 
@@ -66,13 +74,16 @@ def nothing_stays(gpt2_pair: Pair, llama_pair: Pair, text_pair: Pair) -> Iterato
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with each run of the engine."""
+    """Grows by one with each run of the engine, or of a server's."""
     counted: list[int] = []
-    results = Run.results
 
-    def counting(self: Run, *args: Any) -> Any:
-        counted.append(1)
-        return results(self, *args)
+    def counting(results: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any) -> Any:
+            counted.append(1)
+            return results(*args)
 
-    monkeypatch.setattr(Run, "results", counting)
+        return count
+
+    for runner in (Run, RemoteRun):
+        monkeypatch.setattr(runner, "results", counting(runner.results))
     return counted

@@ -1,8 +1,12 @@
-"""Remote traces on a real server: equal results, and nothing lost with a process."""
+"""Remote traces on a real server: equal results, and nothing lost with a process.
+
+The tests of the language run on one as well: ``on_a_server``.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
+import importlib
 import json
 import pathlib
 import urllib.request
@@ -13,11 +17,9 @@ import psutil
 import pytest
 import torch
 
+import on_a_server
 import test_gradient_programs
-import test_gradients
-import test_invokes
 import test_programs
-import test_verbs
 from nnsight_go import LanguageModel, ModulePathError, OpError, RemoteError
 from nnsight_go import remote as nng_remote
 from references import Pair, tensor_of
@@ -59,21 +61,11 @@ def test_random_programs_with_gradients(remote: Pair, seed: int) -> None:
     assert failure is None, failure
 
 
-@pytest.mark.parametrize(
-    "test",
-    [
-        test_gradients.test_the_documented_block,
-        test_gradients.test_gradients_through_edits,
-        test_gradients.test_second_order,
-        test_invokes.test_two_prompts,
-        test_invokes.test_a_forced_value_decides_about_the_next_invoke,
-        test_verbs.test_stop_leaves_the_block,
-        test_verbs.test_values_flow_through_a_session,
-    ],
-    ids=lambda test: test.__name__,
-)
-def test_as_here(remote: Pair, test: Callable[[Pair], None]) -> None:
-    test(remote)
+@pytest.mark.parametrize("name", sorted(on_a_server.listed(on_a_server.ONCE | on_a_server.DIFFERS)))
+def test_what_is_listed_is_a_test(name: str) -> None:
+    """Of the tests of the language, which run on a server as well."""
+    module, _, test = name.partition("[")[0].partition(".")
+    assert module in on_a_server.MODULES and callable(getattr(importlib.import_module(module), test))
 
 
 @pytest.mark.parametrize("program", [steps_for, steps_with], ids=lambda f: f.__name__)

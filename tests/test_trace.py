@@ -580,7 +580,7 @@ def test_seeds_in_the_middle_of_a_block(either: Pair) -> None:
         return torch.nn.functional.dropout(x, 0.3, training=True)
 
     def second(x: torch.Tensor) -> torch.Tensor:
-        noise = torch.empty_like(x).normal_(0, 0.1)
+        noise = torch.zeros_like(x).normal_(0, 0.1)
         torch.manual_seed(12)
         return x + noise + torch.randn(either.width) + torch.rand_like(x).uniform_(-1, 1)
 
