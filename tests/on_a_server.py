@@ -60,7 +60,6 @@ DIFFERS = {
     """,
     "no two saved values share memory": "test_trace.test_saved_tensors_share_storage_as_in_torch",
     "a program is planned as a whole, however far the model had run when a value was needed": """
-        test_edits.test_an_edit_that_changes_sizes
         test_gradients.test_a_leaf_is_filled_once_though_the_model_runs_again
     """,
     "a session is one job, done at its end": """

@@ -361,6 +361,19 @@ def test_inputs_of_any_length(gpt2_pair: Pair, tokens: int) -> None:
     close(logits_of(edited, rows), main(gpt2_pair.run(rows, change), "lm_head"))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("invokes", [1, 2, 3])
+def test_an_edit_that_changes_sizes_in_each_of_several_invokes(either: Pair, invokes: int) -> None:
+    with either.model.edit() as edited:
+        edited.lm_head.input = edited.lm_head.input[:, -2:]
+    found = []
+    with edited.trace() as tracer:
+        for i in range(invokes):
+            with tracer.invoke(either.ids(3 + i, seed=i)):
+                found.append(edited.lm_head.output.save())
+    for i, logits in enumerate(found):
+        close(logits, main(either.run(either.ids(3 + i, seed=i)), "lm_head")[:, -2:])
+
+
 def test_an_edit_that_changes_sizes(gpt2_pair: Pair, tmp_path: pathlib.Path) -> None:
     """Sizes behind it are those that the values have."""
     ids, other = gpt2_pair.ids(6), gpt2_pair.ids(4, seed=2)

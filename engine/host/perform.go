@@ -335,7 +335,7 @@ func (r *Run) misfit(in *plan.Instr, v aten.Tensor, dtype string) error {
 	}
 	e := fault.New(fault.Op, "a value of %s %v cannot take the place of one of %s %v", v.DType(), v.Shape(), dtype, in.Want).
 		WithHint("In a trace with an invoke that sees the whole batch, a replacement keeps the sizes and the dtype of what it replaces.")
-	return &misfit{e, int(r.graph.Nodes[in.Node].Invoke)}
+	return &misfit{e, r.graph.Edited(int(r.graph.Nodes[in.Node].Invoke))}
 }
 
 // errOdd is the error of a replacement of other sizes, where the schedule relies on them.
