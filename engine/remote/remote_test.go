@@ -485,3 +485,28 @@ func TestWhatSharesNoPass(t *testing.T) {
 	r.Steps[0].End = false
 	require.Nil(t, r.Company(), "a value in the middle")
 }
+
+// An edit behind all invokes of a request would be one of the invoke that comes next: somebody else's.
+func TestAnEditOfNobodysIsNotSomebodyElses(t *testing.T) {
+	p := &Performer{Model: open(t)}
+	parse := func(g *graph.Graph) *Request {
+		r, err := Parse(wire(t, trace(Step{Program: []string{"g"}, End: true, Want: []string{"results"}}),
+			map[string][]byte{"g": graph.Encode(g)}, nil), Limits{})
+		require.NoError(t, err)
+		return r
+	}
+	row := graph.Invoke{Rows: [][]int64{{1, 2, 3}}}
+	read := graph.Node{Kind: graph.KindRead, Path: "transformer.h.0", Port: graph.PortOutput, Leaf: "0", Pos: -1}
+	edit := read
+	edit.Invoke = 1
+	hostile := parse(&graph.Graph{Invokes: []graph.Invoke{row, {Edit: true}}, Nodes: []graph.Node{edit,
+		{Kind: graph.KindCall, Op: "aten::zero_", Args: []graph.Arg{graph.Ref(0)}, Invoke: 1, Pos: -1}}})
+	honest := parse(&graph.Graph{Invokes: []graph.Invoke{row}, Nodes: []graph.Node{read,
+		{Kind: graph.KindSave, Args: []graph.Arg{graph.Ref(0)}, Pos: -1}}})
+	_, err := p.Perform(t.Context(), "", hostile)
+	require.ErrorContains(t, err, "followed by no invoke")
+	require.Nil(t, hostile.Company())
+	_, err = p.PerformTogether(t.Context(), []*Request{hostile, honest})
+	require.ErrorContains(t, err, "an edit of nothing")
+	require.NotNil(t, honest.Company())
+}

@@ -29,7 +29,7 @@ func (r *Request) Company() any {
 // run under one mode, and ask for no gradients.
 func (r *Request) keepsToItself(step int) bool {
 	s, g := &r.Steps[step], r.programs[step].graph
-	if !s.End || len(s.Program) > 1 || slices.ContainsFunc(s.Constants, func(c Constant) bool { return c.Grad }) {
+	if !s.End || len(s.Program) > 1 || endsInEdit(g) || slices.ContainsFunc(s.Constants, func(c Constant) bool { return c.Grad }) {
 		return false
 	}
 	for _, v := range g.Invokes {
@@ -53,6 +53,12 @@ func (r *Request) Tokens() (n int) {
 	return n
 }
 
+// endsInEdit reports whether the last of a program's invokes is an edit. It would go with the invoke that comes next, which
+// is somebody else's.
+func endsInEdit(g *graph.Graph) bool {
+	return len(g.Invokes) > 0 && g.Invokes[len(g.Invokes)-1].Edit
+}
+
 // together is several requests in one run.
 type together struct {
 	graph  *graph.Graph
@@ -67,6 +73,10 @@ func (t *together) add(x *performing, step int) error {
 		return err
 	}
 	own := x.request.programs[step].graph
+	if endsInEdit(own) {
+		aten.FreeAll(consts)
+		return malformed("it ends in an edit of nothing")
+	}
 	node, invoke, pos, index := graph.ID(len(t.graph.Nodes)), int32(len(t.graph.Invokes)), int32(len(t.graph.Positions)), int32(len(t.consts))
 	renumber := func(id graph.ID) graph.Arg { return graph.Ref(id + node) }
 	for _, n := range own.Nodes {
