@@ -108,6 +108,8 @@ def test_a_job_that_nobody_waits_for(either: Pair, host: str) -> None:
     equal(logits, want, "logits")
     equal(here[0], want, "those that another process sees")
     assert tracer.job.status == "COMPLETED"
+    begun, done = tracer.job.log
+    assert begun.endswith("Z begun") and "Z done after" in done
 
 
 def test_generations_at_once(gpt2_pair: Pair, host: str) -> None:

@@ -101,6 +101,11 @@ func TestAGenerationJoinsAnother(t *testing.T) {
 	}
 	s.refused(422, "vocabulary", "POST", "/v1/jobs?wait=60", growth(t, 4, 1<<40))
 	require.Equal(t, jobs.Running, s.job(slow).State)
+	beside := s.submit(growth(t, 4, 1, 2))
+	said := s.wait(beside).Log
+	require.Len(t, said, 2)
+	require.Equal(t, "begun", said[0].Text)
+	require.Regexp(t, "^done after .*, in passes with up to 1 others$", said[1].Text)
 	_, _, _ = s.ask("DELETE", "/v1/jobs/"+slow, nil)
 	require.Equal(t, jobs.Cancelled, s.wait(slow).State)
 	status, data, _ := s.ask("POST", "/v1/jobs?wait=60", request(t, name, saved(1, 2, 3)))

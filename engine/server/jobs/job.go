@@ -53,7 +53,17 @@ type Job struct {
 	Ended    *time.Time   `json:"ended,omitempty"`
 	Bytes    int64        `json:"bytes,omitempty"` // of the result
 	Error    *fault.Error `json:"error,omitempty"`
+	Log      []Line       `json:"log,omitempty"` // what its workers say of it
 }
+
+// Line is one thing that a worker says of a job, for people.
+type Line struct {
+	Time time.Time `json:"time"`
+	Text string    `json:"text"`
+}
+
+// mostLines is how many lines of a job are kept.
+const mostLines = 32
 
 // Limits are what its owner's key lets a job take; a zero is no limit beside the worker's own.
 type Limits struct {

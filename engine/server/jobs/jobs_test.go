@@ -238,6 +238,9 @@ func TestAJobThatEndsItsWorkersEnds(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, Failed, failed.State)
 	require.ErrorContains(t, failed.Error, "has ended 3 workers")
+	require.Len(t, failed.Log, 3)
+	require.Equal(t, "begun", failed.Log[0].Text)
+	require.Contains(t, failed.Log[2].Text, "begun again")
 	cancel()
 	<-done
 }

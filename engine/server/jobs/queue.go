@@ -313,6 +313,11 @@ func (t *Task) begin(ctx context.Context) bool {
 		}
 		now := time.Now()
 		t.r.State, t.r.Started, t.r.Attempts = Running, &now, r.Attempts+1
+		if r.Attempts > 0 {
+			t.Say("begun again: the worker that had begun it is lost")
+		} else {
+			t.Say("begun")
+		}
 		switch err := t.store.change(ctx, &t.r); {
 		case err == errRaced: // cancelled
 		case err != nil:
@@ -321,6 +326,13 @@ func (t *Task) begin(ctx context.Context) bool {
 		default:
 			return true
 		}
+	}
+}
+
+// Say adds a line to the log of the job. Its owner sees it with the next state.
+func (t *Task) Say(format string, args ...any) {
+	if len(t.r.Log) < mostLines {
+		t.r.Log = append(t.r.Log, Line{time.Now().UTC(), fmt.Sprintf(format, args...)})
 	}
 }
 
@@ -388,6 +400,7 @@ func (t *Task) Release() {
 func (t *Task) Retry(ctx context.Context) {
 	t.r.State, t.r.Started = Queued, nil
 	t.r.Attempts--
+	t.Say("back in the queue: its worker stops")
 	_ = t.store.change(ctx, &t.r) // who cancelled it meanwhile has the last word
 	t.Release()
 }

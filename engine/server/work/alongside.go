@@ -58,6 +58,8 @@ func (w *Worker) alongside(taking, running context.Context, s *served, all []*jo
 		}
 	}
 	for _, j := range h.apart {
+		j.Say("begins anew, alone: it, or something beside it, failed")
+		j.beside = 0
 		w.alone(running, s, j)
 	}
 	return next
@@ -97,6 +99,9 @@ func (h *herd) join(fresh []*job) {
 			m.cancelled, m.stop = j.Cancelled()
 			h.members[j.request] = m
 			h.tokens += j.request.Tokens()
+		}
+		for _, m := range h.members {
+			m.beside = max(m.beside, len(h.members)-1)
 		}
 	case len(fresh) > 1:
 		for _, j := range fresh {

@@ -184,6 +184,17 @@ type job struct {
 	request *remote.Request
 	limits  remote.Limits // the worker's and its key's
 	begun   time.Time
+	beside  int // others that its passes were shared with, the most at one time
+}
+
+// ends says how a job has ended.
+func (j *job) ends(how string) {
+	took := time.Since(j.begun).Round(time.Millisecond)
+	if j.beside > 0 {
+		j.Say("%s after %v, in passes with up to %d others", how, took, j.beside)
+	} else {
+		j.Say("%s after %v", how, took)
+	}
 }
 
 // read reads the request of a task. It ends the task, and gives nil, where that cannot be done.
@@ -291,6 +302,7 @@ func (w *Worker) together(running context.Context, s *served, all []*job) bool {
 	}
 	s.ending.Wait() // no more results than those of one pass wait for the store
 	for i, j := range all {
+		j.beside = len(all) - 1
 		w.complete(s, j, results[i])
 	}
 	return true
@@ -334,12 +346,14 @@ func (w *Worker) alone(running context.Context, s *served, j *job) {
 // complete stores what came of a job, while the next ones run.
 func (w *Worker) complete(s *served, j *job, result []byte) {
 	s.ending.Go(func() {
+		j.ends("done")
 		j.Complete(context.Background(), result)
 		w.ended(j, jobs.Completed, len(result))
 	})
 }
 
 func (w *Worker) failed(j *job, err error) {
+	j.ends("failed")
 	j.Fail(context.Background(), err)
 	w.ended(j, jobs.Failed, 0)
 }

@@ -70,6 +70,11 @@ class Job:
         return str(self.about.get("state", ""))
 
     @property
+    def log(self) -> list[str]:
+        """What the server's workers say of it, a line each with its time: when it began, how it ended, with how many."""
+        return [f"{line['time'][:19]}Z {line['text']}" for line in self.about.get("log", [])]
+
+    @property
     def done(self) -> bool:
         """Whether nothing more happens to it."""
         return self._values is not None or self._error is not None or self.status in FINAL
