@@ -71,7 +71,7 @@ class Job:
 
     @property
     def log(self) -> list[str]:
-        """What the server's workers say of it, a line each with its time: when it began, how it ended, with how many."""
+        """What the server's workers say of it, a line each: when it began, how it ended, with how many."""
         return [f"{line['time'][:19]}Z {line['text']}" for line in self.about.get("log", [])]
 
     @property
