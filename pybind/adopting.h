@@ -62,6 +62,26 @@ inline void exchange(PyObject* proxy, PyObject* wrapper) {
   }
 }
 
+// Gives objects a class: all of them or, with an error, none.
+inline bool set_class(PyObject* objects, PyObject* cls) {
+  static PyObject* const kind = PyUnicode_InternFromString("__class__");
+  std::vector<Object> before;
+  Py_ssize_t n = PyList_GET_SIZE(objects);
+  before.reserve(n);
+  for (Py_ssize_t i = 0; i < n; i++) {
+    PyObject* object = PyList_GET_ITEM(objects, i);
+    before.push_back(python::owned(reinterpret_cast<PyObject*>(Py_TYPE(object))));
+    if (PyObject_SetAttr(object, kind, cls) == 0) continue;
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    while (i-- > 0)
+      if (PyObject_SetAttr(PyList_GET_ITEM(objects, i), kind, before[i].get()) != 0) PyErr_Clear();
+    PyErr_Restore(type, value, traceback);
+    return false;
+  }
+  return true;
+}
+
 // Exchanges the impls of proxies with those of other objects, wrapped(i). Everything that can fail comes first, so that
 // either all proxies become tensors or none does.
 template <typename Wrapped>
@@ -70,36 +90,39 @@ int exchange_all(PyObject* proxies, PyObject* cls, Wrapped wrapped) {
     PyErr_SetString(PyExc_TypeError, "a list of proxies and a class are needed");
     return -1;
   }
-  static PyObject* const kind = PyUnicode_InternFromString("__class__");
   Py_ssize_t n = PyList_GET_SIZE(proxies);
   std::vector<Object> wrappers;
   wrappers.reserve(n);
   for (Py_ssize_t i = 0; i < n; i++) {
     PyObject* proxy = PyList_GET_ITEM(proxies, i);
-    if (!THPVariable_Check(proxy)) {
+    if (!python::is_tensor(proxy)) {
       PyErr_Format(PyExc_TypeError, "only a torch.Tensor can become one, not a %s", Py_TYPE(proxy)->tp_name);
       return -1;
     }
     wrappers.push_back(wrapped(i));
     if (!wrappers.back()) return -1;
   }
+  if (!set_class(proxies, cls)) return -1;
+  for (Py_ssize_t i = 0; i < n; i++) exchange(PyList_GET_ITEM(proxies, i), wrappers[i].get());
   for (Py_ssize_t i = 0; i < n; i++) {
-    PyObject* proxy = PyList_GET_ITEM(proxies, i);
-    exchange(proxy, wrappers[i].get());
-    Object dict(PyObject_GenericGetDict(proxy, nullptr));
+    Object dict(PyObject_GenericGetDict(PyList_GET_ITEM(proxies, i), nullptr));
     if (dict)
       PyDict_Clear(dict.get());
     else
       PyErr_Clear();
-    if (PyObject_SetAttr(proxy, kind, cls) != 0) return -1;
   }
   return 0;
 }
 
 // A tensor of this class that only one reference in Python, which is about to go, holds: its object may be given up.
+// Not so what a weak reference could still bring back, and what its alias would differ from: a view, which torch lets
+// be changed in place only in part, a leaf that requires grad, and what has hooks, which its object holds.
 inline bool is_spare(PyObject* tensor, PyObject* cls) {
-  return reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == cls && Py_REFCNT(tensor) == 1 &&
-         reinterpret_cast<THPVariable*>(tensor)->cdata.use_count() == 1;
+  auto* variable = reinterpret_cast<THPVariable*>(tensor);
+  const Tensor& t = variable->cdata;
+  return reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == cls && Py_REFCNT(tensor) == 1 && t.use_count() == 1 &&
+         variable->backward_hooks == nullptr && *PyObject_GET_WEAKREFS_LISTPTR(tensor) == nullptr && !t.is_view() &&
+         (t.grad_fn() != nullptr || !t.requires_grad());
 }
 
 // Makes proxies the tensors of other objects, source(i), which stay as they are unless they are spare.

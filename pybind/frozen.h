@@ -71,7 +71,7 @@ inline Object of(PyObject* x) {
     Py_LeaveRecursiveCall();
     return out;
   }
-  if (THPVariable_Check(x) && has_sizes(THPVariable_Unpack(x))) return of_tensor(THPVariable_Unpack(x));
+  if (python::is_tensor(x) && has_sizes(THPVariable_Unpack(x))) return of_tensor(THPVariable_Unpack(x));
   return Object(PyLong_FromVoidPtr(x));
 }
 

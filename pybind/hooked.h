@@ -22,6 +22,7 @@ namespace hooked {
 
 using python::fast;
 using python::guarded;
+using python::is_tensor;
 using python::Object;
 using python::owned;
 
@@ -179,9 +180,9 @@ inline PyObject* hook(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     auto* pass = static_cast<Pass*>(PyCapsule_GetPointer(part(self, kOf), kPass));
     Py_ssize_t place = number(self, kPlace);
     if (!pass->is_mine() || PyList_GET_ITEM(pass->found.get(), place) != Py_Ellipsis) Py_RETURN_NONE;
-    bool is_tensor = THPVariable_Check(args[2]);
-    if (PyList_SetItem(pass->found.get(), place, Py_NewRef(is_tensor ? Py_True : args[2])) != 0) return nullptr;
-    if (!is_tensor) Py_RETURN_NONE;
+    bool fits = is_tensor(args[2]);
+    if (PyList_SetItem(pass->found.get(), place, Py_NewRef(fits ? Py_True : args[2])) != 0) return nullptr;
+    if (!fits) Py_RETURN_NONE;
     Object now = pass->run(part(self, kProgram), args[2]);
     if (now || PyErr_Occurred()) return now.release();
     Py_RETURN_NONE;
@@ -265,7 +266,7 @@ inline PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[kKept]); i++) {
       PyObject* value = PyList_GetItem(pass.values.get(), PyLong_AsSsize_t(PyList_GET_ITEM(args[kKept], i)));
       if (value == nullptr) return nullptr;
-      if (!THPVariable_Check(value)) {
+      if (!is_tensor(value)) {
         PyErr_Format(PyExc_TypeError, "a proxy cannot become a %s", Py_TYPE(value)->tp_name);
         return nullptr;
       }

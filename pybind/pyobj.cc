@@ -22,6 +22,7 @@ using adopting::adopt;
 using at::Tensor;
 using python::fast;
 using python::guarded;
+using python::is_tensor;
 using python::Object;
 
 Tensor& as_tensor(void* t) { return *static_cast<Tensor*>(t); }
@@ -36,7 +37,7 @@ PyObject* become(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyObject* tensors = args[1];
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); i++) {
       PyObject* tensor = PyList_GET_ITEM(tensors, i);
-      if (!THPVariable_Check(tensor)) {
+      if (!is_tensor(tensor)) {
         PyErr_Format(PyExc_TypeError, "a proxy cannot become a %s", Py_TYPE(tensor)->tp_name);
         return nullptr;
       }
@@ -49,7 +50,7 @@ PyObject* become(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyObject* proxy(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
-    if (count != 4 || !PyType_Check(args[0]) || !THPVariable_Check(args[1])) {
+    if (count != 4 || !PyType_Check(args[0]) || !is_tensor(args[1])) {
       PyErr_SetString(PyExc_TypeError, "a class, a placeholder, a recorder and a number are needed");
       return nullptr;
     }
@@ -63,7 +64,7 @@ extern "C" {
 
 void* nngpy_unwrap(PyObject* o) {
   return guarded<void*>(nullptr, [&]() -> void* {
-    if (!THPVariable_Check(o)) {
+    if (!is_tensor(o)) {
       PyErr_Format(PyExc_TypeError, "a torch.Tensor is needed, not a %s", Py_TYPE(o)->tp_name);
       return nullptr;
     }

@@ -7,6 +7,7 @@
 #include <ATen/core/grad_mode.h>
 #include <Python.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <structmember.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -104,9 +105,13 @@ inline Object get(PyObject* of, PyObject* name) { return Object(PyObject_GetAttr
 
 // A proxy of a class over a copy of a placeholder.
 inline Object make(PyObject* cls, PyObject* placeholder, PyObject* rec, PyObject* id) {
-  at::Tensor copy(THPVariable_Unpack(placeholder)
-                      .unsafeGetTensorImpl()
-                      ->shallow_copy_and_detach(/*version_counter=*/0, /*allow_tensor_metadata_change=*/true));
+  at::Tensor copy;
+  {
+    c10::impl::ExcludeDispatchKeyGuard no_modes(c10::python_ks);  // a TorchDispatchMode would make it an operation
+    copy = at::Tensor(THPVariable_Unpack(placeholder)
+                          .unsafeGetTensorImpl()
+                          ->shallow_copy_and_detach(/*version_counter=*/0, /*allow_tensor_metadata_change=*/true));
+  }
   copy.unsafeGetTensorImpl()->set_python_dispatch(true);  // C++ that is handed it comes to its __torch_dispatch__
   Object made(THPVariable_Wrap(copy, reinterpret_cast<PyTypeObject*>(cls)));
   if (!made || PyObject_GenericSetAttr(made.get(), names::_rec, rec) != 0 ||
@@ -276,12 +281,14 @@ inline PyObject* item(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // prepare(current, proxy, placeholder, leaf, files, is_users, read, save, item, argument, recorder, point): see Parts.
 inline PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 12 || !PyType_Check(args[1]) || !THPVariable_Check(args[2]) || !PyType_Check(args[3]) ||
+  if (count != 12 || !PyType_Check(args[1]) || !python::is_tensor(args[2]) || !PyType_Check(args[3]) ||
       !PyDict_Check(args[4]) || !PyType_Check(args[10]) || !PyType_Check(args[11])) {
     PyErr_SetString(PyExc_TypeError, "it takes the twelve parts of recording.h");
     return nullptr;
   }
-  if (!slots.find(args[10], args[11], args[3])) return nullptr;
+  Slots found;
+  if (!found.find(args[10], args[11], args[3])) return nullptr;
+  slots = found;
   for (Py_ssize_t i = 0; i < count; i++) Py_INCREF(args[i]);  // for as long as the process lives
   parts = {args[0], args[1], args[2], args[3], args[4],  args[5],
            args[6], args[7], args[8], args[9], args[10], args[11]};

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nnsight_go import InputError, NNsight, OpError, _ffi, hooked, positions, straight
+from nnsight_go import InputError, NNsight, OpError, _ffi, hooked, positions, proxy, recorder, straight, wire
 from nnsight_go.envoy import Envoy
+from nnsight_go.points import Leaf, Point
 from nnsight_go.proxy import Proxy
 
 WIDTH = 6
@@ -348,6 +350,11 @@ def test_a_builtin_says_what_it_wants() -> None:
     nested.append(nested)
     with pytest.raises(RecursionError):
         calls["frozen"](nested)
+    tensor = torch.ones(2)
+    only_says_so: Any = weakref.proxy(tensor)  # that it is a tensor
+    assert isinstance(only_says_so, torch.Tensor) and calls["frozen"](only_says_so) == id(only_says_so)
+    with pytest.raises(TypeError):
+        calls["become"]([], [only_says_so], torch.Tensor)
     assert calls["frozen"]([1, (torch.ones(2),)]) == calls["frozen"]([1, (torch.zeros(2),)])
     assert calls["frozen"]([torch.ones(2)]) != calls["frozen"]([torch.ones(2, dtype=torch.float64)])
     assert calls["frozen"]([torch.ones(2)]) != calls["frozen"]((torch.ones(2),)) != calls["frozen"]({"a": 1})
@@ -385,3 +392,108 @@ def test_what_others_hold_stays_theirs() -> None:
     with model.trace(x):
         again = model.output.save()
     assert not hasattr(again, "tag") and out.tag == 1
+
+
+def test_an_output_that_nobody_holds_is_as_one_that_somebody_does() -> None:
+    fired: list[str] = []
+
+    class Splits(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * 2).chunk(2)[0]
+
+    class Begins(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            leaf = torch.ones(x.shape, requires_grad=True)
+            if type(x) is torch.Tensor:  # not in a pass of fake tensors
+                leaf.register_hook(lambda grad: fired.append("the module's"))
+            return leaf
+
+    model = NNsight(nn.Sequential(Splits()))
+    with torch.no_grad(), model.trace(torch.ones(2, 4)):
+        part = model[0].output.save()
+    part += torch.ones(4, requires_grad=True)  # which no view of torch's from there takes
+    assert torch.equal(part.detach_(), torch.full((1, 4), 3.0))
+    model = NNsight(nn.Sequential(Begins()))
+    with model.trace(torch.ones(2)):
+        out = model[0].output.save()
+    out.register_hook(lambda grad: fired.append("ours"))
+    out.sum().backward()
+    assert sorted(fired) == ["ours", "the module's"]
+
+
+class Watching(TorchDispatchMode):
+    """Sees the operations of a pass, and that it is made another object of an output that somebody holds."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        super().__init__()
+        self.act = act
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            self.act()
+        return func(*args, **(kwargs or {}))
+
+
+class Given(nn.Module):
+    """Gives its first output up but for a weak reference, and holds its last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.weak: Callable[[], torch.Tensor | None] = lambda: None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.first(x)
+        self.weak = weakref.ref(first)
+        self.held = self.last(first)
+        return self.held
+
+
+def test_a_weak_reference_finds_no_placeholder(runs: list[int]) -> None:
+    module, x, found = Given(), torch.ones(2, 4), list[Any]()
+    model = NNsight(module)
+    with torch.no_grad(), Watching(lambda: found.append(module.weak())), model.trace(x):
+        first, last = model.first.output.save(), model.last.output.save()
+    assert len(runs) == 1 and torch.equal(first, module.first(x)) and torch.equal(last, module.held)
+    seen = [y for y in found if type(y) is torch.Tensor]
+    assert seen and all(torch.equal(y, first) for y in seen)
+
+
+def test_an_error_of_a_dispatch_mode_is_its_own(runs: list[int]) -> None:
+    def fail() -> None:
+        if runs:
+            raise ZeroDivisionError("mine")
+
+    model = NNsight(Given())
+    with torch.no_grad(), pytest.raises(ZeroDivisionError, match="mine"), Watching(fail), model.trace(torch.ones(2, 4)):
+        model.last.output.save()
+
+
+def test_proxies_become_tensors_all_or_none() -> None:
+    class Wider(torch.Tensor):
+        __slots__ = ("more",)
+
+    model, x = NNsight(network()), torch.ones(1, WIDTH)
+    other, values = torch.zeros(2).as_subclass(Wider), [torch.ones(2), torch.ones(2)]
+    with model.trace(x):
+        first = model[0].output.save()
+        for proxies, cls in (([first, other], torch.Tensor), ([first, first], int)):
+            with pytest.raises(TypeError):
+                _ffi.calls()["become"](proxies, values, cls)
+        assert type(first) is Proxy and first.shape == (1, WIDTH)
+    assert type(other) is Wider and other.sum() == 0 and torch.equal(first, model._module[0](x))
+
+
+def test_classes_that_do_not_fit_leave_the_slots_known() -> None:
+    class Other:
+        __slots__ = (*[f"a{i}" for i in range(60)], "nodes")
+
+    with pytest.raises(AttributeError, match="made"):
+        _ffi.calls()["prepare"](
+            recorder.current, Proxy, proxy.PLACEHOLDER, Leaf, positions.files, positions.is_users,
+            Envoy._read, Proxy.save, Envoy.__getitem__, wire.argument, Other, Point,
+        )  # fmt: skip
+    model, x = NNsight(network()), torch.ones(1, WIDTH)
+    with model.trace(x):
+        kept = model[0].output.save()
+    assert torch.equal(kept, model._module[0](x))
