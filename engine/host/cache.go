@@ -211,7 +211,7 @@ func (c *Cache) divide(own, g *graph.Graph, parts []int) error {
 			return fault.New(fault.Internal, "a step has more invokes than it has rows")
 		}
 		end := row + parts[next]
-		in.Rows = c.rows[row:end]
+		in.Rows, in.Masks = c.rows[row:end], nil
 		if c.masks != nil {
 			in.Masks = c.masks[row:end]
 		}

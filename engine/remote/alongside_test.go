@@ -3,6 +3,7 @@ package remote
 import (
 	"context"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -282,6 +283,72 @@ func TestALineThatFailsBesideOthers(t *testing.T) {
 	}
 	require.NoError(t, p.Model.Load())
 	require.LessOrEqual(t, aten.Live()-live, int64(len(p.Model.Describe().Params)))
+}
+
+// What somebody's lines may do at a later step that fails without being a line's: whose it is leaves, and nobody else.
+func TestStepsThatFailBesideOthers(t *testing.T) {
+	p := &Performer{Model: open(t)}
+	node := func(kind graph.Kind, path, leaf string, args ...graph.Arg) graph.Node {
+		return graph.Node{Kind: kind, Path: path, Port: graph.PortOutput, Leaf: leaf, Args: args, Pos: -1}
+	}
+	call := func(op string, args ...graph.Arg) graph.Node {
+		return graph.Node{Kind: graph.KindCall, Op: op, Args: args, Pos: -1}
+	}
+	read := node(graph.KindRead, "transformer.h.1", "0")
+	head := node(graph.KindRead, "lm_head", "")
+	save := node(graph.KindSave, "", "", graph.Ref(0))
+	for what, c := range map[string]struct {
+		apart  bool // it leaves, since it fails
+		sample bool
+		invoke graph.Invoke
+		nodes  []graph.Node
+	}{
+		"masks of no rows": {invoke: graph.Invoke{Masks: [][]int64{}}, nodes: []graph.Node{read, save}},
+		"hidden":           {apart: true, nodes: []graph.Node{node(graph.KindRead, "transformer.h.0.attn.heads.scores", ""), save}},
+		"another rank": {apart: true, nodes: []graph.Node{read, call("aten::unsqueeze_", graph.Ref(0), graph.Int(0)),
+			call("aten::unsqueeze_", graph.Ref(0), graph.Int(0)), node(graph.KindRead, "lm_head", ""), save, node(graph.KindSave, "", "", graph.Ref(3))}},
+		"no probabilities": {apart: true, sample: true, nodes: []graph.Node{head, call("aten::mul_.Scalar", graph.Ref(0), graph.Float(math.NaN())), save}},
+	} {
+		t.Run(what, func(t *testing.T) {
+			for at := range 4 {
+				r := rand.New(rand.NewPCG(3, 1))
+				settings := gen.Settings{Temperature: 1, Sample: c.sample}
+				var all []*Request
+				var wants [][]byte
+				for len(all) < 4 {
+					data := randomGeneration(t, r, settings, "transformer.h.1")
+					one, want := parsed(t, p, data)
+					if one.Settings.MaxNewTokens < 5 || len(want.Steps) < 5 {
+						continue
+					}
+					out, err := perform(t, p, data)
+					require.NoError(t, err)
+					all, wants = append(all, one), append(wants, out)
+				}
+				bad := &graph.Graph{Invokes: []graph.Invoke{c.invoke}, Nodes: c.nodes}
+				all[at].programs[3] = program{graph: bad}
+				require.NotNil(t, all[at].Company())
+				a := p.Alongside()
+				require.NoError(t, a.Join(t.Context(), all))
+				var grew []Grown
+				var apart []*Request
+				for a.Open() > 0 {
+					require.NoError(t, a.Step(t.Context()))
+					grew, apart = append(grew, a.Grown()...), append(apart, a.Apart()...)
+				}
+				if c.apart {
+					require.Equal(t, []*Request{all[at]}, apart)
+				} else {
+					require.Empty(t, apart)
+				}
+				for _, done := range grew {
+					if done.Request != all[at] {
+						same(t, wants[slices.Index(all, done.Request)], done.Response)
+					}
+				}
+			}
+		})
+	}
 }
 
 // More bytes than an estimate knew of: whose they are leaves, and the others go on.
