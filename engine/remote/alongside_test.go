@@ -351,6 +351,60 @@ func TestStepsThatFailBesideOthers(t *testing.T) {
 	}
 }
 
+// Lines that name what rows of others give another shape, or what is there because of them alone: they are not done beside
+// those.
+func TestLinesThatWouldSeeThePaddingOfOthers(t *testing.T) {
+	p := &Performer{Model: open(t)}
+	request := func(at *graph.Graph, rows ...[]int64) *Request {
+		settings := gen.Settings{MaxNewTokens: 5, Temperature: 1}
+		r := Request{Version: 1, Model: "m", Kind: Generate, Settings: &settings, Prompt: &Prompt{Rows: rows}}
+		for range settings.MaxNewTokens {
+			r.Steps = append(r.Steps, Step{Program: []string{"g"}, End: true, Want: []string{WantResults, WantDrawn}})
+		}
+		r.Steps[3].Program = []string{"at"}
+		out, err := Parse(wire(t, r, map[string][]byte{"g": graph.Encode(&graph.Graph{Invokes: []graph.Invoke{{}}}), "at": graph.Encode(at)}, nil), Limits{})
+		require.NoError(t, err)
+		return out
+	}
+	save := graph.Node{Kind: graph.KindSave, Args: []graph.Arg{graph.Ref(0)}, Pos: -1}
+	for what, node := range map[string]graph.Node{
+		"mask":      {Kind: graph.KindRead, Path: "transformer.h.0", Port: graph.PortInput, Leaf: "args.2", Pos: -1},
+		"positions": {Kind: graph.KindRead, Path: "transformer.wpe", Port: graph.PortOutput, Pos: -1},
+		"call":      {Kind: graph.KindModule, Path: "transformer.wpe", Args: []graph.Arg{graph.Ref(0)}, Pos: -1},
+	} {
+		nodes := []graph.Node{node, save}
+		if node.Kind == graph.KindModule {
+			ids := graph.Node{Kind: graph.KindRead, Path: "transformer.wte", Port: graph.PortInput, Leaf: "args.0", Pos: -1}
+			last := save
+			last.Args = []graph.Arg{graph.Ref(1)}
+			nodes = []graph.Node{ids, node, last}
+		}
+		rows := [][]int64{{1, 2, 3}, {4, 5}}
+		if what != "mask" {
+			rows[1] = []int64{4, 5, 6}
+		}
+		one := request(&graph.Graph{Invokes: []graph.Invoke{{}}, Nodes: nodes}, rows...)
+		want, err := p.Perform(t.Context(), "somebody", one)
+		require.NoError(t, err, what)
+		a := p.Alongside()
+		require.NoError(t, a.Join(t.Context(), []*Request{request(&graph.Graph{Invokes: []graph.Invoke{{}}}, []int64{1, 2, 3, 4, 5, 6, 7}), one}))
+		var grew []Grown
+		var apart []*Request
+		for a.Open() > 0 {
+			require.NoError(t, a.Step(t.Context()), what)
+			grew, apart = append(grew, a.Grown()...), append(apart, a.Apart()...)
+		}
+		for _, done := range grew {
+			if done.Request == one {
+				f, _ := readFile(want)
+				g, _ := readFile(done.Response)
+				require.Equal(t, f, g, what)
+			}
+		}
+		require.Equal(t, []*Request{one}, apart, what)
+	}
+}
+
 // More bytes than an estimate knew of: whose they are leaves, and the others go on.
 func TestOneThatGivesTooMuchBesideOthers(t *testing.T) {
 	p := &Performer{Model: open(t), Limits: Limits{Output: 1 << 20}}
