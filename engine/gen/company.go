@@ -59,14 +59,15 @@ func chosen[T any](all []T, rows []int) []T {
 // Draws are those of rows that have one generator together: its state is theirs from step to step, whatever is drawn for
 // others meanwhile.
 type Draws struct {
-	rows  int
-	state aten.Tensor
+	rows   int
+	state  aten.Tensor
+	failed error
 }
 
 // DrawFrom gives so many rows, those behind the ones that have one, a generator in that state, which it takes over. All rows
 // have one before the first step, or none has.
 func (g *Generation) DrawFrom(rows int, state aten.Tensor) *Draws {
-	d := &Draws{rows, state}
+	d := &Draws{rows: rows, state: state}
 	g.draws = append(g.draws, d)
 	return d
 }
@@ -74,18 +75,22 @@ func (g *Generation) DrawFrom(rows int, state aten.Tensor) *Draws {
 // State is the state of the generator now. It stays the generation's, and is there until the rows leave.
 func (d *Draws) State() aten.Tensor { return d.state }
 
+// Failed is why nothing could be drawn for the rows, of whose probabilities some are none, or with the state that they were
+// given. They leave then: what they have instead of tokens means nothing.
+func (d *Draws) Failed() error { return d.failed }
+
 // drawEach draws a token for each row from its probabilities, with the generator of the row. The process's is left as the
-// last draw leaves it.
-func (g *Generation) drawEach(p aten.Tensor) (tokens []int64, err error) {
+// last draw leaves it. Where it fails for some the others have theirs.
+func (g *Generation) drawEach(p aten.Tensor) (tokens []int64) {
 	row := 0
 	for _, d := range g.draws {
 		own, err := d.draw(p, row)
 		if err != nil {
-			return nil, err
+			d.failed, own = err, make([]int64, d.rows)
 		}
 		tokens, row = append(tokens, own...), row+d.rows
 	}
-	return tokens, nil
+	return tokens
 }
 
 func (d *Draws) draw(p aten.Tensor, row int) ([]int64, error) {

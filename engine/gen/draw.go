@@ -122,7 +122,7 @@ func (g *Generation) pick(t aten.Tensor) ([]int64, error) {
 		if p, err = call("aten::softmax.int", aten.TensorValue(t), aten.IntValue(-1)); err == nil {
 			defer p.Free()
 			if g.draws != nil {
-				return g.drawEach(p)
+				return g.drawEach(p), nil
 			}
 			out, err = call("aten::multinomial", aten.TensorValue(p), aten.IntValue(1))
 		}

@@ -2,6 +2,7 @@ package host
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -211,7 +212,7 @@ func (c *Cache) divide(own, g *graph.Graph, parts []int) error {
 			return fault.New(fault.Internal, "a step has more invokes than it has rows")
 		}
 		end := row + parts[next]
-		in.Rows = c.rows[row:end]
+		in.Rows, in.Masks = c.rows[row:end], nil
 		if c.masks != nil {
 			in.Masks = c.masks[row:end]
 		}
@@ -221,7 +222,53 @@ func (c *Cache) divide(own, g *graph.Graph, parts []int) error {
 		return fault.New(fault.Internal, "%d rows of a step are nobody's", len(c.rows)-row)
 	}
 	own.Invokes = append(own.Invokes, graph.Invoke{NoGrad: own.Invokes[0].NoGrad, Inference: own.Invokes[0].Inference})
+	return c.padding(own)
+}
+
+// padding is the error of a line that names what padding gives another shape, or what is there because of padding alone: it
+// would see that of others' rows.
+func (c *Cache) padding(g *graph.Graph) error {
+	if !c.masked {
+		return nil
+	}
+	var models [2]*graph.Model
+	for i := range models {
+		var err error
+		if models[i], err = c.model.graphs.Of(nn.Variant{Cached: true, Masked: i > 0, Decode: c.past > 0, Training: c.model.Training()}); err != nil {
+			return err
+		}
+	}
+	for i := range g.Nodes {
+		n := &g.Nodes[i]
+		switch n.Kind {
+		case graph.KindRead, graph.KindWrite, graph.KindModule:
+		default:
+			continue
+		}
+		if !maps.EqualFunc(leafShapes(models[0], n), leafShapes(models[1], n), slices.Equal[graph.Shape]) {
+			e := fault.New(fault.Internal, "what is at %q depends on the padding of others", n.Path)
+			e.Node = i
+			return e
+		}
+	}
 	return nil
+}
+
+// leafShapes are the shapes of the tensors that a node names, or gives a module.
+func leafShapes(m *graph.Model, n *graph.Node) map[string]graph.Shape {
+	out := map[string]graph.Shape{}
+	port, all := n.Port, n.Kind == graph.KindModule
+	if all {
+		port = graph.PortInput
+	}
+	if point, ok := m.Point(n.Path, port); ok {
+		m.Points[point].Tree.Refs(func(id graph.ID) {
+			if leaf := m.Nodes[id].Leaf; all || leaf == n.Leaf {
+				out[leaf] = m.Nodes[id].Shape
+			}
+		})
+	}
+	return out
 }
 
 // TakeLogits gives the logits [batch, 1, vocab] of the step that is done, after all edits. They are the

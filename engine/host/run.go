@@ -152,10 +152,13 @@ func (r *Run) choose() (again bool, err error) {
 	if r.explicit {
 		return false, nil
 	}
-	second := false
+	second, asks := false, graph.NoID
 	for n := r.from; n < len(r.graph.Nodes) && !r.explicit; n++ {
 		node := &r.graph.Nodes[n]
 		r.explicit = (node.Kind == graph.KindRead || node.Kind == graph.KindWrite) && r.models.Causal.Hides(node.Path)
+		if r.explicit {
+			asks = graph.ID(n)
+		}
 		// the fused attention has first derivatives alone
 		second = second || node.Kind == graph.KindBackward && len(node.Args) > 3 && node.Args[3].I != 0
 	}
@@ -168,8 +171,10 @@ func (r *Run) choose() (again bool, err error) {
 			WithHint("Use a trace of the whole text for create_graph=True.")
 	}
 	if r.cache != nil {
-		return false, fault.New(fault.ModulePath, "the scores and the pattern of attention are not computed during generation").
+		e := fault.New(fault.ModulePath, "the scores and the pattern of attention are not computed during generation").
 			WithHint("Use heads.q, heads.k, heads.v and heads.z, or a trace of the whole text.")
+		r.at(e, asks)
+		return false, e
 	}
 	r.models, err = r.model.variants(true)
 	return true, err

@@ -21,7 +21,8 @@ type rowCopy struct {
 	slot   Slot // the copy
 	shape  graph.Shape
 	dirty  bool
-	stale  bool // another invoke changed the same rows since
+	by     graph.ID // the user's node that changed it last
+	stale  bool     // another invoke changed the same rows since
 }
 
 // view is the value of a model node as an invoke sees it: the tensor itself where the invoke is the
@@ -145,7 +146,7 @@ func (s *Plan) flush(p *pass) {
 			if p.ownRows(base, c.shape) {
 				w.BatchAxis = 0
 			}
-			s.emit(Instr{Op: OpPut, Args: []graph.Arg{graph.Ref(base), graph.Ref(c.slot)}, Window: w, Out: NoSlot, Mode: s.mode, Mutate: true})
+			s.putFor(c, Instr{Op: OpPut, Args: []graph.Arg{graph.Ref(base), graph.Ref(c.slot)}, Window: w, Out: NoSlot, Mode: s.mode, Mutate: true})
 			if foreign && s.models.Hosted {
 				s.giveInstead(p, base)
 			}
@@ -157,6 +158,15 @@ func (s *Plan) flush(p *pass) {
 			}
 		}
 	}
+}
+
+// putFor writes a copy back for the line that changed it, wherever the pass is by then: if the rows do not fit any more it
+// is that line's doing, and nobody else's.
+func (s *Plan) putFor(c *rowCopy, in Instr) {
+	now := s.node
+	s.node = c.by
+	s.emit(in)
+	s.node = now
 }
 
 // ownRows reports whether a value that all rows would share has a row for each by now.
@@ -208,7 +218,7 @@ func (s *Plan) soil(p *pass, invoke int32, id graph.ID) {
 		group := s.alias.find(changed)
 		for _, c := range p.order {
 			if c.invoke == invoke && s.alias.find(c.slot) == group {
-				c.dirty, p.dirty = true, true
+				c.dirty, c.by, p.dirty = true, s.node, true
 			}
 		}
 		for key := range p.copies { // changed for the whole batch: copies of its rows are stale

@@ -411,7 +411,10 @@ func (a *Alongside) grow(tokens []int64, found saved) error {
 		}
 		kept := found.of[next]
 		next++
-		done, err := g.take(own, over, kept, found.tensors)
+		done, err := g.undrawn()
+		if err == nil {
+			done, err = g.take(own, over, kept, found.tensors)
+		}
 		var response []byte
 		if err == nil && done {
 			response, err = g.told()
@@ -424,6 +427,14 @@ func (a *Alongside) grow(tokens []int64, found saved) error {
 		}
 		return done || err != nil, nil
 	})
+}
+
+// undrawn is why its tokens could not be drawn, if they could not.
+func (g *grown) undrawn() (done bool, err error) {
+	if g.draws == nil {
+		return false, nil
+	}
+	return false, g.draws.Failed()
 }
 
 // told is the response, with the state that its generator is in by now.

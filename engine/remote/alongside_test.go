@@ -3,6 +3,7 @@ package remote
 import (
 	"context"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -282,6 +283,126 @@ func TestALineThatFailsBesideOthers(t *testing.T) {
 	}
 	require.NoError(t, p.Model.Load())
 	require.LessOrEqual(t, aten.Live()-live, int64(len(p.Model.Describe().Params)))
+}
+
+// What somebody's lines may do at a later step that fails without being a line's: whose it is leaves, and nobody else.
+func TestStepsThatFailBesideOthers(t *testing.T) {
+	p := &Performer{Model: open(t)}
+	node := func(kind graph.Kind, path, leaf string, args ...graph.Arg) graph.Node {
+		return graph.Node{Kind: kind, Path: path, Port: graph.PortOutput, Leaf: leaf, Args: args, Pos: -1}
+	}
+	call := func(op string, args ...graph.Arg) graph.Node {
+		return graph.Node{Kind: graph.KindCall, Op: op, Args: args, Pos: -1}
+	}
+	read := node(graph.KindRead, "transformer.h.1", "0")
+	head := node(graph.KindRead, "lm_head", "")
+	save := node(graph.KindSave, "", "", graph.Ref(0))
+	for what, c := range map[string]struct {
+		apart  bool // it leaves, since it fails
+		sample bool
+		invoke graph.Invoke
+		nodes  []graph.Node
+	}{
+		"masks of no rows": {invoke: graph.Invoke{Masks: [][]int64{}}, nodes: []graph.Node{read, save}},
+		"hidden":           {apart: true, nodes: []graph.Node{node(graph.KindRead, "transformer.h.0.attn.heads.scores", ""), save}},
+		"another rank": {apart: true, nodes: []graph.Node{read, call("aten::unsqueeze_", graph.Ref(0), graph.Int(0)),
+			call("aten::unsqueeze_", graph.Ref(0), graph.Int(0)), node(graph.KindRead, "lm_head", ""), save, node(graph.KindSave, "", "", graph.Ref(3))}},
+		"no probabilities": {apart: true, sample: true, nodes: []graph.Node{head, call("aten::mul_.Scalar", graph.Ref(0), graph.Float(math.NaN())), save}},
+	} {
+		t.Run(what, func(t *testing.T) {
+			for at := range 4 {
+				r := rand.New(rand.NewPCG(3, 1))
+				settings := gen.Settings{Temperature: 1, Sample: c.sample}
+				var all []*Request
+				var wants [][]byte
+				for len(all) < 4 {
+					data := randomGeneration(t, r, settings, "transformer.h.1")
+					one, want := parsed(t, p, data)
+					if one.Settings.MaxNewTokens < 5 || len(want.Steps) < 5 {
+						continue
+					}
+					out, err := perform(t, p, data)
+					require.NoError(t, err)
+					all, wants = append(all, one), append(wants, out)
+				}
+				bad := &graph.Graph{Invokes: []graph.Invoke{c.invoke}, Nodes: c.nodes}
+				all[at].programs[3] = program{graph: bad}
+				require.NotNil(t, all[at].Company())
+				a := p.Alongside()
+				require.NoError(t, a.Join(t.Context(), all))
+				var grew []Grown
+				var apart []*Request
+				for a.Open() > 0 {
+					require.NoError(t, a.Step(t.Context()))
+					grew, apart = append(grew, a.Grown()...), append(apart, a.Apart()...)
+				}
+				if c.apart {
+					require.Equal(t, []*Request{all[at]}, apart)
+				} else {
+					require.Empty(t, apart)
+				}
+				for _, done := range grew {
+					if done.Request != all[at] {
+						same(t, wants[slices.Index(all, done.Request)], done.Response)
+					}
+				}
+			}
+		})
+	}
+}
+
+// Lines that name what rows of others give another shape, or what is there because of them alone: they are not done beside
+// those.
+func TestLinesThatWouldSeeThePaddingOfOthers(t *testing.T) {
+	p := &Performer{Model: open(t)}
+	request := func(at *graph.Graph, rows ...[]int64) *Request {
+		settings := gen.Settings{MaxNewTokens: 5, Temperature: 1}
+		r := Request{Version: 1, Model: "m", Kind: Generate, Settings: &settings, Prompt: &Prompt{Rows: rows}}
+		for range settings.MaxNewTokens {
+			r.Steps = append(r.Steps, Step{Program: []string{"g"}, End: true, Want: []string{WantResults, WantDrawn}})
+		}
+		r.Steps[3].Program = []string{"at"}
+		out, err := Parse(wire(t, r, map[string][]byte{"g": graph.Encode(&graph.Graph{Invokes: []graph.Invoke{{}}}), "at": graph.Encode(at)}, nil), Limits{})
+		require.NoError(t, err)
+		return out
+	}
+	save := graph.Node{Kind: graph.KindSave, Args: []graph.Arg{graph.Ref(0)}, Pos: -1}
+	for what, node := range map[string]graph.Node{
+		"mask":      {Kind: graph.KindRead, Path: "transformer.h.0", Port: graph.PortInput, Leaf: "args.2", Pos: -1},
+		"positions": {Kind: graph.KindRead, Path: "transformer.wpe", Port: graph.PortOutput, Pos: -1},
+		"call":      {Kind: graph.KindModule, Path: "transformer.wpe", Args: []graph.Arg{graph.Ref(0)}, Pos: -1},
+	} {
+		nodes := []graph.Node{node, save}
+		if node.Kind == graph.KindModule {
+			ids := graph.Node{Kind: graph.KindRead, Path: "transformer.wte", Port: graph.PortInput, Leaf: "args.0", Pos: -1}
+			last := save
+			last.Args = []graph.Arg{graph.Ref(1)}
+			nodes = []graph.Node{ids, node, last}
+		}
+		rows := [][]int64{{1, 2, 3}, {4, 5}}
+		if what != "mask" {
+			rows[1] = []int64{4, 5, 6}
+		}
+		one := request(&graph.Graph{Invokes: []graph.Invoke{{}}, Nodes: nodes}, rows...)
+		want, err := p.Perform(t.Context(), "somebody", one)
+		require.NoError(t, err, what)
+		a := p.Alongside()
+		require.NoError(t, a.Join(t.Context(), []*Request{request(&graph.Graph{Invokes: []graph.Invoke{{}}}, []int64{1, 2, 3, 4, 5, 6, 7}), one}))
+		var grew []Grown
+		var apart []*Request
+		for a.Open() > 0 {
+			require.NoError(t, a.Step(t.Context()), what)
+			grew, apart = append(grew, a.Grown()...), append(apart, a.Apart()...)
+		}
+		for _, done := range grew {
+			if done.Request == one {
+				f, _ := readFile(want)
+				g, _ := readFile(done.Response)
+				require.Equal(t, f, g, what)
+			}
+		}
+		require.Equal(t, []*Request{one}, apart, what)
+	}
 }
 
 // More bytes than an estimate knew of: whose they are leaves, and the others go on.

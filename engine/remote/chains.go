@@ -61,7 +61,7 @@ func (c *Chains) take(owner string, r *Request) (g *gen.Generation, random aten.
 	if known.scored {
 		at--
 	}
-	fits := at < len(r.Steps)
+	fits := at < len(r.Steps) && (known.random.IsZero() || r.Random != "") // who sends no state has not the generator to draw from
 	for i := 0; fits && i < at; i++ {
 		fits = len(r.Steps[i].Want) == 0 // what is wanted of it must be computed
 	}

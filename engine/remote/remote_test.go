@@ -207,6 +207,34 @@ func TestAGenerationGoesOn(t *testing.T) {
 	require.Equal(t, live, aten.Live())
 }
 
+// A chain whose first request had a generator, and whose next one has none.
+func TestAChainLeavesTheGeneratorAlone(t *testing.T) {
+	p := &Performer{Model: open(t), Chains: NewChains(4, time.Minute)}
+	defer p.Chains.Close()
+	settings := gen.Settings{MaxNewTokens: 5, Temperature: 1}
+	settings.Sample = true
+	one := Request{Version: 1, Model: "m", Kind: Generate, Settings: &settings, Prompt: &Prompt{Rows: [][]int64{{1, 2}}},
+		Chain: "c", Random: "random", Steps: []Step{{End: true}}}
+	other := anotherState(t, rand.New(rand.NewPCG(1, 2)))
+	defer other.Free()
+	_, err := perform(t, p, wire(t, one, nil, map[string]aten.Tensor{"random": other}))
+	require.NoError(t, err)
+	anotherState(t, rand.New(rand.NewPCG(3, 2))).Free()
+	state := func() []byte {
+		s, err := aten.RandomState("cpu")
+		require.NoError(t, err)
+		defer s.Free()
+		b, err := s.AppendBytes(nil)
+		require.NoError(t, err)
+		return b
+	}
+	before := state()
+	settings.Sample, one.Random, one.Steps = false, "", []Step{{End: true}, {End: true, Want: []string{WantDrawn}}}
+	_, err = perform(t, p, wire(t, one, nil, nil))
+	require.NoError(t, err)
+	require.True(t, bytes.Equal(before, state()))
+}
+
 func TestAGenerationNobodyAsksForIsForgotten(t *testing.T) {
 	m := open(t)
 	chains := NewChains(4, time.Millisecond)

@@ -12,6 +12,7 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/enginetest"
 	"github.com/nnsight-go/nnsight-go/engine/gen"
+	"github.com/nnsight-go/nnsight-go/engine/graph"
 	"github.com/nnsight-go/nnsight-go/engine/remote"
 	"github.com/nnsight-go/nnsight-go/engine/server"
 	"github.com/nnsight-go/nnsight-go/engine/server/jobs"
@@ -140,6 +141,49 @@ func TestAMemberThatIsLate(t *testing.T) {
 	ended := s.wait(slow)
 	require.Equal(t, jobs.Failed, ended.State)
 	require.ErrorContains(t, ended.Error, "as long as this server lets one")
+}
+
+// slow is a generation whose step of that number multiplies matrices for some ten seconds.
+func slow(t testing.TB, step int) []byte {
+	call := func(op string, args ...graph.Arg) graph.Node {
+		return graph.Node{Kind: graph.KindCall, Op: op, Args: args, Pos: -1}
+	}
+	g := &graph.Graph{Invokes: []graph.Invoke{{}}, Nodes: []graph.Node{call("aten::ones", graph.List(graph.Int(1024), graph.Int(1024)))}}
+	for i := range graph.ID(400) {
+		g.Nodes = append(g.Nodes, call("aten::mm", graph.Ref(i), graph.Ref(0)))
+	}
+	g.Nodes = append(g.Nodes, call("aten::sum", graph.Ref(400)), graph.Node{Kind: graph.KindSave, Args: []graph.Arg{graph.Ref(401)}, Pos: -1})
+	r := remote.Request{Version: 1, Model: name, Kind: remote.Generate, Prompt: &remote.Prompt{Rows: [][]int64{{1, 2}}},
+		Settings: &gen.Settings{MaxNewTokens: step + 2}}
+	for range r.Settings.MaxNewTokens {
+		r.Steps = append(r.Steps, remote.Step{End: true})
+	}
+	r.Steps[step].Program, r.Steps[step].Want = []string{"g"}, []string{"results"}
+	text, err := json.Marshal(r)
+	require.NoError(t, err)
+	var w remote.Writer
+	w.Bytes("request", text)
+	w.Bytes("g", graph.Encode(g))
+	file, err := w.File()
+	require.NoError(t, err)
+	return file
+}
+
+// A step of somebody's takes longer than a job may: it ends then, and who was beside it has what it has alone.
+func TestAStepThatIsLate(t *testing.T) {
+	s := startLong(t, work.Options{Time: 1500 * time.Millisecond})
+	for _, step := range []int{0, 300} {
+		beside := growth(t, 400, 1, 2, 3)
+		want := s.here(beside)
+		begun := time.Now()
+		one, other := s.submit(beside), s.submit(slow(t, step))
+		require.Equal(t, jobs.Failed, s.wait(other).State)
+		require.ErrorContains(t, s.job(other).Error, "as long as this server lets one")
+		require.Less(t, time.Since(begun), 6*time.Second)
+		require.Equal(t, jobs.Completed, s.wait(one).State)
+		_, got, _ := s.ask("GET", "/v1/jobs/"+one+"/result", nil)
+		require.Equal(t, string(want), string(got))
+	}
 }
 
 // A worker that stops gives back what grows, and another one takes it.

@@ -20,6 +20,7 @@ type herd struct {
 	company any
 	members map[*remote.Request]*member
 	tokens  int    // of all members
+	shared  bool   // there have been several at once, or were about to be
 	apart   []*job // those that there was no room for: they run when the others are done
 }
 
@@ -49,7 +50,7 @@ func (w *Worker) alongside(taking, running context.Context, s *served, all []*jo
 		if h.unwanted(); h.batch.Open() == 0 {
 			continue
 		}
-		if err := h.unharmed("several", func() error { return h.batch.Step(running) }); err != nil {
+		if late, err := h.step(); err != nil && !late { // who is late ends, and the others do the step again
 			h.scatter()
 			continue
 		}
@@ -63,6 +64,20 @@ func (w *Worker) alongside(taking, running context.Context, s *served, all []*jo
 		w.alone(running, s, j)
 	}
 	return next
+}
+
+// step does the next step of all, unless one of them becomes late meanwhile: lines may take as long as they like.
+func (h *herd) step() (late bool, err error) {
+	var first time.Time
+	for _, m := range h.members {
+		if first.IsZero() || m.late.Before(first) {
+			first = m.late
+		}
+	}
+	ctx, cancel := context.WithDeadlineCause(h.running, first, h.late())
+	defer cancel()
+	err = h.unharmed("several", func() error { return h.batch.Step(ctx) })
+	return err != errPanic && h.batch.Open() > 0 && ctx.Err() != nil && h.running.Err() == nil, err
 }
 
 // fresh takes what waits in the queue and may join, up to the first job that may not.
@@ -91,7 +106,10 @@ func (h *herd) join(fresh []*job) {
 	for _, j := range fresh {
 		requests = append(requests, j.request)
 	}
-	err := h.unharmed("several", func() error { return h.batch.Join(h.running, requests) })
+	h.shared = h.shared || len(h.members)+len(fresh) > 1
+	ctx, cancel := context.WithTimeoutCause(h.running, h.options.Time, h.late())
+	defer cancel()
+	err := h.unharmed("several", func() error { return h.batch.Join(ctx, requests) })
 	switch {
 	case err == nil:
 		for _, j := range fresh {
@@ -134,7 +152,8 @@ func (h *herd) gone(r *remote.Request) *job {
 	return m.job
 }
 
-// unwanted ends those whose owner does not want them any more, and those that have run for too long.
+// unwanted ends those whose owner does not want them any more, and those that have run for too long. Where there was company,
+// that may be what took so long: they begin anew, alone.
 func (h *herd) unwanted() {
 	for r, m := range h.members {
 		var why error
@@ -149,8 +168,11 @@ func (h *herd) unwanted() {
 		if why == nil {
 			continue
 		}
-		j := h.gone(r)
-		h.failed(j, why)
+		if j := h.gone(r); fault.As(why).Code != fault.Cancelled && h.shared {
+			h.apart = append(h.apart, j)
+		} else {
+			h.failed(j, why)
+		}
 		if err := h.unharmed("several", func() error { return h.batch.Leave(r) }); err != nil {
 			h.scatter()
 			return
