@@ -512,6 +512,39 @@ func TestWhatSharesNoPass(t *testing.T) {
 	r := whole(func(*graph.Graph) {})
 	r.Steps[0].End = false
 	require.Nil(t, r.Company(), "a value in the middle")
+	require.Nil(t, whole(func(g *graph.Graph) {
+		for range mostLines {
+			g.Nodes = append(g.Nodes, graph.Node{Kind: graph.KindCall, Op: "aten::mul_.Tensor", Args: []graph.Arg{graph.Ref(0), graph.Ref(0)}, Pos: -1})
+		}
+	}).Company(), "many lines")
+}
+
+// In a pass with padded rows positions have a row for each, and those of equal length have one for all alone.
+func TestPositionsBesidePaddedRows(t *testing.T) {
+	p := &Performer{Model: open(t)}
+	g := &graph.Graph{Invokes: []graph.Invoke{{Rows: [][]int64{{1, 2, 3}, {4, 5, 6}}}}, Nodes: []graph.Node{
+		{Kind: graph.KindRead, Path: "transformer.wpe", Port: graph.PortOutput, Pos: -1},
+		{Kind: graph.KindSave, Args: []graph.Arg{graph.Ref(0)}, Pos: -1}}}
+	parse := func() *Request {
+		r, err := Parse(wire(t, trace(Step{Program: []string{"g"}, End: true, Want: []string{WantResults}}),
+			map[string][]byte{"g": graph.Encode(g)}, nil), Limits{})
+		require.NoError(t, err)
+		return r
+	}
+	even := parse()
+	want, err := p.Perform(t.Context(), "somebody", even)
+	require.NoError(t, err)
+	for _, invoke := range []graph.Invoke{
+		{Rows: [][]int64{{1, 2, 3}, {4, 5}}}, {Rows: [][]int64{{1, 2}}, Masks: [][]int64{{0, 1}}}, {Rows: [][]int64{{1, 2}}, Masks: [][]int64{{1, 1}}},
+	} {
+		g.Invokes = []graph.Invoke{invoke}
+		other := parse()
+		if other.Company() == even.Company() {
+			out, err := p.PerformTogether(t.Context(), []*Request{even, other})
+			require.NoError(t, err)
+			same(t, want, out[0])
+		}
+	}
 }
 
 // An edit behind all invokes of a request would be one of the invoke that comes next: somebody else's.
