@@ -4,7 +4,11 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"math/rand/v2"
+	"runtime"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -544,6 +548,41 @@ func TestPositionsBesidePaddedRows(t *testing.T) {
 			require.NoError(t, err)
 			same(t, want, out[0])
 		}
+	}
+}
+
+// Steps of one program share it, and what all of them say is bounded.
+func TestProgramsOfManySteps(t *testing.T) {
+	r := generation(t, 1000, "", false)
+	for i := range r.Steps {
+		r.Steps[i].Program = []string{"g"}
+	}
+	g := graph.Graph{Invokes: []graph.Invoke{{}}, Nodes: slices.Repeat([]graph.Node{{Kind: graph.KindConst, Pos: -1}}, 1<<12)}
+	parts := map[string][]byte{"g": graph.Encode(&g)}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	_, err := Parse(wire(t, r, parts, nil), Limits{})
+	require.NoError(t, err)
+	runtime.ReadMemStats(&after)
+	require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(100<<20))
+	for i := range r.Steps {
+		name := fmt.Sprint("g", i)
+		r.Steps[i].Program, parts[name] = []string{name}, parts["g"]
+	}
+	_, err = Parse(wire(t, r, parts, nil), Limits{})
+	require.ErrorContains(t, err, "what its programs say")
+	_, err = Parse(wire(t, map[string]string{"model": strings.Repeat("m", mostText)}, nil, nil), Limits{})
+	require.ErrorContains(t, err, "the request itself")
+}
+
+// No new tokens, or less, would make rows that take room and are not counted.
+func TestNoNewTokens(t *testing.T) {
+	for _, n := range []int{0, -1 << 40, 1 << 60} {
+		r := generation(t, 1, "", false)
+		r.Settings.MaxNewTokens, r.Settings.Returned, r.Prompt.Rows = n, 1024, slices.Repeat([][]int64{{}}, 1<<12)
+		_, err := Parse(wire(t, r, nil, nil), Limits{Tokens: 1 << 16})
+		require.ErrorContains(t, err, "new tokens were asked for")
+		require.Equal(t, fault.Input, fault.As(err).Code)
 	}
 }
 
