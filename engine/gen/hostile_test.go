@@ -92,3 +92,21 @@ func TestHostileNumbers(t *testing.T) {
 		g.Free()
 	}
 }
+
+// Rows that have ended go on with what is no token, until the others have ended as well.
+func TestPaddingThatIsNoToken(t *testing.T) {
+	m := open(t, enginetest.GPT2)
+	for _, pad := range []int64{-1, 1 << 40} {
+		g, err := New(m, [][]int64{{1, 2}, {3, 4}}, nil, Settings{MaxNewTokens: 4, Pad: pad, EOS: []int64{1 << 20}})
+		require.NoError(t, err)
+		defer g.Free()
+		_, err = g.Plain()
+		require.NoError(t, err)
+		require.NoError(t, g.End([]bool{true, false}))
+		for range 2 {
+			tokens, err := g.Plain()
+			require.NoError(t, err)
+			require.Equal(t, pad, tokens[0])
+		}
+	}
+}

@@ -293,6 +293,9 @@ func (c *Cache) Append(tokens []int64) error {
 	c.seq, c.masks = 1, nil
 	c.rows = make([][]int64, len(tokens))
 	for r, token := range tokens {
+		if token < 0 || token >= int64(c.model.arch.Vocab()) { // what a row goes on with that has ended, which nobody sees
+			token = 0
+		}
 		c.rows[r] = []int64{token}
 		c.real[r] = append(c.real[r], true)
 	}

@@ -15,7 +15,7 @@ import (
 // by what else decides about it: how long rows are, and which tokens are equal. The token ids themselves do not.
 
 const (
-	keptInstrs = 1 << 16 // instructions of all schedules that a model keeps
+	keptInstrs = 1 << 16 // instructions of all schedules that a model keeps, and what else they count as: see planned.size
 	keyTokens  = 1 << 14 // tokens of a trace that may be kept
 )
 
@@ -58,20 +58,23 @@ func (p *plans) find(key string) *planned {
 func (p *plans) keep(one *planned) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if _, ok := p.byKey[one.key]; ok || len(one.schedule.Instrs) > keptInstrs/4 {
+	if _, ok := p.byKey[one.key]; ok || one.size() > keptInstrs/4 {
 		return
 	}
 	if p.byKey == nil {
 		p.byKey = map[string]*list.Element{}
 	}
 	p.byKey[one.key] = p.recent.PushFront(one)
-	p.instrs += len(one.schedule.Instrs)
+	p.instrs += one.size()
 	for p.instrs > keptInstrs {
 		last := p.recent.Remove(p.recent.Back()).(*planned)
 		delete(p.byKey, last.key)
-		p.instrs -= len(last.schedule.Instrs)
+		p.instrs -= last.size()
 	}
 }
+
+// size is what it counts for among those that are kept. A graph may have far more lines than come into a schedule.
+func (p *planned) size() int { return len(p.schedule.Instrs) + len(p.key)/32 }
 
 // keyOf is what a schedule depends on; empty where it is not worth keeping.
 func keyOf(invokes []graph.Invoke, rest []byte, consts int, flags byte) string {

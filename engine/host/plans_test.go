@@ -93,3 +93,23 @@ func TestOldPlansMakeRoom(t *testing.T) {
 	begin(first)
 	require.Equal(t, before, m.plans.recent.Len(), "what is in use stays")
 }
+
+// Lines that nobody observes come into no schedule, and what they take counts all the same.
+func TestPlansOfManyLines(t *testing.T) {
+	m := opened(t, enginetest.Directory(t, roomy, 1), Options{})
+	kept := 0 // lines
+	for n := range 40 {
+		g := lastLogits([]int64{1})
+		for range 20000 {
+			g.Nodes = append(g.Nodes, graph.Node{Kind: graph.KindCall, Op: "aten::add", Args: []graph.Arg{graph.Ref(0), graph.Int(1)}, Pos: -1})
+		}
+		g.Nodes[len(g.Nodes)-1].Args = []graph.Arg{graph.Ref(0), graph.Int(int64(n))}
+		r, err := m.BeginBytes(graph.Encode(g), nil, true)
+		require.NoError(t, err)
+		r.Free()
+	}
+	for at := m.plans.recent.Front(); at != nil; at = at.Next() {
+		kept += len(at.Value.(*planned).graph.Nodes)
+	}
+	require.Less(t, kept, 200000)
+}

@@ -39,7 +39,7 @@ func hazards(g *graph.Graph, m *graph.Model) [][]graph.ID {
 		mutates bool
 	}
 	touched := map[graph.ID][]touch{}
-	bound := map[graph.ID][]graph.ID{} // by group: the nodes that assigned it to an access point
+	bound := map[graph.ID][]holder{} // by group: who has assigned it to an access point
 	for n := range g.Nodes {
 		node := &g.Nodes[n]
 		var written []graph.ID
@@ -62,12 +62,14 @@ func hazards(g *graph.Graph, m *graph.Model) [][]graph.ID {
 					waits[n] = append(waits[n], before.node)
 				}
 			}
-			if node.Kind == graph.KindWrite {
-				bound[r] = append(bound[r], graph.ID(n))
+			if node.Kind == graph.KindWrite && !slices.ContainsFunc(bound[r], func(h holder) bool { return h.invoke == node.Invoke }) {
+				bound[r] = append(bound[r], holder{node.Invoke, graph.ID(n)})
 			}
 			if now.mutates {
-				for _, write := range bound[r] { // what was assigned is in use for as long as that invoke goes on
-					waits[n] = append(waits[n], after(g, write, n)...)
+				for i := range bound[r] { // what was assigned is in use for as long as that invoke goes on
+					if h := &bound[r][i]; h.invoke != node.Invoke {
+						waits[n] = append(waits[n], h.until(g, n)...)
+					}
 				}
 				// it comes after all that touched before, so to wait for it is to wait for them
 				touched[r] = touched[r][:0]
@@ -78,17 +80,21 @@ func hazards(g *graph.Graph, m *graph.Model) [][]graph.ID {
 	return waits
 }
 
-// after gives the nodes of an invoke that follow one of its own and stand before node n of another.
-func after(g *graph.Graph, id graph.ID, n int) (ids []graph.ID) {
-	invoke := g.Nodes[id].Invoke
-	if invoke == g.Nodes[n].Invoke {
-		return nil
-	}
-	for k := id + 1; int(k) < n; k++ {
-		if g.Nodes[k].Invoke == invoke && g.Nodes[k].Kind != graph.KindSave {
+// holder is an invoke that has assigned a value to an access point, and the node that those have waited up to that changed
+// it since: who comes after them waits for them.
+type holder struct {
+	invoke int32
+	from   graph.ID
+}
+
+// until gives the nodes of the invoke that nobody has waited for yet and that stand before node n.
+func (h *holder) until(g *graph.Graph, n int) (ids []graph.ID) {
+	for k := h.from + 1; int(k) < n; k++ {
+		if g.Nodes[k].Invoke == h.invoke && g.Nodes[k].Kind != graph.KindSave {
 			ids = append(ids, k)
 		}
 	}
+	h.from = graph.ID(n)
 	return ids
 }
 

@@ -4,7 +4,11 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"math/rand/v2"
+	"runtime"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -512,6 +516,74 @@ func TestWhatSharesNoPass(t *testing.T) {
 	r := whole(func(*graph.Graph) {})
 	r.Steps[0].End = false
 	require.Nil(t, r.Company(), "a value in the middle")
+	require.Nil(t, whole(func(g *graph.Graph) {
+		for range mostLines {
+			g.Nodes = append(g.Nodes, graph.Node{Kind: graph.KindCall, Op: "aten::mul_.Tensor", Args: []graph.Arg{graph.Ref(0), graph.Ref(0)}, Pos: -1})
+		}
+	}).Company(), "many lines")
+}
+
+// In a pass with padded rows positions have a row for each, and those of equal length have one for all alone.
+func TestPositionsBesidePaddedRows(t *testing.T) {
+	p := &Performer{Model: open(t)}
+	g := &graph.Graph{Invokes: []graph.Invoke{{Rows: [][]int64{{1, 2, 3}, {4, 5, 6}}}}, Nodes: []graph.Node{
+		{Kind: graph.KindRead, Path: "transformer.wpe", Port: graph.PortOutput, Pos: -1},
+		{Kind: graph.KindSave, Args: []graph.Arg{graph.Ref(0)}, Pos: -1}}}
+	parse := func() *Request {
+		r, err := Parse(wire(t, trace(Step{Program: []string{"g"}, End: true, Want: []string{WantResults}}),
+			map[string][]byte{"g": graph.Encode(g)}, nil), Limits{})
+		require.NoError(t, err)
+		return r
+	}
+	even := parse()
+	want, err := p.Perform(t.Context(), "somebody", even)
+	require.NoError(t, err)
+	for _, invoke := range []graph.Invoke{
+		{Rows: [][]int64{{1, 2, 3}, {4, 5}}}, {Rows: [][]int64{{1, 2}}, Masks: [][]int64{{0, 1}}}, {Rows: [][]int64{{1, 2}}, Masks: [][]int64{{1, 1}}},
+	} {
+		g.Invokes = []graph.Invoke{invoke}
+		other := parse()
+		if other.Company() == even.Company() {
+			out, err := p.PerformTogether(t.Context(), []*Request{even, other})
+			require.NoError(t, err)
+			same(t, want, out[0])
+		}
+	}
+}
+
+// Steps of one program share it, and what all of them say is bounded.
+func TestProgramsOfManySteps(t *testing.T) {
+	r := generation(t, 1000, "", false)
+	for i := range r.Steps {
+		r.Steps[i].Program = []string{"g"}
+	}
+	g := graph.Graph{Invokes: []graph.Invoke{{}}, Nodes: slices.Repeat([]graph.Node{{Kind: graph.KindConst, Pos: -1}}, 1<<12)}
+	parts := map[string][]byte{"g": graph.Encode(&g)}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	_, err := Parse(wire(t, r, parts, nil), Limits{})
+	require.NoError(t, err)
+	runtime.ReadMemStats(&after)
+	require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(100<<20))
+	for i := range r.Steps {
+		name := fmt.Sprint("g", i)
+		r.Steps[i].Program, parts[name] = []string{name}, parts["g"]
+	}
+	_, err = Parse(wire(t, r, parts, nil), Limits{})
+	require.ErrorContains(t, err, "what its programs say")
+	_, err = Parse(wire(t, map[string]string{"model": strings.Repeat("m", mostText)}, nil, nil), Limits{})
+	require.ErrorContains(t, err, "the request itself")
+}
+
+// No new tokens, or less, would make rows that take room and are not counted.
+func TestNoNewTokens(t *testing.T) {
+	for _, n := range []int{0, -1 << 40, 1 << 60} {
+		r := generation(t, 1, "", false)
+		r.Settings.MaxNewTokens, r.Settings.Returned, r.Prompt.Rows = n, 1024, slices.Repeat([][]int64{{}}, 1<<12)
+		_, err := Parse(wire(t, r, nil, nil), Limits{Tokens: 1 << 16})
+		require.ErrorContains(t, err, "new tokens were asked for")
+		require.Equal(t, fault.Input, fault.As(err).Code)
+	}
 }
 
 // An edit behind all invokes of a request would be one of the invoke that comes next: somebody else's.

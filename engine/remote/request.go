@@ -8,6 +8,7 @@ package remote
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"slices"
 
 	"github.com/nnsight-go/nnsight-go/engine/fault"
@@ -38,6 +39,12 @@ const (
 const (
 	MaxSteps  = 1 << 16
 	MaxTraces = 1 << 12
+)
+
+// What Parse reads takes some hundred times its bytes. They are bounded, so that this is no more than some gigabytes.
+const (
+	mostText     = 16 << 20 // bytes of a request's JSON
+	mostPrograms = 16 << 20 // and of the programs of its steps; those of several steps that are one count once
 )
 
 // Request is what a client asks for.
@@ -134,6 +141,9 @@ func Parse(data []byte, l Limits) (*Request, error) {
 	if err != nil {
 		return nil, err
 	}
+	if len(text) > mostText {
+		return nil, tooLong("the request itself", mostText)
+	}
 	r := &Request{file: f}
 	d := json.NewDecoder(bytes.NewReader(text))
 	d.DisallowUnknownFields()
@@ -143,15 +153,8 @@ func Parse(data []byte, l Limits) (*Request, error) {
 	if err := r.check(l); err != nil {
 		return nil, err
 	}
-	for i := range r.Steps {
-		p, err := r.program(&r.Steps[i])
-		if err != nil {
-			return nil, atStep(err, r.Kind, i)
-		}
-		if err := guard.Check(p.graph); err != nil {
-			return nil, atStep(err, r.Kind, i)
-		}
-		r.programs = append(r.programs, p)
+	if err := r.readPrograms(); err != nil {
+		return nil, err
 	}
 	if err := r.checkPlaces(); err != nil {
 		return nil, err
@@ -188,6 +191,9 @@ func (r *Request) check(l Limits) error {
 		if l.NewTokens > 0 && s.MaxNewTokens > l.NewTokens {
 			return fault.New(fault.Remote, "%d new tokens were asked for, and this server gives %d at once", s.MaxNewTokens, l.NewTokens)
 		}
+		if s.MaxNewTokens < 1 || s.MaxNewTokens > graph.MaxTokens { // what it takes is counted by them
+			return fault.New(fault.Input, "%d new tokens were asked for", s.MaxNewTokens).WithHint("Ask for at least one, and no more than the model's context holds.")
+		}
 		if most := 1024; s.Returned > most || s.Beams > most {
 			return fault.New(fault.Remote, "%d rows of each prompt were asked for, and a server gives %d", max(s.Returned, s.Beams), most)
 		}
@@ -206,6 +212,39 @@ func (r *Request) check(l Limits) error {
 	return nil
 }
 
+// readPrograms reads the programs of all steps. Steps of the same one share it: a loop says the same at each.
+func (r *Request) readPrograms() error {
+	known, size := map[string]program{}, 0
+	for i := range r.Steps {
+		s := &r.Steps[i]
+		name := fmt.Sprintf("%q", s.Program)
+		p, ok := known[name]
+		if !ok {
+			for _, part := range s.Program {
+				size += len(r.file[part].Data)
+			}
+			if size > mostPrograms {
+				return tooLong("what its programs say", mostPrograms)
+			}
+			var err error
+			if p, err = r.program(s); err == nil {
+				err = guard.Check(p.graph)
+			}
+			if err != nil {
+				return atStep(err, r.Kind, i)
+			}
+			known[name] = p
+		}
+		r.programs = append(r.programs, p)
+	}
+	return nil
+}
+
+func tooLong(what string, most int) error {
+	return fault.New(fault.Remote, "%s takes more than the %d bytes that this server reads at once", what, most).
+		WithHint("Split it into several.")
+}
+
 // program reads the graph of a step.
 func (r *Request) program(s *Step) (p program, err error) {
 	p.graph = &graph.Graph{Nodes: []graph.Node{}, Invokes: []graph.Invoke{}, Positions: []fault.Pos{}}
@@ -222,6 +261,7 @@ func (r *Request) program(s *Step) (p program, err error) {
 			return p, err
 		}
 	}
+	p.graph.Nodes = slices.Clip(p.graph.Nodes) // a run adds its own behind them
 	return p, nil
 }
 

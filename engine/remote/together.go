@@ -22,14 +22,34 @@ func (r *Request) Company() any {
 	if len(g.Invokes) == 0 || slices.ContainsFunc(g.Invokes, graph.Invoke.WholeBatch) {
 		return nil
 	}
-	return g.Invokes[0].Mode()
+	return traces{g.Invokes[0].Mode(), slices.ContainsFunc(g.Invokes, padded)}
 }
+
+// traces is the company of traces. Positions have a row each in a pass in which some rows are padded, and else one for all.
+type traces struct {
+	mode   graph.Mode
+	padded bool
+}
+
+// padded reports whether rows of an invoke are padded, or leave tokens out, when it runs alone.
+func padded(v graph.Invoke) bool {
+	for r, row := range v.Rows {
+		if len(row) != len(v.Rows[0]) || v.Masks != nil && slices.Contains(v.Masks[r], 0) {
+			return true
+		}
+	}
+	return false
+}
+
+// mostLines is how many lines a request has at most that shares passes: what it takes to plan a pass grows with the square
+// of all that are in it, and cannot be interrupted.
+const mostLines = 1 << 10
 
 // keepsToItself reports whether the lines of a step are done beside those of others as they are alone: they are complete,
 // run under one mode, and ask for no gradients.
 func (r *Request) keepsToItself(step int) bool {
 	s, g := &r.Steps[step], r.programs[step].graph
-	if !s.End || len(s.Program) > 1 || endsInEdit(g) || slices.ContainsFunc(s.Constants, func(c Constant) bool { return c.Grad }) {
+	if !s.End || len(s.Program) > 1 || len(g.Nodes) > mostLines || endsInEdit(g) || slices.ContainsFunc(s.Constants, func(c Constant) bool { return c.Grad }) {
 		return false
 	}
 	for _, v := range g.Invokes {

@@ -350,6 +350,9 @@ func (t *Task) payload(ctx context.Context) ([]byte, error) {
 // Model is the model that the task is for.
 func (t *Task) Model() string { return t.r.Model }
 
+// Attempts is how often a worker has begun the task, this time included.
+func (t *Task) Attempts() int { return t.r.Attempts }
+
 // Limits are those that the task brings along.
 func (t *Task) Limits() Limits { return t.r.Limits }
 

@@ -227,10 +227,11 @@ type limited struct {
 	limits remote.Limits
 }
 
-// company says with which jobs it may share forward passes; nil is none.
+// company says with which jobs it may share forward passes; nil is none. One whose worker has ended may be why, and is not to
+// end others' as well.
 func (j *job) company() any {
 	of := j.request.Company()
-	if of == nil {
+	if of == nil || j.Attempts() > 1 {
 		return nil
 	}
 	return limited{of, j.limits}
