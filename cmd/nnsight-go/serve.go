@@ -65,6 +65,7 @@ type running struct {
 	drain    time.Duration
 	replicas int
 	keep     time.Duration
+	storage  int64
 }
 
 func (r *running) flags(c *cobra.Command) {
@@ -82,6 +83,7 @@ func (r *running) flags(c *cobra.Command) {
 	f.DurationVar(&r.drain, "drain", 30*time.Second, "how long jobs under way may go on when the process is to end")
 	f.IntVar(&r.replicas, "replicas", 1, "copies of everything, in a cluster of NATS servers")
 	f.DurationVar(&r.keep, "keep", 24*time.Hour, "how long jobs and results are kept")
+	f.Int64Var(&r.storage, "max-storage", 0, "bytes on disk of requests, of uploads and of results, each; 0 for as much as there is")
 }
 
 // open opens the models, and closes those that it has opened where one fails.
@@ -108,7 +110,7 @@ func (r *running) open() (models map[string]*engine.Model, closeAll func(), err 
 }
 
 func (r *running) store(ctx context.Context, nc *nats.Conn) (*jobs.Store, error) {
-	return jobs.Open(ctx, nc, jobs.Options{Keep: r.keep, Replicas: r.replicas})
+	return jobs.Open(ctx, nc, jobs.Options{Keep: r.keep, Replicas: r.replicas, Storage: r.storage})
 }
 
 // work runs jobs until front, which does what is done beside, ends.
@@ -216,7 +218,7 @@ func serveCommand() *cobra.Command {
 	f.StringVar(&cert, "tls-cert", "", "certificate, for HTTPS")
 	f.StringVar(&certKey, "tls-key", "", "its key")
 	f.Int64Var(&body, "max-body", 256<<20, "bytes of a request, decompressed")
-	f.Float64Var(&rate, "rate", 50, "jobs a second of one key; without keys there is no limit")
+	f.Float64Var(&rate, "rate", 50, "jobs, and uploaded tensors, a second of one key; without keys there is no limit")
 	c.MarkFlagsRequiredTogether("tls-cert", "tls-key")
 	c.MarkFlagsMutuallyExclusive("nats", "nats-listen")
 	return c

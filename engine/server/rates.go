@@ -7,7 +7,7 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// rates hold each owner to a number of jobs a second, with room for a burst of twice as many.
+// rates hold each owner to a number of jobs and uploads a second, with room for a burst of twice as many.
 type rates struct {
 	mu      sync.Mutex
 	general float64
@@ -18,7 +18,7 @@ func newRates(general float64) *rates {
 	return &rates{general: general, known: map[string]*rate.Limiter{}}
 }
 
-// take notes a job, and gives how long its owner has to wait first: then it was not noted. Where there are no keys
+// take notes a job or an upload, and gives how long its owner has to wait first: then it was not noted. Where there are no keys
 // nobody is to be kept from anybody, and nobody waits.
 func (r *rates) take(a *asked) time.Duration {
 	if a.key == nil {

@@ -34,7 +34,7 @@ type Options struct {
 	// Unlocked lets everybody in for as long as no key was ever made: the first one closes the door.
 	Unlocked bool
 	Body     int64   // bytes of a request, once decompressed; 0 is 256 MiB
-	Rate     float64 // jobs a second of one key; 0 is 50
+	Rate     float64 // jobs, and uploaded tensors, a second of one key; 0 is 50
 	Log      *slog.Logger
 	Audit    io.Writer // is told who asked for what, a line of JSON a request; nil: nobody is
 }
@@ -228,6 +228,8 @@ func statusOf(err error) int {
 		return http.StatusNotFound
 	case errors.Is(err, jobs.ErrNoModel):
 		return http.StatusNotFound
+	case errors.Is(err, jobs.ErrNoRoom):
+		return http.StatusInsufficientStorage
 	case errors.Is(err, jobs.ErrFull):
 		return http.StatusTooManyRequests
 	case fault.As(err).Code == fault.Internal:
@@ -323,10 +325,18 @@ func seconds(r *http.Request) (time.Duration, error) {
 	return min(time.Duration(n*float64(time.Second)), maxWait), nil
 }
 
-func (s *Server) submit(a *asked) error {
+// unhurried is the error of a key that sends more than the server takes from one.
+func (s *Server) unhurried(a *asked) error {
 	if wait := s.rates.take(a); wait > 0 {
 		a.w.Header().Set("Retry-After", strconv.Itoa(int(wait/time.Second)+1))
-		return refusal{http.StatusTooManyRequests, fault.New(fault.Remote, "this key sends jobs faster than the server takes them")}
+		return refusal{http.StatusTooManyRequests, fault.New(fault.Remote, "this key sends jobs and tensors faster than the server takes them")}
+	}
+	return nil
+}
+
+func (s *Server) submit(a *asked) error {
+	if err := s.unhurried(a); err != nil {
+		return err
 	}
 	wait, err := seconds(a.r)
 	if err != nil {
@@ -512,6 +522,9 @@ func (s *Server) model(a *asked) error {
 }
 
 func (s *Server) upload(a *asked) error {
+	if err := s.unhurried(a); err != nil {
+		return err
+	}
 	data, err := s.body(a)
 	if err != nil {
 		return err

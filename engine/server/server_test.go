@@ -342,10 +342,33 @@ func TestRates(t *testing.T) {
 	s.refused(429, "faster than", "POST", "/v1/jobs", r, asAda)
 	_, _, head := s.ask("POST", "/v1/jobs", r, asAda)
 	require.NotEmpty(t, head.Get("Retry-After"))
+	s.refused(429, "and tensors faster than", "PUT", "/v1/tensors/"+strings.Repeat("0", 64), nil, asAda)
 	for range 20 {
 		status, _, _ := s.ask("POST", "/v1/jobs", r, asBob)
 		require.Equal(t, 202, status)
 	}
+}
+
+func TestWhatThereIsNoRoomForIsRefused(t *testing.T) {
+	m, err := engine.Open(enginetest.Directory(t, enginetest.GPT2, 1), engine.Options{Prepack: -1, Load: true})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, m.Close()) })
+	h, store, worker := servertest.Start(t, map[string]*engine.Model{name: m}, jobs.Options{Storage: 64 << 10}, server.Options{}, work.Options{})
+	at := httptest.NewServer(h)
+	t.Cleanup(at.Close)
+	s := &site{t, at.URL, m, store, worker}
+	large, err := aten.Zeros("float32", "cpu", 40<<10)
+	require.NoError(t, err)
+	defer large.Free()
+	var w remote.Writer
+	require.NoError(t, w.Tensor("tensor", large))
+	file, err := w.File()
+	require.NoError(t, err)
+	blob, err := remote.ReadUpload(file)
+	require.NoError(t, err)
+	s.refused(507, "no room for more", "PUT", "/v1/tensors/"+blob.Hash(), file)
+	status, _, _ := s.ask("POST", "/v1/jobs?wait=30", request(t, name, saved(1, 2)))
+	require.Equal(t, 200, status, "what is small goes on")
 }
 
 func TestUploads(t *testing.T) {

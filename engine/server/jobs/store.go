@@ -141,8 +141,15 @@ func (o record) subject() string {
 	return "work." + token(o.Model) + "." + o.Class + "." + o.Owner + "." + o.ID
 }
 
+// ErrNoRoom is the error of what there is no room for on disk: [Options.Storage].
+var ErrNoRoom = fault.New(fault.Remote, "the server has no room for more: its requests, uploads and results are kept for a while").
+	WithHint("Send it again later, send less, or ask who runs the server for more room.")
+
 // unreachable is the error of a queue that cannot be asked.
 func unreachable(err error) error {
+	if strings.Contains(err.Error(), "maximum bytes exceeded") { // in the words of JetStream, which has no code for it
+		return ErrNoRoom
+	}
 	return fault.New(fault.Remote, "the queue of the server does not answer: %v", err).WithCause(err).
 		WithHint("Try again in a moment.")
 }
