@@ -73,12 +73,15 @@ func redacted(urls string) string {
 const settling, settlingPause = time.Minute, 250 * time.Millisecond
 
 // settled does something again that fails because the queue does not answer now, which passes.
-func settled(ctx context.Context, f func() error) error {
-	late := time.Now().Add(settling)
+func (s *Store) settled(ctx context.Context, f func() error) error {
+	began := time.Now()
 	for {
 		err := f()
-		if err == nil || !passing(err) || ctx.Err() != nil || time.Now().After(late) {
+		if err == nil || !passing(err) || ctx.Err() != nil || time.Since(began) > settling {
 			return err
+		}
+		if time.Since(began) > settling/4 {
+			s.reconnect()
 		}
 		select {
 		case <-time.After(settlingPause):
@@ -88,9 +91,18 @@ func settled(ctx context.Context, f func() error) error {
 	}
 }
 
+// reconnect makes the connection anew, once in a while: now and then a cluster does not pass on what one connection asks,
+// or what it is answered, for as long as that lasts.
+func (s *Store) reconnect() {
+	now, last := time.Now().UnixNano(), s.reconnected.Load()
+	if now-last > int64(settling/4) && s.reconnected.CompareAndSwap(last, now) {
+		_ = s.nc.ForceReconnect() // it goes on as it was where that cannot be
+	}
+}
+
 // asked is settled of what gives something.
-func asked[T any](ctx context.Context, f func() (T, error)) (out T, err error) {
-	err = settled(ctx, func() (err error) {
+func asked[T any](ctx context.Context, s *Store, f func() (T, error)) (out T, err error) {
+	err = s.settled(ctx, func() (err error) {
 		out, err = f()
 		return err
 	})

@@ -21,7 +21,7 @@ func streamOf(model string) string { return "WORK-" + token(model) }
 
 // AddModel makes the queue of a model, if there is none yet, and keeps its description for clients.
 func (s *Store) AddModel(ctx context.Context, name string, description []byte) error {
-	return settled(ctx, func() error { return s.addModel(ctx, name, description) })
+	return s.settled(ctx, func() error { return s.addModel(ctx, name, description) })
 }
 
 func (s *Store) addModel(ctx context.Context, name string, description []byte) error {
@@ -127,7 +127,7 @@ func (s *Store) Queue(ctx context.Context, model string, window int) (*Queue, er
 	q := &Queue{store: s, model: model, window: window, ready: make(chan struct{}, 1), tasks: map[string]*line{}}
 	q.room = sync.NewCond(&q.mu)
 	for _, p := range Priorities {
-		consumer, err := asked(ctx, func() (jetstream.Consumer, error) { return s.js.Consumer(ctx, streamOf(model), string(p)) })
+		consumer, err := asked(ctx, s, func() (jetstream.Consumer, error) { return s.js.Consumer(ctx, streamOf(model), string(p)) })
 		if err != nil {
 			q.Close()
 			return nil, unreachable(err)
@@ -370,7 +370,7 @@ func (t *Task) Cancelled() (cancelled <-chan struct{}, stop func()) {
 // Complete stores the result, and ends the task. One that was cancelled, or that another worker has
 // ended meanwhile, stays as it is.
 func (t *Task) Complete(ctx context.Context, result []byte) {
-	if err := settled(ctx, func() error { return t.store.storeResult(ctx, &t.r, result) }); err != nil {
+	if err := t.store.settled(ctx, func() error { return t.store.storeResult(ctx, &t.r, result) }); err != nil {
 		t.Fail(ctx, err)
 		return
 	}
@@ -384,7 +384,7 @@ func (t *Task) Fail(ctx context.Context, err error) { t.end(ctx, Failed, fault.A
 func (t *Task) end(ctx context.Context, state State, failed *fault.Error) {
 	now := time.Now()
 	t.r.State, t.r.Error, t.r.Ended = state, failed, &now
-	if err := settled(ctx, func() error { return t.store.change(ctx, &t.r) }); err != nil && err != errRaced {
+	if err := t.store.settled(ctx, func() error { return t.store.change(ctx, &t.r) }); err != nil && err != errRaced {
 		t.Release() // another tries again
 		return
 	}

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -42,6 +43,8 @@ type Store struct {
 	queues   sync.Map         // name -> jetstream.Stream, as far as they were used
 	rooms    rooms
 	fresh    fresh
+
+	reconnected atomic.Int64 // when, in nanoseconds
 }
 
 // Open finds the store of a NATS server or cluster, or makes it there.
@@ -66,7 +69,7 @@ func Open(ctx context.Context, nc *nats.Conn, o Options) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{options: o, nc: nc, js: js, rooms: rooms{left: map[string]int{}}}
-	return s, settled(ctx, func() error { return s.make(ctx) })
+	return s, s.settled(ctx, func() error { return s.make(ctx) })
 }
 
 // make makes what is not there yet.
@@ -166,7 +169,7 @@ func (s *Store) get(ctx context.Context, owner, id string) (r record, err error)
 }
 
 func (s *Store) read(ctx context.Context, key string) (r record, err error) {
-	entry, err := asked(ctx, func() (jetstream.KeyValueEntry, error) { return s.jobs.Get(ctx, key) })
+	entry, err := asked(ctx, s, func() (jetstream.KeyValueEntry, error) { return s.jobs.Get(ctx, key) })
 	if errors.Is(err, jetstream.ErrKeyNotFound) {
 		return r, ErrNone
 	} else if err != nil {
@@ -394,7 +397,7 @@ func (s *Store) Result(ctx context.Context, owner, id string) ([]byte, error) {
 	if data := s.fresh.take(key); data != nil {
 		return data, nil
 	}
-	message, err := asked(ctx, func() (*jetstream.RawStreamMsg, error) {
+	message, err := asked(ctx, s, func() (*jetstream.RawStreamMsg, error) {
 		return s.answers.GetLastMsgForSubject(ctx, "answer."+key)
 	})
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
@@ -405,7 +408,7 @@ func (s *Store) Result(ctx context.Context, owner, id string) ([]byte, error) {
 	if message.Header.Get("Object") == "" {
 		return message.Data, nil
 	}
-	data, err := asked(ctx, func() ([]byte, error) { return s.results.GetBytes(ctx, key) })
+	data, err := asked(ctx, s, func() ([]byte, error) { return s.results.GetBytes(ctx, key) })
 	if err != nil {
 		return nil, unreachable(err)
 	}

@@ -57,7 +57,7 @@ func (s *Store) Submit(ctx context.Context, in *Submission) (*Job, error) {
 	if err != nil {
 		return nil, err
 	}
-	r.revision, err = asked(ctx, func() (uint64, error) { return s.jobs.Create(ctx, r.key(), data) })
+	r.revision, err = asked(ctx, s, func() (uint64, error) { return s.jobs.Create(ctx, r.key(), data) })
 	if errors.Is(err, jetstream.ErrKeyExists) {
 		return s.again(ctx, in, r.ID)
 	} else if err != nil {
@@ -101,7 +101,7 @@ func (s *Store) room(ctx context.Context, r *record) error {
 	}
 	subjects := jetstream.WithSubjectFilter("work." + token(r.Model) + ".*." + r.Owner + ".*")
 	for range 4 {
-		info, err := asked(ctx, func() (*jetstream.StreamInfo, error) { return stream.Info(ctx, subjects) })
+		info, err := asked(ctx, s, func() (*jetstream.StreamInfo, error) { return stream.Info(ctx, subjects) })
 		if err != nil {
 			return unreachable(err)
 		}
@@ -159,7 +159,7 @@ func (s *Store) enqueue(ctx context.Context, r *record, request []byte) error {
 			return unreachable(err)
 		}
 	}
-	_, err := asked(ctx, func() (*jetstream.PubAck, error) {
+	_, err := asked(ctx, s, func() (*jetstream.PubAck, error) {
 		return s.js.PublishMsg(ctx, m, jetstream.WithMsgID(fmt.Sprintf("%s.%d", r.ID, r.revision)))
 	})
 	if err != nil {
