@@ -414,6 +414,14 @@ const char* nnga_dtype_name(int64_t scalar_type) {
   return nullptr;
 }
 
+char* nnga_device_name(int64_t device_type) {
+  try {
+    return copy_text(c10::DeviceTypeName(static_cast<c10::DeviceType>(device_type), /*lower_case=*/true).c_str());
+  } catch (...) {
+    return nullptr;
+  }
+}
+
 int nnga_cap_memory(int64_t more, char** err) {
   return guarded(err, [&] { nng::CountedMemory::instance().cap(more); });
 }

@@ -136,6 +136,9 @@ int nnga_backward(const nnga_tensors* given, int32_t flags, void** grads, char**
 int64_t nnga_dtype(const char* name);
 const char* nnga_dtype_name(int64_t scalar_type);
 
+/* c10::DeviceType number -> "cpu" [a malloc'd text, freed with nnga_free]; null: no memory. */
+char* nnga_device_name(int64_t device_type);
+
 /* Counts the memory of the process's CPU tensors from the first call on, and allows so many bytes more than
  * there are (negative: any number). What would take more fails. */
 int nnga_cap_memory(int64_t more, char** err);

@@ -30,6 +30,7 @@ import "C"
 import (
 	"fmt"
 	"runtime/cgo"
+	"sync"
 	"unsafe"
 
 	"github.com/nnsight-go/nnsight-go/engine/fault"
@@ -141,16 +142,20 @@ func (t Tensor) DType() string { f := t.facts(); return dtypeNames[int64(f[0])] 
 // Device is torch's name of the device: "cpu", "cuda:0".
 func (t Tensor) Device() string {
 	f := t.facts()
-	switch f[1] {
-	case 0:
-		return "cpu"
-	case 1:
-		return fmt.Sprintf("cuda:%d", f[2])
-	case 14:
-		return "meta"
+	name, known := deviceNames.Load(f[1])
+	if !known {
+		c := C.nnga_device_name(f[1])
+		name = C.GoString(c)
+		C.nnga_free(unsafe.Pointer(c))
+		deviceNames.Store(f[1], name)
 	}
-	return fmt.Sprintf("device type %d", f[1])
+	if name == "cpu" || name == "meta" {
+		return name.(string)
+	}
+	return fmt.Sprintf("%s:%d", name, f[2])
 }
+
+var deviceNames sync.Map // by c10::DeviceType
 
 // RequiresGrad reports whether autograd follows the tensor.
 func (t Tensor) RequiresGrad() bool { f := t.facts(); return f[5] != 0 }

@@ -468,7 +468,7 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _device(given: Any) -> torch.device:
-    cuda = bool(_ffi.version().get("cuda")) and torch.cuda.is_available()
+    """The device that ``device_map`` names: the CPU, or one of torch's accelerator (CUDA, XPU, ...)."""
     if isinstance(given, Mapping):
         places = set(given.values())
         if len(places) != 1:
@@ -480,22 +480,23 @@ def _device(given: Any) -> torch.device:
         given = places.pop()
     if given is None:
         return torch.device("cpu")
+    fast = torch.accelerator.current_accelerator(check_available=True)
     if given == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        given = fast or "cpu"
     try:
-        device = torch.device("cuda", given) if isinstance(given, int) else torch.device(given)
+        device = torch.device(fast or "cuda", given) if isinstance(given, int) else torch.device(given)
     except RuntimeError:
         raise InputError(
             f"{given!r} is no device",
             hint='Give "auto", "cpu" or "cuda:0".',
             **positions.fields(here()),
         ) from None
-    if device.type == "cuda" and device.index is None and cuda:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device.type != "cpu" and not (device.type == "cuda" and cuda):
+    if device.type != "cpu" and not (fast and device.type == fast.type and (device.index or 0) < torch.accelerator.device_count()):
         raise ModelLoadError(
             f"the model cannot be put on {device}: there is no such device here",
             hint='device_map="auto" takes the GPU where there is one, and the CPU else.',
             **positions.fields(here()),
         )
+    if device.type != "cpu" and device.index is None:
+        device = torch.device(device.type, torch.accelerator.current_device_index())
     return device
