@@ -237,7 +237,8 @@ class EditRecorder(Recorder):
         with torch.no_grad():
             constants = [c.sent.detach().clone() if c.sent is c.original else c.sent for c in self.captures]
         resizes = not all(self._keeps_sizes(w) for writes in self._writes.values() for w in writes)
-        self.edit = Edit(stored.Recording([([[0]], None)], self.nodes, constants), resizes)
+        apart = stored.apart(constants, self.native.device)
+        self.edit = Edit(stored.Recording([([[0]], None)], self.nodes, constants, apart=apart), resizes)
         self.close("an edit keeps no values")
 
 

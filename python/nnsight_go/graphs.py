@@ -110,7 +110,8 @@ class Graph:
             self._check_inputs(invokes)
         elif self.facts.sizes is not None:
             self.lacks_inputs()
-        recording = stored.Recording(invokes, self.recording.nodes, self.recording.constants)
+        constants = self.recording.constants_on(model.device)
+        recording = stored.Recording(invokes, self.recording.nodes, constants)
         run = model._native.begin(recording.wire(), recording.constants, end=True)
         try:
             values = run.results(None)

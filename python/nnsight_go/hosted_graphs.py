@@ -36,7 +36,7 @@ class Replayer(HostedRecorder):
         super().__init__(hosted)
         recording = graph.recording
         self.nodes = list(recording.nodes)
-        for tensor in recording.constants:
+        for tensor in recording.constants_on(hosted.device):
             self.brought(tensor)
         self.given = list(given)
         for number, (rows, masks, *edit) in enumerate(recording.invokes):

@@ -234,7 +234,7 @@ class Recorder:
         """Puts an edit before the invoke that comes next."""
         number, nodes, constants = len(self.invokes), len(self.nodes), len(self.captures)
         self.invokes.append(Invoke(None, edit=True))
-        for tensor in edit.recording.constants:
+        for tensor in edit.recording.constants_on(self.native.device):
             self.brought(tensor)
         for node in edit.recording.nodes:
             self.nodes.append(wire.renumbered(node, number, nodes, constants))

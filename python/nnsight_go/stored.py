@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -29,12 +30,18 @@ class Recording:
         nodes: as the recorder keeps them: third comes the place of the line.
         constants: what const nodes number.
         versions: how often each of them had been changed in place, -1 for copies; empty where all are.
+        apart: the constants that are not to be where the model is.
     """
 
     invokes: list[tuple[Any, ...]]
     nodes: list[Node]
     constants: list[torch.Tensor]
     versions: tuple[int, ...] = ()
+    apart: frozenset[int] = frozenset()
+
+    def constants_on(self, device: torch.device) -> list[torch.Tensor]:
+        """The constants for a model that is on a device: those that lay with the model they were recorded on are there."""
+        return [t if i in self.apart else t.to(device) for i, t in enumerate(self.constants)]
 
     def check(self) -> None:
         """Raises where a constant is not what it was when the recording was made."""
@@ -63,12 +70,18 @@ class Recording:
 
         tensors = {str(i): t.detach().cpu().contiguous().clone() for i, t in enumerate(self.constants)}
         graph = base64.b64encode(self.wire()).decode()
+        facts.apart = sorted(self.apart)
         save_file(
             tensors, os.fspath(path), {"nnsight_go": kind, "graph": graph, "facts": msgspec.json.encode(facts).decode()}
         )
 
 
 Plain = dict[str, bool | int | float | str | None]
+
+
+def apart(constants: Iterable[torch.Tensor], device: torch.device) -> frozenset[int]:
+    """Those constants that are not where the model is."""
+    return frozenset(i for i, t in enumerate(constants) if t.device != device)
 
 
 class Facts(msgspec.Struct, omit_defaults=True):
@@ -82,6 +95,7 @@ class Facts(msgspec.Struct, omit_defaults=True):
         skips: by name: calls of a wrapped model's modules that do not run, and what is no tensor of what they give.
         left: the same of each forward pass, of a graph.
         sizes: of the tensors of each input, where the inputs are a wrapped model's; they are not in the file.
+        apart: the constants that are not to be where the model is.
     """
 
     kept: list[int] = []
@@ -91,6 +105,7 @@ class Facts(msgspec.Struct, omit_defaults=True):
     skips: dict[str, Plain] = {}
     left: list[dict[str, Plain]] = []
     sizes: list[list[list[int]]] | None = None
+    apart: list[int] = []
 
 
 def load(path: str | os.PathLike[str], kind: str) -> tuple[Recording, Facts]:
@@ -130,4 +145,4 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[Recording, Facts]:
             raise ValueError("it keeps what is not saved")
     except (LookupError, ValueError, msgspec.MsgspecError) as e:
         raise GraphError(f"{name} cannot be read: {e}", **positions.fields(here())) from None
-    return Recording([tuple(v) for v in invokes], placed, constants), facts
+    return Recording([tuple(v) for v in invokes], placed, constants, apart=frozenset(facts.apart)), facts

@@ -18,7 +18,7 @@ from .positions import here
 from .recorder import OF_SESSION, Recorder, current
 from .steps import Chosen, Steps
 from .stopping import Stop
-from .stored import Recording
+from .stored import Recording, apart
 
 if TYPE_CHECKING:
     from .envoy import Envoy
@@ -156,11 +156,13 @@ class Tracer:
                 hint="Look at the graph of the same trace outside of a session, or of one that runs here.",
                 **positions.fields(here()),
             )
+        constants = [c.sent for c in rec.captures]
         recording = Recording(
             [v.wire() for v in rec.invokes],
             list(rec.nodes),
-            [c.sent for c in rec.captures],
+            constants,
             tuple(c.version if c.sent is c.original else -1 for c in rec.captures),
+            apart(constants, rec.native.device),
         )
         return Graph(recording, rec.facts())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import pathlib
 import sys
@@ -37,9 +38,14 @@ def begin() -> ctypes.CDLL:
     lib.sim_begin()
     torch.utils.rename_privateuse1_backend(NAME)
     module = types.ModuleType(f"torch.{NAME}")
-    module.is_available = lambda: True  # type: ignore[attr-defined]
-    module.current_device = lambda: 0  # type: ignore[attr-defined]
-    module.device_count = lambda: 1  # type: ignore[attr-defined]
-    module._is_in_bad_fork = lambda: False  # type: ignore[attr-defined]
+    vars(module).update(
+        is_available=lambda: True,
+        current_device=lambda: 0,
+        device_count=lambda: 1,
+        device=lambda _: contextlib.nullcontext(),
+        get_rng_state=lambda _=None: torch.get_rng_state(),
+        set_rng_state=lambda state, _=None: torch.set_rng_state(state),
+        _is_in_bad_fork=lambda: False,
+    )
     torch._register_device_module(NAME, module)
     return lib
