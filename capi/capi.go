@@ -80,7 +80,8 @@ func nngo_model_open(dir, options *C.char, out *C.nng_model, err *C.nng_buf) C.i
 			Load   bool   `json:"load"`
 			Bare   bool   `json:"bare"`
 
-			Prepack int64 `json:"prepack"`
+			Prepack  int64 `json:"prepack"`
+			Captures int   `json:"captures"`
 		}
 		if options != nil {
 			if e := json.Unmarshal([]byte(C.GoString(options)), &o); e != nil {
@@ -88,7 +89,7 @@ func nngo_model_open(dir, options *C.char, out *C.nng_model, err *C.nng_buf) C.i
 			}
 		}
 		m, e := engine.Open(C.GoString(dir), engine.Options{
-			DType: o.DType, Device: o.Device, Load: o.Load, Bare: o.Bare, Prepack: o.Prepack})
+			DType: o.DType, Device: o.Device, Load: o.Load, Bare: o.Bare, Prepack: o.Prepack, Captures: o.Captures})
 		if e != nil {
 			return e
 		}

@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "capture.h"
 #include "gradient.h"
 #include "indexing.h"
 #include "linear.h"
@@ -412,6 +413,47 @@ const char* nnga_dtype_name(int64_t scalar_type) {
     if (static_cast<int64_t>(d.type) == scalar_type) return d.name;
   }
   return nullptr;
+}
+
+int32_t nnga_can_capture(const char* device) {
+  try {
+    return at::has_graph_impl(at::Device(device).type());
+  } catch (...) {
+    return 0;
+  }
+}
+
+int nnga_capture_begin(const char* device, void** capture, char** err) {
+  return guarded(err, [&] { *capture = new nng::Capture(at::Device(device)); });
+}
+
+int nnga_capture_end(void* capture, char** err) {
+  return guarded(err, [&] { static_cast<nng::Capture*>(capture)->end(); });
+}
+
+int nnga_capture_replay(void* capture, int32_t* done, char** err) {
+  return guarded(err, [&] {
+    auto* c = static_cast<nng::Capture*>(capture);
+    *done = c->here();
+    if (*done) c->replay();
+  });
+}
+
+void nnga_capture_free(void* capture) {
+  try {
+    delete static_cast<nng::Capture*>(capture);
+  } catch (...) {  // a device that is gone
+  }
+}
+
+int32_t nnga_unmoved(void* const* tensors, const uintptr_t* places, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    const Tensor& t = as_tensor(tensors[i]);
+    if (!t.has_storage() || reinterpret_cast<uintptr_t>(t.unsafeGetTensorImpl()->data()) != places[i] || t.requires_grad()) {
+      return 0;
+    }
+  }
+  return 1;
 }
 
 char* nnga_device_name(int64_t device_type) {

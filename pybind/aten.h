@@ -132,6 +132,22 @@ enum {
  * the pass does not come to the tensor. */
 int nnga_backward(const nnga_tensors* given, int32_t flags, void** grads, char** err);
 
+/* Whether torch can capture what a device does, and do it again: a CUDA graph. */
+int32_t nnga_can_capture(const char* device);
+
+/* Begins to capture what this thread gives the device [new handle]: nothing is computed until the replay. What needs a
+ * value meanwhile, or copies from the CPU, fails. nnga_capture_end ends it, and must be called on the same thread whatever
+ * has happened; where it fails there is nothing to replay. */
+int nnga_capture_begin(const char* device, void** capture, char** err);
+int nnga_capture_end(void* capture, char** err);
+
+/* Does it again, with the same memory; *done is 0, and nothing was done, where this thread has another stream. */
+int nnga_capture_replay(void* capture, int32_t* done, char** err);
+void nnga_capture_free(void* capture);
+
+/* Whether the tensors [borrowed] are where they were (their data pointers), and none is followed by autograd. */
+int32_t nnga_unmoved(void* const* tensors, const uintptr_t* places, int64_t n);
+
 /* "float32" <-> c10::ScalarType number; -1 and null where there is none. */
 int64_t nnga_dtype(const char* name);
 const char* nnga_dtype_name(int64_t scalar_type);

@@ -76,6 +76,24 @@ func CloneContiguous(t Tensor) (Tensor, error) {
 	return v.T, err
 }
 
+// CloneStorage copies all of the memory that t is a part of, as one row of its dtype.
+func CloneStorage(t Tensor) (Tensor, error) {
+	f := t.facts()
+	whole, err := run("aten::as_strided.default", TensorValue(t), IntsValue(int64(f[11]/f[3])), IntsValue(1), IntValue(0))
+	if err != nil {
+		return whole, err
+	}
+	defer whole.Free()
+	return Clone(whole)
+}
+
+// ViewLike is the view of a storage, given as one row, that t is of its own.
+func ViewLike(row, t Tensor) (Tensor, error) {
+	f := t.facts()
+	sizes, strides := t.geometry()
+	return run("aten::as_strided.default", TensorValue(row), IntsValue(sizes...), IntsValue(strides...), IntValue(int64(f[4])))
+}
+
 // CopyInto writes from into t, which it must broadcast to.
 func CopyInto(t, from Tensor) error {
 	out, err := run("aten::copy_.default", TensorValue(t), TensorValue(from))

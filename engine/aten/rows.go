@@ -55,29 +55,37 @@ func Cat(ts []Tensor) (Tensor, error) {
 
 // Take gives the rows of these numbers: a view where they follow each other, else a copy.
 func Take(t Tensor, rows []int64) (Tensor, error) {
-	if inOrder(rows) {
+	if InOrder(rows) {
 		if n := int64(len(rows)); n == t.Shape()[0] {
 			return t.Share()
 		}
 		return Narrow(t, 0, rows[0], int64(len(rows)))
 	}
-	index, err := FillInt64s(func(to []int64) { copy(to, rows) }, int64(len(rows)))
+	index, err := Index(rows, t.Device())
 	if err != nil {
 		return Tensor{}, err
 	}
-	defer func() { index.Free() }()
-	if device := t.Device(); device != "cpu" {
-		there, err := To(index, device, "int64")
-		if err != nil {
-			return Tensor{}, err
-		}
-		index.Free()
-		index = there
-	}
+	defer index.Free()
+	return Select(t, index)
+}
+
+// Select copies the rows whose numbers index holds.
+func Select(t, index Tensor) (Tensor, error) {
 	return run("aten::index_select.default", TensorValue(t), IntValue(0), TensorValue(index))
 }
 
-func inOrder(rows []int64) bool {
+// Index makes an int64 tensor of numbers on a device.
+func Index(numbers []int64, device string) (Tensor, error) {
+	index, err := FillInt64s(func(to []int64) { copy(to, numbers) }, int64(len(numbers)))
+	if err != nil || device == "cpu" {
+		return index, err
+	}
+	defer index.Free()
+	return To(index, device, "int64")
+}
+
+// InOrder reports whether numbers follow each other.
+func InOrder(rows []int64) bool {
 	for i := range rows {
 		if rows[i] != rows[0]+int64(i) {
 			return false

@@ -95,6 +95,22 @@ func (m *Machine[V]) drop(slot plan.Slot, dead []V) []V {
 	return dead
 }
 
+// Skip takes the run to its end, where the values of the slots that are saved are known otherwise; they are the
+// machine's from now on. Saved slots that are borrowed need none. What it held else is appended to dead, for the caller
+// to release.
+func (m *Machine[V]) Skip(results map[plan.Slot]V, dead []V) []V {
+	for slot := range m.slots {
+		if !m.schedule.Borrowed[slot] {
+			dead = m.drop(plan.Slot(slot), dead)
+		}
+	}
+	for slot, v := range results {
+		m.Bind(slot, v)
+	}
+	m.pc = len(m.schedule.Instrs)
+	return dead
+}
+
 // Result is one saved value: a tree whose references are slots to be looked up with Value.
 type Result struct {
 	Node  graph.ID

@@ -34,6 +34,9 @@ type Options struct {
 	// Prepack is how many bytes of packed weights are kept to multiply with: 0 for DefaultPrepack,
 	// negative for none.
 	Prepack int64
+
+	// Captures is for how many schedules a device that can do a pass again keeps it (a CUDA graph): 0 for none.
+	Captures int
 }
 
 // Native is a model whose forward pass the engine computes itself. It is safe for concurrent use.
@@ -53,6 +56,7 @@ type Native struct {
 	protected atomic.Bool   // runs that begin leave the weights as they are
 	mostWork  atomic.Uint64 // that a line of them may need: see LimitWork
 	plans     plans
+	captures  captures
 	plain     sync.Map // plainSize to *Cost
 	typing    sync.Once
 	types     map[string]string // dtypes of the parameters, once somebody has asked
@@ -82,6 +86,7 @@ func Open(dir string, o Options) (*Native, error) {
 		return nil, inDir(err, dir)
 	}
 	m := &Native{dir: dir, config: config, arch: a, graphs: graphs, dtype: o.DType, device: o.Device, prepack: o.Prepack}
+	m.captures.most = o.Captures
 	if m.prepack == 0 {
 		m.prepack = DefaultPrepack
 	}
@@ -255,6 +260,7 @@ func (m *Native) unused() map[string]aten.Tensor {
 	if !m.closed || m.runs > 0 {
 		return nil
 	}
+	drop(m.captures.all())
 	params := m.params
 	m.params = nil
 	if m.shelf != nil {
@@ -468,9 +474,18 @@ func (m *Native) checkInputs(g *graph.Graph, from int) error {
 	return nil
 }
 
-// input builds one of a forward pass's inputs. Their memory is torch's from the start: what cannot
-// be had is then an error, where Go would end the process.
+// input builds one of a forward pass's inputs.
 func (m *Native) input(f *plan.Forward, name string) (aten.Tensor, error) {
+	t, err := m.hostInput(f, name)
+	if err != nil {
+		return t, err
+	}
+	return m.place(t, t.DType())
+}
+
+// hostInput builds it on the CPU. Its memory is torch's from the start: what cannot be had is then an error, where Go
+// would end the process.
+func (m *Native) hostInput(f *plan.Forward, name string) (aten.Tensor, error) {
 	batch, seq := f.Batch(), f.Seq
 	var t aten.Tensor
 	var err error
@@ -525,10 +540,7 @@ func (m *Native) input(f *plan.Forward, name string) (aten.Tensor, error) {
 	default:
 		return t, fault.New(fault.Internal, "the model asks for an input %q", name)
 	}
-	if err != nil {
-		return t, err
-	}
-	return m.place(t, t.DType())
+	return t, err
 }
 
 // pad is how many tokens of padding stand before a row.

@@ -26,7 +26,7 @@ func (r *Run) pack(in *plan.Instr) (value, error) {
 		return value{}, err
 	}
 	defer flat.Free()
-	out, err := aten.Take(flat, in.Tokens)
+	out, err := r.rows(flat, in)
 	if err != nil || !in.Fresh {
 		return value{tensor: out}, err
 	}
@@ -67,7 +67,7 @@ func (r *Run) take(in *plan.Instr) (value, error) {
 		parts[i] = t
 	}
 	if len(parts) == 1 {
-		out, err := aten.Take(parts[0], in.Tokens)
+		out, err := r.rows(parts[0], in)
 		return value{tensor: out}, err
 	}
 	all, err := aten.Cat(parts)
@@ -75,8 +75,30 @@ func (r *Run) take(in *plan.Instr) (value, error) {
 		return value{}, err
 	}
 	defer all.Free()
-	out, err := aten.Take(all, in.Tokens)
+	out, err := r.rows(all, in)
 	return value{tensor: out}, err
+}
+
+// rows takes the rows that an instruction names out of a packed tensor.
+func (r *Run) rows(t aten.Tensor, in *plan.Instr) (aten.Tensor, error) {
+	if index, ok := r.helpers[in]; ok {
+		return aten.Select(t, index)
+	}
+	return aten.Take(t, in.Tokens)
+}
+
+// helper is what an instruction brings from the CPU to the model's device, the same each time; no tensor where it brings
+// nothing.
+func (r *Run) helper(in *plan.Instr) (aten.Tensor, error) {
+	switch in.Op {
+	case plan.OpMask:
+		return r.visible(in)
+	case plan.OpPack, plan.OpTake:
+		if !aten.InOrder(in.Tokens) {
+			return aten.Index(in.Tokens, r.model.device)
+		}
+	}
+	return aten.Tensor{}, nil
 }
 
 // unpack gives tokens as a batch.
@@ -94,6 +116,15 @@ func (r *Run) unpack(in *plan.Instr) (value, error) {
 
 // mask says which keys each query looks at.
 func (r *Run) mask(in *plan.Instr) (value, error) {
+	if known, ok := r.helpers[in]; ok {
+		out, err := known.Share()
+		return value{tensor: out}, err
+	}
+	out, err := r.visible(in)
+	return value{tensor: out}, err
+}
+
+func (r *Run) visible(in *plan.Instr) (aten.Tensor, error) {
 	rows, keys := in.Window.Rows, in.Window.Toks
 	queries := int64(len(in.Tokens)) / rows
 	t, err := aten.FillBools(func(mask []bool) {
@@ -104,8 +135,7 @@ func (r *Run) mask(in *plan.Instr) (value, error) {
 		}
 	}, rows, 1, queries, keys)
 	if err != nil {
-		return value{}, err
+		return aten.Tensor{}, err
 	}
-	out, err := r.model.place(t, "bool")
-	return value{tensor: out}, err
+	return r.model.place(t, "bool")
 }

@@ -36,6 +36,7 @@ type planned struct {
 	schedule *plan.Schedule
 	rows     [][][2]int // of each forward pass: the invoke and the number of each row
 	priced   atomic.Pointer[priced]
+	capture  capture
 }
 
 // priced is what a schedule takes with constants of these sizes.

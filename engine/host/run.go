@@ -32,17 +32,19 @@ type Run struct {
 	apart    map[int]bool // invokes that have a forward pass of their own
 	from     int          // nodes before it were there at the last Extend
 	end      bool         // its program is complete
+	begun    bool         // its first instruction has been looked at
 	unpacked bool         // tokens are not packed
 	freed    bool
 	taken    bool // its results have been handed over
 
-	spent     float64               // multiplications so far
-	judge     Judge                 // decides whether it may begin
-	known     *planned              // what is known of its schedule from before
-	priced    *priced               // what it takes, where that was asked for
-	weights   map[plan.Slot]*packed // those that may be packed
-	protects  bool                  // the weights stay as they are
-	weightOf  map[uintptr]string    // then: which weight a storage is of
+	spent     float64                     // multiplications so far
+	judge     Judge                       // decides whether it may begin
+	known     *planned                    // what is known of its schedule from before
+	priced    *priced                     // what it takes, where that was asked for
+	weights   map[plan.Slot]*packed       // those that may be packed
+	protects  bool                        // the weights stay as they are
+	weightOf  map[uintptr]string          // then: which weight a storage is of
+	helpers   map[*plan.Instr]aten.Tensor // while it is captured: what instructions bring from the CPU
 	gradients gradients
 	visit     visit       // of a hosted model
 	random    aten.Tensor // the state of the generator that dropout draws from, before the run
@@ -328,6 +330,13 @@ func (r *Run) Step(budget time.Duration) (done bool, err error) {
 		}
 	}()
 	deadline := time.Now().Add(budget)
+	if !r.begun {
+		r.begun = true
+		if done, err := r.again(&state); done || err != nil {
+			ok = err == nil
+			return done, err
+		}
+	}
 	for in := r.machine.Next(); in != nil; in = r.machine.Next() {
 		if in.Op == plan.OpFetch && !r.visit.fed {
 			r.visit.wanted = in

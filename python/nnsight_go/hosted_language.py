@@ -70,6 +70,7 @@ class HostedLanguageModel(NNsight, LanguageModel):
         torch_dtype: torch.dtype | str | None = None,
         native: bool | None = None,
         prepack: bool | int = True,
+        cuda_graphs: bool | int = False,
         **options: Any,
     ) -> None:
         if isinstance(name, torch.nn.Module) and not hasattr(name, "config"):

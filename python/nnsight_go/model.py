@@ -29,6 +29,8 @@ from .tokenizer import Tokenizer
 from .tracing import Tracer
 
 # Where a family's config has names of its own for what the others call so.
+_GRAPHS = 8  # that cuda_graphs=True keeps
+
 _SYNONYMS = {
     "gpt2": {
         "hidden_size": "n_embd",
@@ -86,6 +88,8 @@ class LanguageModel(Envoy, Editable):
             engine cannot. By default the engine does what it can, and transformers the rest.
         prepack: weights that are used again and again on the CPU get a copy in a layout that multiplies faster:
             True for up to 2 GiB of copies, a number for so many bytes, False for none.
+        cuda_graphs: on a GPU, traces that are written alike are done by the CUDA graph of an earlier one: True for up to
+            8 graphs, a number for so many. See ``docs/devices.md``.
         remote: where the model's traces run unless they say otherwise, as ``trace`` takes it. With a server, no
             weights are looked for or downloaded here, and the model runs nowhere else; where its config is not to be
             had either, the server tells what it is, and prompts are token ids.
@@ -137,6 +141,7 @@ class LanguageModel(Envoy, Editable):
         torch_dtype: torch.dtype | str | None = None,
         native: bool | None = None,
         prepack: bool | int = True,
+        cuda_graphs: bool | int = False,
         remote: bool | str | None = None,
         **options: Any,
     ) -> None:
@@ -153,7 +158,7 @@ class LanguageModel(Envoy, Editable):
         directory = self._locate(name, revision, token, cache_dir, local_files_only)
         given = dtype if dtype is not None else torch_dtype
         of = _dtype(remotely.dtype(directory) if bare and given in (None, "auto") else given)
-        engine = Native(directory, of, _device(device_map), dispatch, prepack, bare)
+        engine = Native(directory, of, _device(device_map), dispatch, prepack, bare, _GRAPHS if cuda_graphs is True else int(cuda_graphs))
         super().__init__(engine, "", engine.description["modules"][0])
         self._directory = directory
         self._name_or_path = os.fspath(name)

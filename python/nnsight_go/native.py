@@ -34,6 +34,7 @@ class Native:
         device: where the model computes.
         load: map the weights now, rather than before the first run.
         prepack: packed copies of weights: whether to make them, or how many bytes of them.
+        captures: for how many shapes of traces a GPU keeps the pass, to do it again.
         bare: there need be no weights: the model is computed elsewhere.
 
     Raises:
@@ -52,9 +53,11 @@ class Native:
         load: bool = False,
         prepack: bool | int = True,
         bare: bool = False,
+        captures: int = 0,
     ) -> None:
         room = 0 if prepack is True else prepack or -1  # to the engine 0 is its default
         options: dict[str, Any] = {"device": str(device), "load": load, "prepack": room, "bare": bare}
+        options["captures"] = captures
         if dtype is not None:
             options["dtype"] = str(dtype).removeprefix("torch.")
         handle = ctypes.c_uint64()
