@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,9 @@ from on_a_server import (  # noqa: F401
     runs_on,
 )
 from references import Pair, gpt2, llama, pair, tokenizer
+
+# What needs a device other than the CPU has processes of its own: test_device.py.
+collect_ignore = [] if "simdevice.plugin" in sys.modules else ["simdevice"]
 
 
 @pytest.fixture(scope="session", autouse=True)

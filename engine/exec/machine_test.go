@@ -480,3 +480,34 @@ func TestMachineEnds(t *testing.T) {
 	_, err = machine.Value(0)
 	require.Error(t, err)
 }
+
+// A run whose results are known has nothing else to give back.
+func TestSkip(t *testing.T) {
+	s := &plan.Schedule{
+		Slots:    4,
+		Borrowed: []bool{false, true, false, false},
+		Instrs:   []plan.Instr{{Out: 2, Frees: []plan.Slot{0}}, {Out: 3}},
+		Saved:    []plan.Saved{{Node: 7, Value: graph.Ref(3)}, {Node: 8, Value: graph.Ref(1)}},
+	}
+	for performed := range 3 {
+		m := exec.New[string](s)
+		m.Bind(0, "input")
+		m.Bind(1, "weight")
+		var dead []string
+		for i := range performed {
+			dead = m.Feed(fmt.Sprint("made ", i), dead)
+		}
+		dead = m.Skip(map[plan.Slot]string{3: "known"}, dead)
+		want := map[int][]string{0: {"input"}, 1: {"input", "made 0"}, 2: {"input", "made 0", "made 1"}}[performed]
+		require.Equal(t, want, dead)
+		require.True(t, m.Done())
+		require.Nil(t, m.Next())
+		require.Len(t, m.Results(), 2)
+		for slot, value := range map[plan.Slot]string{3: "known", 1: "weight"} {
+			got, err := m.Value(slot)
+			require.NoError(t, err)
+			require.Equal(t, value, got)
+		}
+		require.Equal(t, []string{"known"}, m.Abort(nil))
+	}
+}

@@ -18,9 +18,9 @@ import (
 // their inputs to where that one had its own, have the device do it again, and copy the results. Whatever cannot be
 // captured runs as it always did: nothing has been computed when that shows.
 
-// captureAfter is how many runs of a schedule go before the one that is captured: what torch makes when an operation
-// is first asked for is there then.
-const captureAfter = 2
+// captureAfter is how many runs of a schedule go before the one that is captured, after the one that planned it: what
+// torch makes when an operation is first asked for is there then.
+const captureAfter = 1
 
 // capture is what there is of a schedule.
 type capture struct {
@@ -143,6 +143,7 @@ func (r *Run) again(state *modeGuard) (done bool, err error) {
 		return false, nil
 	}
 	var surplus []*capture
+	fresh := false // what it captures has not been computed
 	defer func() { drop(surplus) }()
 	defer one.mu.Unlock()
 	one.runs++
@@ -157,6 +158,7 @@ func (r *Run) again(state *modeGuard) (done bool, err error) {
 			one.never = true
 			return false, nil
 		}
+		fresh = true
 	case !one.made.places.Unmoved(): // somebody gave the model other weights: what was captured looks at the old ones
 		r.model.captures.forget(one)
 		one.made.free()
@@ -166,7 +168,11 @@ func (r *Run) again(state *modeGuard) (done bool, err error) {
 		return false, nil
 	}
 	surplus = r.model.captures.use(one)
-	return r.replay(one.made, state)
+	done, err = r.replay(one.made, state)
+	if fresh && !done && err == nil {
+		err = errCapture
+	}
+	return done, err
 }
 
 // forget takes one out that its caller has locked.

@@ -88,8 +88,8 @@ class LanguageModel(Envoy, Editable):
             engine cannot. By default the engine does what it can, and transformers the rest.
         prepack: weights that are used again and again on the CPU get a copy in a layout that multiplies faster:
             True for up to 2 GiB of copies, a number for so many bytes, False for none.
-        cuda_graphs: on a GPU, traces that are written alike are done by the CUDA graph of an earlier one: True for up to
-            8 graphs, a number for so many. See ``docs/devices.md``.
+        cuda_graphs: on a GPU, traces that are written alike are done by the CUDA graph of an earlier one: True for
+            up to 8 graphs, a number for so many. See ``docs/devices.md``.
         remote: where the model's traces run unless they say otherwise, as ``trace`` takes it. With a server, no
             weights are looked for or downloaded here, and the model runs nowhere else; where its config is not to be
             had either, the server tells what it is, and prompts are token ids.
@@ -158,7 +158,15 @@ class LanguageModel(Envoy, Editable):
         directory = self._locate(name, revision, token, cache_dir, local_files_only)
         given = dtype if dtype is not None else torch_dtype
         of = _dtype(remotely.dtype(directory) if bare and given in (None, "auto") else given)
-        engine = Native(directory, of, _device(device_map), dispatch, prepack, bare, _GRAPHS if cuda_graphs is True else int(cuda_graphs))
+        engine = Native(
+            directory,
+            of,
+            _device(device_map),
+            dispatch,
+            prepack,
+            bare,
+            _GRAPHS if cuda_graphs is True else int(cuda_graphs),
+        )
         super().__init__(engine, "", engine.description["modules"][0])
         self._directory = directory
         self._name_or_path = os.fspath(name)
@@ -489,14 +497,16 @@ def _device(given: Any) -> torch.device:
     if given == "auto":
         given = fast or "cpu"
     try:
-        device = torch.device(fast or "cuda", given) if isinstance(given, int) else torch.device(given)
+        device = torch.device(fast.type if fast else "cuda", given) if isinstance(given, int) else torch.device(given)
     except RuntimeError:
         raise InputError(
             f"{given!r} is no device",
             hint='Give "auto", "cpu" or "cuda:0".',
             **positions.fields(here()),
         ) from None
-    if device.type != "cpu" and not (fast and device.type == fast.type and (device.index or 0) < torch.accelerator.device_count()):
+    if device.type != "cpu" and not (
+        fast and device.type == fast.type and (device.index or 0) < torch.accelerator.device_count()
+    ):
         raise ModelLoadError(
             f"the model cannot be put on {device}: there is no such device here",
             hint='device_map="auto" takes the GPU where there is one, and the CPU else.',

@@ -40,7 +40,7 @@ class Recording:
     apart: frozenset[int] = frozenset()
 
     def constants_on(self, device: torch.device) -> list[torch.Tensor]:
-        """The constants for a model that is on a device: those that lay with the model they were recorded on are there."""
+        """The constants for a model on a device: those that lay with the model they were recorded on are there."""
         return [t if i in self.apart else t.to(device) for i, t in enumerate(self.constants)]
 
     def check(self) -> None:

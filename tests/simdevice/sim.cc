@@ -14,6 +14,7 @@
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/view_native.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
@@ -179,6 +180,7 @@ void Capture::capture_begin(at::MempoolId_t, at::GraphCaptureMode) {
 void Capture::capture_end() {
   TORCH_CHECK(capturing == this, "sim: no graph is being captured");
   capturing = nullptr;
+  c10::InferenceMode any;  // tensors that were made in it may be written to, and others too
   for (size_t i = before.size(); i-- > 0;) before[i].first.copy_(before[i].second);
   before.clear();
   for (auto& k : kernels) {
@@ -198,6 +200,7 @@ void Capture::capture_end() {
 void Capture::replay() {
   TORCH_CHECK(ready && !capturing, "sim: no graph was captured");
   replayed++;
+  c10::InferenceMode any;
   for (auto& k : kernels) {
     Stack stack = k.args;
     k.op.callBoxed(&stack);
@@ -259,6 +262,11 @@ void compute(const c10::OperatorHandle& op, Stack* stack) {
     } else if (v.isOptionalTensorList()) {
       c10::List<std::optional<at::Tensor>> list;
       for (const auto& t : v.toOptionalTensorVector()) {
+        if (t && t->defined() && !is_sim(*t)) {  // an index, which torch brings to the device
+          forbidden("an index on the CPU");
+          list.push_back(*t);
+          continue;
+        }
         list.push_back(t ? std::optional<at::Tensor>(moved(*t, writes)) : std::nullopt);
       }
       v = list;
