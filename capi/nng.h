@@ -75,7 +75,8 @@ int nng_counters(nng_buf* out, nng_buf* err);
  * options is JSON: {"dtype": "float32" | "float16" | "bfloat16" | null (as stored),
  * "device": "cpu" | "cuda:0", "load": bool (map the weights now), "bare": bool (there need be no weights: the
  * model is described, and never runs), "prepack": int (bytes of packed weights that
- * are kept to multiply with; 0: 2 GiB; negative: none), "captures": int (schedules whose pass a GPU keeps, to do it again)}. */
+ * are kept to multiply with; 0: 2 GiB; negative: none), "captures": int (for how many
+ * schedules a GPU keeps their pass, to do it again)}. */
 int nng_model_open(const char* dir, const char* options, nng_model* out, nng_buf* err);
 
 /* Maps the weights, if they are not yet. */

@@ -449,7 +449,8 @@ void nnga_capture_free(void* capture) {
 int32_t nnga_unmoved(void* const* tensors, const uintptr_t* places, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
     const Tensor& t = as_tensor(tensors[i]);
-    if (!t.has_storage() || reinterpret_cast<uintptr_t>(t.unsafeGetTensorImpl()->data()) != places[i] || t.requires_grad()) {
+    if (!t.has_storage() || reinterpret_cast<uintptr_t>(t.unsafeGetTensorImpl()->data()) != places[i] ||
+        t.requires_grad()) {
       return 0;
     }
   }

@@ -136,8 +136,8 @@ int nnga_backward(const nnga_tensors* given, int32_t flags, void** grads, char**
 int32_t nnga_can_capture(const char* device);
 
 /* Begins to capture what this thread gives the device [new handle]: nothing is computed until the replay. What needs a
- * value meanwhile, or copies from the CPU, fails. nnga_capture_end ends it, and must be called on the same thread whatever
- * has happened; where it fails there is nothing to replay. */
+ * value meanwhile, or copies from the CPU, fails. nnga_capture_end ends it, and must be called on the same thread
+ * whatever has happened; where it fails there is nothing to replay. */
 int nnga_capture_begin(const char* device, void** capture, char** err);
 int nnga_capture_end(void* capture, char** err);
 

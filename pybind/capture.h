@@ -17,7 +17,10 @@ namespace nng {
 class Capture {
  public:
   explicit Capture(const at::Device& device)
-      : device_(device), streams_(device.type()), outer_(streams_.getStream(device)), graph_(at::create_graph_impl(device.type())) {
+      : device_(device),
+        streams_(device.type()),
+        outer_(streams_.getStream(device)),
+        graph_(at::create_graph_impl(device.type())) {
     if (!graph_) throw std::invalid_argument("torch captures no graphs on " + device.str());
     c10::DeviceGuard on(device_);
     streams_.synchronizeDevice(device_.index());  // what is under way on other streams is not waited for in a graph

@@ -42,7 +42,7 @@ struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t n) override {
     void* p = n ? std::malloc(n) : nullptr;
     if (p) {
-      std::memset(p, 0x7f, n); // what nobody wrote is rubbish
+      std::memset(p, 0x7f, n);  // what nobody wrote is rubbish
       alive++;
     }
     return {p, p, &give_back, device};
@@ -79,7 +79,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return was;
   }
   DeviceIndex deviceCount() const noexcept override { return 1; }
-  void record(void** event, const c10::Stream&, const DeviceIndex, const c10::EventFlag) const override { *event = nullptr; }
+  void record(void** event, const c10::Stream&, const DeviceIndex, const c10::EventFlag) const override {
+    *event = nullptr;
+  }
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
   void destroyEvent(void*, const DeviceIndex) const noexcept override {}
@@ -116,7 +118,11 @@ at::Tensor here(const at::Tensor& t) {
   auto options = at::TensorOptions().dtype(t.dtype()).device(at::kCPU);
   if (t.storage().nbytes() == 0) return at::empty_strided(t.sizes(), t.strides(), options);
   auto keep = t.storage();
-  auto out = at::for_blob(t.data_ptr(), t.sizes()).strides(t.strides()).deleter([keep](void*) {}).options(options).make_tensor();
+  auto out = at::for_blob(t.data_ptr(), t.sizes())
+                 .strides(t.strides())
+                 .deleter([keep](void*) {})
+                 .options(options)
+                 .make_tensor();
   if (t.unsafeGetTensorImpl()->is_wrapped_number()) out.unsafeGetTensorImpl()->set_wrapped_number(true);
   return out;
 }
@@ -125,10 +131,17 @@ at::Tensor here(const at::Tensor& t) {
 at::Tensor there(const at::Tensor& t) {
   auto* keep = new at::Tensor(t);
   alive++;
-  c10::DataPtr data(t.data_ptr(), keep, [](void* p) { alive--; delete static_cast<at::Tensor*>(p); }, device);
+  c10::DataPtr data(
+      t.data_ptr(), keep,
+      [](void* p) {
+        alive--;
+        delete static_cast<at::Tensor*>(p);
+      },
+      device);
   auto bytes = t.storage().nbytes() - t.storage_offset() * t.element_size();
   auto storage = c10::Storage(c10::Storage::use_byte_size_t{}, bytes, std::move(data), &memory, true);
-  auto out = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), t.dtype());
+  auto out = at::detail::make_tensor<c10::TensorImpl>(std::move(storage),
+                                                      c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), t.dtype());
   out.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides());
   return out;
 }
@@ -233,8 +246,9 @@ void compute(const c10::OperatorHandle& op, Stack* stack) {
   auto moved = [&](const at::Tensor& t, bool writes) -> at::Tensor {
     if (!t.defined()) return t;
     if (!is_sim(t)) {
-      TORCH_CHECK(t.dim() == 0 && t.device().is_cpu() && !writes, "Expected all tensors to be on the same device, but got a tensor of ",
-                  t.sizes(), " on ", t.device(), " and others on ", device, " (", schema.name(), ")");
+      TORCH_CHECK(t.dim() == 0 && t.device().is_cpu() && !writes,
+                  "Expected all tensors to be on the same device, but got a tensor of ", t.sizes(), " on ", t.device(),
+                  " and others on ", device, " (", schema.name(), ")");
       if (capturing && !t.unsafeGetTensorImpl()->is_wrapped_number()) return t.clone();  // by value, as CUDA does
       return t;
     }
@@ -338,14 +352,14 @@ c10::Scalar local_scalar(const at::Tensor& t) {
   return here(t).item();
 }
 
-at::Tensor empty(at::IntArrayRef sizes, std::optional<at::ScalarType> dtype, std::optional<at::Layout>, std::optional<Device>,
-                 std::optional<bool>, std::optional<at::MemoryFormat> format) {
+at::Tensor empty(at::IntArrayRef sizes, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+                 std::optional<Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
   return at::detail::empty_generic(sizes, &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
                                    at::dtype_or_default(dtype), format);
 }
 
-at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                         std::optional<Device>, std::optional<bool>) {
+at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, std::optional<at::ScalarType> dtype,
+                         std::optional<at::Layout>, std::optional<Device>, std::optional<bool>) {
   return at::detail::empty_strided_generic(sizes, strides, &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
                                            at::dtype_or_default(dtype));
 }
@@ -369,11 +383,11 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_local_scalar_dense", &local_scalar);
 }
 
-} // namespace
+}  // namespace
 
 namespace at {
 C10_REGISTER_CLASS(GraphImplRegistry, SIM, Capture);
-} // namespace at
+}  // namespace at
 
 extern "C" {
 // Before anything else: says that the device is there.
@@ -384,5 +398,5 @@ void sim_begin() {
 int64_t sim_launched() { return launched; }
 int64_t sim_captured() { return captured; }
 int64_t sim_replayed() { return replayed; }
-int64_t sim_alive() { return alive; } // blocks of memory
+int64_t sim_alive() { return alive; }  // blocks of memory
 }
