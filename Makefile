@@ -11,7 +11,7 @@ NICE := nice -n 5
 GO := eval "$$(tools/build/env.sh)" && $(NICE) go
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GO_DIRS := $(filter-out build dist,$(sort $(foreach f,$(wildcard */*.go */*/*.go */*/*/*.go */*/*/*/*.go),$(firstword $(subst /, ,$(f))))))
-C_FILES := $(wildcard pybind/*.cc pybind/*.h capi/*.c capi/*.h engine/*/*.h)
+C_FILES := $(wildcard pybind/*.cc pybind/*.h capi/*.c capi/*.h engine/*/*.h tests/simdevice/*.cc)
 PYTEST_ARGS ?=
 
 .PHONY: help doctor venv build test test-go test-py demo bench wheel lint fmt docs clean distclean

@@ -64,7 +64,7 @@ func nngo_counters(out, err *C.nng_buf) C.int {
 		for _, t := range tables {
 			handles += t.count()
 		}
-		return setJSON(out, map[string]any{"tensors": aten.Live(), "handles": handles})
+		return setJSON(out, map[string]any{"tensors": aten.Live(), "handles": handles, "captures": aten.Captures()})
 	})
 }
 

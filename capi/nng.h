@@ -65,8 +65,8 @@ void nng_free(nng_buf* buf);
  * "cuda": bool (torch sees a GPU)}. */
 int nng_version(nng_buf* out, nng_buf* err);
 
-/* Counters for tests, as JSON: {"tensors": n, "handles": n}: tensors the engine holds now
- * (parameters included) and open handles. */
+/* Counters for tests, as JSON: {"tensors": n, "handles": n, "captures": n}: tensors the engine holds now
+ * (parameters included), open handles, and passes that were captured on a GPU. */
 int nng_counters(nng_buf* out, nng_buf* err);
 
 /* ---- models ---- */

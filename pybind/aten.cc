@@ -417,9 +417,17 @@ const char* nnga_dtype_name(int64_t scalar_type) {
 
 int32_t nnga_can_capture(const char* device) {
   try {
-    return at::has_graph_impl(at::Device(device).type());
+    return nng::can_capture(at::Device(device).type());
   } catch (...) {
     return 0;
+  }
+}
+
+int64_t nnga_capture_settings(const char* device) {
+  try {
+    return nng::capture_settings(at::Device(device).type());
+  } catch (...) {
+    return -1;
   }
 }
 
@@ -431,12 +439,16 @@ int nnga_capture_end(void* capture, char** err) {
   return guarded(err, [&] { static_cast<nng::Capture*>(capture)->end(); });
 }
 
-int nnga_capture_replay(void* capture, int32_t* done, char** err) {
-  return guarded(err, [&] {
-    auto* c = static_cast<nng::Capture*>(capture);
-    *done = c->here();
-    if (*done) c->replay();
-  });
+int32_t nnga_capture_here(void* capture) {
+  try {
+    return static_cast<nng::Capture*>(capture)->here();
+  } catch (...) {
+    return 0;
+  }
+}
+
+int nnga_capture_replay(void* capture, char** err) {
+  return guarded(err, [&] { static_cast<nng::Capture*>(capture)->replay(); });
 }
 
 void nnga_capture_free(void* capture) {
@@ -446,13 +458,11 @@ void nnga_capture_free(void* capture) {
   }
 }
 
-int32_t nnga_unmoved(void* const* tensors, const uintptr_t* places, int64_t n) {
+int32_t nnga_is_plain(void* t) { return nng::is_elements(as_tensor(t)); }
+
+int32_t nnga_unmoved(void* const* tensors, void* const* others, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
-    const Tensor& t = as_tensor(tensors[i]);
-    if (!t.has_storage() || reinterpret_cast<uintptr_t>(t.unsafeGetTensorImpl()->data()) != places[i] ||
-        t.requires_grad()) {
-      return 0;
-    }
+    if (!nng::is_in_place_of(as_tensor(tensors[i]), as_tensor(others[i]))) return 0;
   }
   return 1;
 }

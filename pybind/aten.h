@@ -132,21 +132,30 @@ enum {
  * the pass does not come to the tensor. */
 int nnga_backward(const nnga_tensors* given, int32_t flags, void** grads, char** err);
 
-/* Whether torch can capture what a device does, and do it again: a CUDA graph. */
+/* Whether what a device does can be captured, and done again: a CUDA graph. */
 int32_t nnga_can_capture(const char* device);
+
+/* The settings of torch that a captured pass keeps to; -1 where nothing is to be captured or replayed now. */
+int64_t nnga_capture_settings(const char* device);
 
 /* Begins to capture what this thread gives the device [new handle]: nothing is computed until the replay. What needs a
  * value meanwhile, or copies from the CPU, fails. nnga_capture_end ends it, and must be called on the same thread
- * whatever has happened; where it fails there is nothing to replay. */
+ * whatever has happened; where it fails there is nothing to replay. One at a time. */
 int nnga_capture_begin(const char* device, void** capture, char** err);
 int nnga_capture_end(void* capture, char** err);
 
-/* Does it again, with the same memory; *done is 0, and nothing was done, where this thread has another stream. */
-int nnga_capture_replay(void* capture, int32_t* done, char** err);
+/* Whether this thread gives its work to the stream that the capture belongs to, and so may replay it. */
+int32_t nnga_capture_here(void* capture);
+
+/* Does it again, with the same memory. */
+int nnga_capture_replay(void* capture, char** err);
 void nnga_capture_free(void* capture);
 
-/* Whether the tensors [borrowed] are where they were (their data pointers), and none is followed by autograd. */
-int32_t nnga_unmoved(void* const* tensors, const uintptr_t* places, int64_t n);
+/* Whether a tensor [borrowed] is no more than elements in a storage. */
+int32_t nnga_is_plain(void* t);
+
+/* Whether tensors are where others were [borrowed], with the same meaning, and autograd follows none. */
+int32_t nnga_unmoved(void* const* tensors, void* const* others, int64_t n);
 
 /* "float32" <-> c10::ScalarType number; -1 and null where there is none. */
 int64_t nnga_dtype(const char* name);

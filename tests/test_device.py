@@ -6,6 +6,7 @@ of the language.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import subprocess
@@ -30,6 +31,24 @@ def test_on_a_device(paths: list[str]) -> None:
     done = subprocess.run(command, cwd=HERE, env={**os.environ, "PYTHONPATH": python}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_benchmark_on_a_device(tmp_path: pathlib.Path) -> None:
+    program = """
+import sys
+from tests.simdevice import NAME, begin
+from tests.bench.__main__ import main
+begin()
+main([*sys.argv[1:], "--device", NAME])
+"""
+    options = ["--small", "--no-install", "--rounds", "1", "--out", str(tmp_path), "--only", "forward"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, *options]
+    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads((tmp_path / "bench.json").read_text())["parts"]["forward"]
+    assert any("by a CUDA graph" in row["case"] for row in rows)
 
 
 @pytest.mark.parametrize("where", ["cuda:77", "xpu", 77])

@@ -3,7 +3,15 @@ package aten
 // #include "aten.h"
 import "C"
 
-import "unsafe"
+import (
+	"sync/atomic"
+	"unsafe"
+)
+
+var captures atomic.Int64
+
+// Captures is how many there are now.
+func Captures() int64 { return captures.Load() }
 
 // Capture is what a device was given once, to be done again: a CUDA graph. It must be freed once.
 type Capture struct{ p unsafe.Pointer }
@@ -25,6 +33,7 @@ func BeginCapture(device string) (*Capture, error) {
 	if C.nnga_capture_begin(c, &out.p, &msg) != 0 {
 		return nil, opError("", msg)
 	}
+	captures.Add(1)
 	return out, nil
 }
 
@@ -38,37 +47,48 @@ func (c *Capture) End() error {
 	return nil
 }
 
-// Replay has the device do what was captured, to the same memory. It reports false, and nothing was done, where
-// this thread gives its work to another stream than the one that the capture belongs to.
-func (c *Capture) Replay() (bool, error) {
-	var done C.int32_t
+// Here reports whether this thread gives its work to the stream that the capture belongs to, and so may replay it.
+func (c *Capture) Here() bool { return C.nnga_capture_here(c.p) != 0 }
+
+// Replay has the device do what was captured, to the same memory.
+func (c *Capture) Replay() error {
 	var msg *C.char
-	if C.nnga_capture_replay(c.p, &done, &msg) != 0 {
-		return false, opError("", msg)
+	if C.nnga_capture_replay(c.p, &msg) != 0 {
+		return opError("", msg)
 	}
-	return done != 0, nil
+	return nil
 }
 
 // Free gives up what was captured, and the memory it works on.
 func (c *Capture) Free() {
 	C.nnga_capture_free(c.p)
 	c.p = nil
+	captures.Add(-1)
 }
 
-// Places are tensors with the addresses of their elements.
-type Places struct {
-	tensors []unsafe.Pointer
-	places  []C.uintptr_t
+// CaptureSettings are the settings of torch on this thread that a captured pass keeps to. It reports false where
+// nothing is to be captured or replayed now: under autocast.
+func CaptureSettings(device string) (int64, bool) {
+	c := C.CString(device)
+	defer C.nnga_free(unsafe.Pointer(c))
+	settings := C.nnga_capture_settings(c)
+	return int64(settings), settings >= 0
 }
 
-// Add notes where a tensor is now. The tensor must outlive p.
-func (p *Places) Add(t Tensor) {
+// IsPlain reports whether a tensor is no more than elements in a storage: not sparse, conjugated lazily or quantized.
+func (t Tensor) IsPlain() bool { return C.nnga_is_plain(t.p) != 0 }
+
+// Places are tensors, and what tells whether they are where they were.
+type Places struct{ tensors, known []unsafe.Pointer }
+
+// Add notes where a tensor is now: where known, which shares its memory, is. p borrows both.
+func (p *Places) Add(t, known Tensor) {
 	p.tensors = append(p.tensors, t.p)
-	p.places = append(p.places, C.uintptr_t(uintptr(t.DataPointer())))
+	p.known = append(p.known, known.p)
 }
 
-// Unmoved reports whether all of them are where they were, and autograd follows none.
+// Unmoved reports whether all of them are where they were, of the same sizes and dtype, and autograd follows none.
 func (p *Places) Unmoved() bool {
 	n := len(p.tensors)
-	return n == 0 || C.nnga_unmoved(&p.tensors[0], &p.places[0], C.int64_t(n)) != 0
+	return n == 0 || C.nnga_unmoved(&p.tensors[0], &p.known[0], C.int64_t(n)) != 0
 }

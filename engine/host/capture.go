@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"unsafe"
 
 	"github.com/nnsight-go/nnsight-go/engine/aten"
 	"github.com/nnsight-go/nnsight-go/engine/exec"
@@ -22,11 +23,16 @@ import (
 // torch makes when an operation is first asked for is there then.
 const captureAfter = 1
 
+const captureTries = 3 // what fails so often cannot be captured; memory may just have been short
+
+// capturing is held while one is made: there is one stream for it.
+var capturing sync.Mutex
+
 // capture is what there is of a schedule.
 type capture struct {
 	mu     sync.Mutex // held while it is made, and from the inputs of a replay to its results
 	runs   int
-	never  bool // it cannot be captured
+	failed int // attempts
 	made   *captured
 	recent *list.Element // its place among those of the model
 }
@@ -37,10 +43,12 @@ type captured struct {
 	mode    graph.Mode // that all of it ran under
 	inputs  []fixed
 	consts  []fixed
-	text    string        // what the constants were like
-	weights []aten.Tensor // keep their memory
-	places  aten.Places   // of the weights
-	helpers []aten.Tensor // what it was given beside them
+	device  string           // with its number
+	text    string           // see likeness
+	weights []aten.Tensor    // keep their memory
+	places  aten.Places      // of the weights
+	lent    map[uintptr]bool // storages of weights
+	helpers []aten.Tensor    // what it was given beside them
 	results []result
 	copies  []copied
 }
@@ -143,36 +151,33 @@ func (r *Run) again(state *modeGuard) (done bool, err error) {
 		return false, nil
 	}
 	var surplus []*capture
-	fresh := false // what it captures has not been computed
 	defer func() { drop(surplus) }()
 	defer one.mu.Unlock()
-	one.runs++
-	switch {
-	case one.never || one.runs <= captureAfter:
+	if one.runs++; one.runs <= captureAfter || one.failed == captureTries {
 		return false, nil
-	case one.made == nil:
-		if one.made, err = r.capture(state); err != nil {
+	}
+	if made := one.made; made != nil && !made.places.Unmoved() { // somebody gave the model other weights
+		r.model.captures.forget(one)
+		made.free()
+		one.made, one.runs = nil, 0
+		return false, nil
+	}
+	text, may := r.likeness()
+	fresh := may && one.made == nil
+	if fresh {
+		if one.made, err = r.capture(text, state); err != nil {
 			return false, err
 		}
 		if one.made == nil {
-			one.never = true
+			one.runs, one.failed = 0, one.failed+1
 			return false, nil
 		}
-		fresh = true
-	case !one.made.places.Unmoved(): // somebody gave the model other weights: what was captured looks at the old ones
-		r.model.captures.forget(one)
-		one.made.free()
-		one.made, one.runs = nil, 0
-		return false, nil
-	case one.made.text != r.likeness():
-		return false, nil
+	}
+	if !may || one.made.text != text || !one.made.pass.Here() {
+		return false, nil // where it is fresh, it is alike and here
 	}
 	surplus = r.model.captures.use(one)
-	done, err = r.replay(one.made, state)
-	if fresh && !done && err == nil {
-		err = errCapture
-	}
-	return done, err
+	return true, r.replay(one.made, state)
 }
 
 // forget takes one out that its caller has locked.
@@ -185,44 +190,62 @@ func (c *captures) forget(one *capture) {
 	}
 }
 
-// likeness says what the run's constants are like, all that a captured pass depends on but their elements.
-func (r *Run) likeness() string {
+// likeness says what a captured pass of the run depends on, but for the elements of constants that are copied to it. It
+// reports false where nothing is to be captured or replayed.
+func (r *Run) likeness() (string, bool) {
+	settings, ok := aten.CaptureSettings(r.model.device)
 	var b strings.Builder
+	fmt.Fprint(&b, settings)
+	owned := r.model.storages()
 	for _, t := range r.consts {
-		fmt.Fprintln(&b, t.DType(), t.Device(), t.Shape(), t.Strides(), t.RequiresGrad())
+		fmt.Fprint(&b, " ", t.DType(), t.Device(), t.Shape(), t.Strides())
+		switch {
+		case !t.IsPlain() || t.RequiresGrad():
+			return "", false
+		case r.stays(t, owned):
+			fmt.Fprint(&b, t.DataPointer())
+		case t.Device() == "cpu" && t.Numel() == 1: // a number is read when it is captured
+			fmt.Fprintf(&b, "%x", unsafe.Slice((*byte)(t.DataPointer()), t.Bytes()))
+		}
 	}
-	return b.String()
+	return b.String(), ok
+}
+
+// stays reports whether a constant is a part of a weight: a pass looks at it where it is.
+func (r *Run) stays(t aten.Tensor, owned map[uintptr]string) bool {
+	_, ok := owned[t.StorageID()]
+	return ok
 }
 
 // replay does the run with the memory of a captured pass.
-func (r *Run) replay(c *captured, state *modeGuard) (done bool, err error) {
+func (r *Run) replay(c *captured, state *modeGuard) error {
 	state.set(0)
 	for _, f := range c.inputs {
 		t, err := r.model.hostInput(&r.schedule.Forwards[f.source.Forward], f.source.Name)
 		if err != nil {
-			return false, err
+			return err
 		}
 		err = aten.CopyInto(f.tensor, t)
 		t.Free()
 		if err != nil {
-			return false, err
+			return err
 		}
 	}
 	for _, f := range c.consts {
 		if err := aten.CopyInto(f.tensor, r.consts[f.source.Index]); err != nil {
-			return false, err
+			return err
 		}
 	}
-	if done, err = c.pass.Replay(); !done || err != nil {
-		return false, err
+	if err := c.pass.Replay(); err != nil {
+		return err
 	}
 	state.set(c.mode)
 	results, err := c.handed()
 	if err != nil {
-		return false, err
+		return err
 	}
 	release(r.machine.Skip(results, nil))
-	return true, nil
+	return nil
 }
 
 // handed gives the results of a pass in memory of their own. What shared memory shares it again.
@@ -241,8 +264,8 @@ func (c *captured) handed() (map[plan.Slot]value, error) {
 	for i := range c.copies {
 		one, err := &c.copies[i], error(nil)
 		switch {
-		case one.own:
-			tensors[i], err = one.tensor.Share()
+		case one.own: // a tensor of its own, whose sizes may be changed in place
+			tensors[i], err = aten.Detach(one.tensor)
 		case one.with == i && !one.shared:
 			tensors[i], err = aten.Clone(one.tensor)
 		default:
@@ -290,8 +313,8 @@ func (v value) with(other func(aten.Tensor) aten.Tensor) value {
 }
 
 // capture has the device note what the run gives it. It gives nothing where that cannot be; the run is then as it was.
-func (r *Run) capture(state *modeGuard) (*captured, error) {
-	c := &captured{text: r.likeness()}
+func (r *Run) capture(text string, state *modeGuard) (*captured, error) {
+	c := &captured{text: text, lent: map[uintptr]bool{}}
 	ok := false
 	defer func() {
 		if !ok {
@@ -347,6 +370,17 @@ var errCapture = fault.New(fault.Internal, "this schedule cannot be captured")
 
 // fix gives the run's sources, and what its instructions bring from the CPU, places that stay.
 func (r *Run) fix(c *captured) error {
+	owned := r.model.storages()
+	for i := range r.schedule.Sources {
+		if src := &r.schedule.Sources[i]; src.Kind != graph.KindConst { // the model's
+			held, err := r.machine.Value(src.Slot)
+			if err != nil {
+				return err
+			}
+			c.device = held.tensor.Device()
+			break
+		}
+	}
 	for i := range r.schedule.Sources {
 		src := &r.schedule.Sources[i]
 		held, err := r.machine.Value(src.Slot)
@@ -363,27 +397,26 @@ func (r *Run) fix(c *captured) error {
 				return err
 			}
 			c.weights = append(c.weights, t)
-			c.places.Add(held.tensor)
+			c.places.Add(held.tensor, t)
+			c.lent[t.StorageID()] = true
 		case graph.KindConst:
-			if held.tensor.RequiresGrad() {
+			switch device := held.tensor.Device(); {
+			case device == "cpu" && len(held.tensor.Shape()) == 0:
+				continue
+			case device != c.device:
 				return errCapture
+			case r.stays(held.tensor, owned):
+				c.lent[held.tensor.StorageID()] = true
+				continue
 			}
-			var t aten.Tensor
-			switch {
-			case held.tensor.Device() == r.model.device:
-				t, err = aten.Clone(held.tensor)
-			case len(held.tensor.Shape()) == 0: // a number: it is the same there
-				t, err = aten.To(held.tensor, r.model.device, held.tensor.DType())
-			default:
-				err = errCapture
-			}
+			t, err := aten.Clone(held.tensor)
 			if err != nil {
 				return err
 			}
 			c.consts = append(c.consts, fixed{src, t})
 			r.machine.Bind(src.Slot, value{tensor: t})
 		default:
-			t, err := held.tensor.Share()
+			t, err := aten.Detach(held.tensor) // lines may change sizes in place
 			if err != nil {
 				return err
 			}
@@ -411,7 +444,9 @@ func (r *Run) note(c *captured, state *modeGuard) error {
 	for _, f := range c.consts {
 		written[f.tensor.StorageID()] = "const"
 	}
-	pass, err := aten.BeginCapture(r.model.device)
+	capturing.Lock()
+	defer capturing.Unlock()
+	pass, err := aten.BeginCapture(c.device)
 	if err != nil {
 		return err
 	}
@@ -474,10 +509,7 @@ func (r *Run) keeps(in *plan.Instr, written map[uintptr]string) error {
 
 // keepResults takes the results of the pass over.
 func (r *Run) keepResults(c *captured) error {
-	weights, consts, first := map[uintptr]bool{}, map[uintptr]bool{}, map[uintptr]int{}
-	for _, t := range c.weights {
-		weights[t.StorageID()] = true
-	}
+	consts, first := map[uintptr]bool{}, map[uintptr]int{}
 	for _, f := range c.consts {
 		consts[f.tensor.StorageID()] = true
 	}
@@ -503,7 +535,7 @@ func (r *Run) keepResults(c *captured) error {
 		c.results = append(c.results, result{slot, kept})
 		kept.with(func(t aten.Tensor) aten.Tensor {
 			id, i := t.StorageID(), len(c.copies)
-			one := copied{tensor: t, with: i, own: weights[id]}
+			one := copied{tensor: t, with: i, own: c.lent[id]}
 			if before, ok := first[id]; ok {
 				one.with = before
 				c.copies[before].shared = true
@@ -513,7 +545,7 @@ func (r *Run) keepResults(c *captured) error {
 			} else {
 				first[id] = i
 			}
-			if consts[id] || t.Device() != r.model.device || t.RequiresGrad() {
+			if consts[id] || t.Device() != c.device || t.RequiresGrad() || !t.IsPlain() {
 				failed = errCapture
 			}
 			c.copies = append(c.copies, one)

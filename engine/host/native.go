@@ -248,19 +248,19 @@ func plainMode() (back func()) {
 func (m *Native) Close() error {
 	m.mu.Lock()
 	m.closed = true
-	unused := m.unused()
+	unused, passes := m.unused()
 	m.mu.Unlock()
 	free(unused)
+	drop(passes)
 	return nil
 }
 
-// unused takes the parameters out of a closed model that no run uses any more, for the caller to
-// free without the lock: freeing a tensor that Python knows waits for Python.
-func (m *Native) unused() map[string]aten.Tensor {
+// unused takes the parameters, and the passes that were captured, out of a closed model that no run uses any more, for
+// the caller to free without the lock: freeing a tensor that Python knows waits for Python.
+func (m *Native) unused() (map[string]aten.Tensor, []*capture) {
 	if !m.closed || m.runs > 0 {
-		return nil
+		return nil, nil
 	}
-	drop(m.captures.all())
 	params := m.params
 	m.params = nil
 	if m.shelf != nil {
@@ -270,7 +270,7 @@ func (m *Native) unused() map[string]aten.Tensor {
 		m.checkpoint.Close()
 		m.checkpoint = nil
 	}
-	return params
+	return params, m.captures.all()
 }
 
 func free(params map[string]aten.Tensor) {
@@ -427,9 +427,10 @@ func (m *Native) enter() error {
 func (m *Native) done() {
 	m.mu.Lock()
 	m.runs--
-	unused := m.unused()
+	unused, passes := m.unused()
 	m.mu.Unlock()
 	free(unused)
+	drop(passes)
 }
 
 // checkSizes refuses batches that padding makes out of all proportion to the tokens given: rows

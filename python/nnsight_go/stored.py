@@ -38,10 +38,17 @@ class Recording:
     constants: list[torch.Tensor]
     versions: tuple[int, ...] = ()
     apart: frozenset[int] = frozenset()
+    _there: dict[torch.device, list[torch.Tensor]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def constants_on(self, device: torch.device) -> list[torch.Tensor]:
         """The constants for a model on a device: those that lay with the model they were recorded on are there."""
-        return [t if i in self.apart else t.to(device) for i, t in enumerate(self.constants)]
+        if all(i in self.apart or t.device == device for i, t in enumerate(self.constants)):
+            return self.constants
+        if device not in self._there:
+            self._there[device] = [t if i in self.apart else t.to(device) for i, t in enumerate(self.constants)]
+        return self._there[device]
 
     def check(self) -> None:
         """Raises where a constant is not what it was when the recording was made."""

@@ -97,6 +97,8 @@ def at(
     ids, bare, ours = subject.ids(tokens), subject.bare, subject.ours
     layer = min(LAYER, len(blocks(bare)) - 1)
     last = {"kept": lambda: bare_last(bare, ids), "last": lambda: traced_last(ours, ids)}
+    if subject.device != "cpu":
+        last["captured"] = lambda: traced_last(subject.captured, ids)
     logits = {"bare": lambda: bare_logits(bare, ids), "all": lambda: traced_logits(ours, ids)}
     state = {"hooks": lambda: hooked_state(bare, ids, layer), "state": lambda: traced_state(ours, ids, layer)}
     if libraries:
@@ -118,6 +120,12 @@ def at(
         Row(f"{where}: save all logits", timed["all"], "transformers", timed["bare"], target(ALL)),
         Row(saved, timed["state"], "transformers", timed["bare"], target(STATE), "no stop()"),
     ]
+    if "captured" in timed:
+        case = f"{where}: save the last logits, by a CUDA graph"
+        rows += [
+            Row(case, timed["captured"], "transformers", timed["bare"]),
+            Row(case, timed["captured"], "without", timed["last"]),
+        ]
     if libraries:
         rows.append(Row(saved, timed["state"], "hooks", timed["hooks"]))
         rows.append(against(saved, timed["state"], NNSIGHT, timed.get("nnsight")))

@@ -73,6 +73,12 @@ class Subject:
         return model
 
     @cached_property
+    def captured(self) -> LanguageModel:
+        """The same once more, whose traces in a loop a GPU does by CUDA graphs."""
+        options = {"dtype": self.dtype, "device_map": self.device, "tokenizer": False}
+        return LanguageModel(self.directory, dispatch=True, cuda_graphs=True, **options)
+
+    @cached_property
     def nnsight(self) -> Any:
         """nnsight's model with `generate`, or None where nnsight is missing."""
         library = NNSIGHT.available()

@@ -45,6 +45,7 @@ def begin() -> ctypes.CDLL:
         device=lambda _: contextlib.nullcontext(),
         get_rng_state=lambda _=None: torch.get_rng_state(),
         set_rng_state=lambda state, _=None: torch.set_rng_state(state),
+        get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
         _is_in_bad_fork=lambda: False,
     )
     torch._register_device_module(NAME, module)

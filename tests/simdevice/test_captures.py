@@ -113,6 +113,16 @@ def zeroed(model: LanguageModel, i: int) -> list[torch.Tensor]:
     return [out]
 
 
+def numbers(model: LanguageModel, i: int) -> list[torch.Tensor]:
+    factor = torch.tensor(1.5, device="cpu", dtype=torch.float64)
+    with model.trace(ids(i)):
+        model.transformer.h[0].output[0][:] *= factor
+        out = model.lm_head.output.save()
+        same = (factor * 2).save()
+    assert same == 3
+    return [out, same]
+
+
 def structures(model: LanguageModel, i: int) -> list[torch.Tensor]:
     with torch.inference_mode(), model.trace(ids(i)):
         parts = model.transformer.h[0].output[0].chunk(2, -1)
@@ -123,7 +133,7 @@ def structures(model: LanguageModel, i: int) -> list[torch.Tensor]:
     return [top[0], top[1], tokens, *both]
 
 
-@pytest.mark.parametrize("trace", [last_logits, views, edit, patching, padded, weights, zeroed, structures])
+@pytest.mark.parametrize("trace", [last_logits, views, edit, patching, padded, weights, zeroed, numbers, structures])
 def test_a_loop_of_traces(trace: Written, gpt2_pair: Pair, captured: LanguageModel) -> None:
     got = []
     captures, replays = counts() if plugin.COUNTERS else (0, 0)
@@ -135,6 +145,7 @@ def test_a_loop_of_traces(trace: Written, gpt2_pair: Pair, captured: LanguageMod
         for one, other in zip(want, found, strict=True):
             assert one.device == other.device and one.stride() == other.stride()
             close(other, one, 1e-5)
+    assert _ffi.counters()["captures"] == 1
     if plugin.COUNTERS:
         assert counts() == (captures + 1, replays + 4)
 
@@ -184,13 +195,29 @@ def changed(model: LanguageModel, i: int) -> list[torch.Tensor]:
     return [out, total]
 
 
+def other_numbers(model: LanguageModel, i: int) -> list[torch.Tensor]:
+    factor = torch.tensor(1.5 + i, device="cpu")
+    with model.trace(ids(i)):
+        model.transformer.h[0].output[0][:] *= factor
+        out = model.lm_head.output.save()
+    return [out]
+
+
+def cast(model: LanguageModel, i: int) -> list[torch.Tensor]:
+    with torch.autocast(plugin.DEVICE, torch.bfloat16), model.trace(ids(i)):
+        out = (model.transformer.h[0].output[0] @ torch.eye(48)).save()
+    return [out]
+
+
 def generation(model: LanguageModel, i: int) -> list[torch.Tensor]:
     with model.generate(ids(i), max_new_tokens=4, do_sample=False) as tracer:
         out = tracer.result.save()
     return [out]
 
 
-@pytest.mark.parametrize("trace", [in_the_middle, gradients, listed, on_the_cpu, of_the_cpu, changed, generation])
+@pytest.mark.parametrize(
+    "trace", [in_the_middle, gradients, listed, on_the_cpu, of_the_cpu, changed, other_numbers, cast, generation]
+)
 def test_what_cannot_be_captured(trace: Written, gpt2_pair: Pair, captured: LanguageModel) -> None:
     """Such traces run as they do elsewhere."""
     replays = counts()[1] if plugin.COUNTERS else 0
@@ -199,13 +226,52 @@ def test_what_cannot_be_captured(trace: Written, gpt2_pair: Pair, captured: Lang
             assert one.device == other.device
             close(other, one, 1e-5)
     if plugin.COUNTERS:
-        assert counts()[1] == replays
+        assert counts()[1] == replays + (trace is other_numbers)  # the one that was captured
+
+
+def test_what_becomes_of_results(gpt2_pair: Pair, captured: LanguageModel) -> None:
+    for i in range(BEFORE + 4):
+        found = views(captured, i)
+        for one, want in zip(found, views(gpt2_pair.model, i), strict=True):
+            close(one, want, 1e-5)
+        for one in found:
+            one.zero_().unsqueeze_(0)
+        with captured.trace(ids(i)):
+            tied = captured.transformer.wte.weight.save()
+            tied_row = captured.transformer.wte.weight[0].save()
+            captured.lm_head.output.save()
+        assert tied_row.shape == (48,)
+        tied_row.unsqueeze_(0)
+        assert tied.data_ptr() == captured.transformer.wte.weight.data_ptr()
+
+
+def test_another_stream(gpt2_pair: Pair, captured: LanguageModel) -> None:
+    """A pass belongs to the stream that waits for it."""
+    for i in range(BEFORE + 2):
+        last_logits(captured, i)
+    replays = counts()[1] if plugin.COUNTERS else 0
+    outer = torch.accelerator.current_stream()
+    torch.accelerator.set_stream(torch.Stream(plugin.DEVICE))
+    try:
+        found = last_logits(captured, 9)[0]
+    finally:
+        torch.accelerator.set_stream(outer)
+    torch.accelerator.synchronize()
+    close(found, last_logits(gpt2_pair.model, 9)[0], 1e-5)
+    assert not plugin.COUNTERS or counts()[1] == replays
 
 
 def test_weights_that_change(gpt2_pair: Pair, captured: LanguageModel) -> None:
     for i in range(BEFORE + 2):
         last_logits(captured, i)
     want = last_logits(captured, 5)[0]
+    square = captured.transformer.h[1].attn.c_proj.weight
+    square.data = square.data.T
+    turned = last_logits(captured, 5)[0]
+    assert not torch.allclose(turned, want)
+    square.data = square.data.T
+    for _ in range(BEFORE + 2):
+        close(last_logits(captured, 5)[0], want, 1e-5)
     norm = captured.transformer.ln_f
     with torch.no_grad():
         for weight in (norm.weight, norm.bias):

@@ -4,12 +4,13 @@ Run with the Python whose torch the libraries are for. Into ``python/nnsight_go/
 
     libcgotorch.so    gotorch's C++ half, from the Go module cache, unchanged
     libnng_aten.so    pybind/aten.cc: libtorch for the Go engine
+    libnng_cuda.so    pybind/cuda.cc: CUDA graphs for libnng_aten.so, where torch is built with CUDA
     libnng_py.so      pybind/pyobj.cc: Python objects and tensors (for this Python's version)
     libtokenizers.a   the Rust half of engine/token; Go programs link it
     libnnsight_go.so  the Go engine, from capi/
     nnsight-go        the command, from cmd/nnsight-go: the server of remote traces
 
-The first four are kept in a cache of the user, ``$XDG_CACHE_HOME/nnsight-go/<name>/<hash>/``, where
+The first five are kept in a cache of the user, ``$XDG_CACHE_HOME/nnsight-go/<name>/<hash>/``, where
 the hash covers all that goes into them: sources, flags, compiler, torch. A new clone takes them from
 there, and a branch switched back and forth compiles nothing twice. Go has a cache of its own.
 
@@ -230,12 +231,30 @@ def bridge(name: str, source: str, flags: list[str], link: list[str], more: list
         run([*compile_, "-shared", "-o", out / f"lib{name}.so", pybind / source, *torch_link(*link)])
 
     inputs = [pybind / source, *pybind.glob("*.h")]
-    key = digest([*common_key(), *warnings, *link, *more], [(p.name, p) for p in inputs])
+    named = [pathlib.Path(word).name for word in link]  # a library may lie anywhere
+    key = digest([*common_key(), *warnings, *named, *more], [(p.name, p) for p in inputs])
     return cached(name, key, build) / f"lib{name}.so"
 
 
 def nng_aten() -> pathlib.Path:
     return bridge("nng_aten", "aten.cc", VECTORS, [DEFINED], VECTORS)
+
+
+def nng_cuda() -> pathlib.Path | None:
+    """CUDA graphs; None where torch is built without CUDA, or the headers are missing that its own include."""
+    packages = torch_dir().parent
+    nvidia = packages / "nvidia"
+    runtimes = sorted(nvidia.glob("*/lib/libcudart.so.*"))
+    headers = [*sorted(nvidia.glob("*/include")), packages / "triton" / "backends" / "nvidia" / "include"]
+    if not (torch_dir() / "lib" / "libtorch_cuda.so").is_file() or not runtimes:
+        return None
+    for header in ("cuda_runtime_api.h", "crt/host_config.h"):
+        if not any((folder / header).is_file() for folder in headers):
+            say(f"without CUDA graphs: {header} is missing (pip install nvidia-cuda-runtime nvidia-cuda-crt)")
+            return None
+    flags = [f for folder in headers for f in ("-isystem", str(folder), f"-ffile-prefix-map={folder}=cuda")]
+    link = ["-ltorch_cuda", "-lc10_cuda", str(runtimes[-1]), DEFINED]
+    return bridge("nng_cuda", "cuda.cc", flags, link, [runtimes[-1].name])
 
 
 def nng_py() -> pathlib.Path:
@@ -329,16 +348,21 @@ def keep_archive(archive: pathlib.Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Builds the engine's libraries into python/nnsight_go/_lib.")
-    names = ["cgotorch", "nng_aten", "nng_py", "tokenizers", "nnsight_go", "command"]
+    names = ["cgotorch", "nng_aten", "nng_cuda", "nng_py", "tokenizers", "nnsight_go", "command"]
     parser.add_argument("--only", choices=names, help="only this one")
     only = parser.parse_args().only
     start = time.monotonic()
     os.nice(5)  # a build should not make the machine unusable
     try:
         with locked(SCRATCH / ".native.lock"):
-            for name, make in {"cgotorch": cgotorch, "nng_aten": nng_aten, "nng_py": nng_py}.items():
-                if only in (None, name):
-                    put(make(), LIB / f"lib{name}.so")
+            for make in (cgotorch, nng_aten, nng_cuda, nng_py):
+                if only not in (None, make.__name__):
+                    continue
+                made, place = make(), LIB / f"lib{make.__name__}.so"
+                if made is None:
+                    place.unlink(missing_ok=True)
+                else:
+                    put(made, place)
             if only in (None, "tokenizers"):
                 keep_archive(tokenizers())
             if only in (None, "nnsight_go"):
