@@ -253,11 +253,17 @@ def test_header_stands_alone(tmp_path: pathlib.Path) -> None:
         tool(*compiler, *warnings, "-I", str(HEADER.parent), str(tmp_path / f"use{suffix}"))
 
 
-@pytest.mark.parametrize("name", ["libnnsight_go.so", "libnng_aten.so", "libnng_py.so", "libcgotorch.so"])
+@pytest.mark.parametrize(
+    "name", ["libnnsight_go.so", "libnng_aten.so", "libnng_py.so", "libcgotorch.so", "libnng_cuda.so"]
+)
 def test_linked_libraries(name: str) -> None:
+    if name == "libnng_cuda.so" and not (_ffi.directory() / name).exists():
+        pytest.skip("torch is built without CUDA")
     dynamic = tool("readelf", "-dW", str(_ffi.directory() / name))
     system = "c m dl pthread rt gcc_s stdc++".split()
-    ours = "c10 torch torch_cpu nng_aten cgotorch".split() + (["torch_python"] if name == "libnng_py.so" else [])
+    more = {"libnng_py.so": ["torch_python"], "libnng_cuda.so": ["torch_cuda", "c10_cuda"]}.get(name, [])
+    ours = ["c10", "torch", "torch_cpu", "nng_aten", "cgotorch", *more]
+    system += ["cudart"] * (name == "libnng_cuda.so")
     allowed = {f"lib{x}.so" for x in ours} | {f"lib{x}.so." for x in system} | {"ld-linux"}
     needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
     assert needed

@@ -39,6 +39,7 @@ def test_the_benchmark_on_a_device(tmp_path: pathlib.Path) -> None:
 import sys
 from tests.simdevice import NAME, begin
 from tests.bench.__main__ import main
+sys.modules |= dict.fromkeys(("nnsight", "transformer_lens"))  # which do not know the device
 begin()
 main([*sys.argv[1:], "--device", NAME])
 """
