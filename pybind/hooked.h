@@ -219,6 +219,22 @@ class Mounted {
   std::vector<std::pair<Object, Object>> all_;
 };
 
+// Whether a module gives something else than its hooks are given last: backward hooks, of it or of all, come between.
+inline bool is_wrapped(PyObject* module) {
+  static PyObject* const names[] = {
+      PyUnicode_InternFromString("_backward_hooks"), PyUnicode_InternFromString("_backward_pre_hooks"),
+      PyUnicode_InternFromString("_global_backward_hooks"), PyUnicode_InternFromString("_global_backward_pre_hooks")};
+  static PyObject* const all = PyImport_ImportModule("torch.nn.modules.module");
+  if (all == nullptr) return true;
+  for (int i = 0; i < 4; i++) {
+    Object hooks(PyObject_GetAttr(i < 2 ? module : all, names[i]));
+    Py_ssize_t count = hooks ? PyObject_Size(hooks.get()) : -1;
+    if (count < 0) PyErr_Clear();  // a scripted module has them elsewhere
+    if (count != 0) return true;
+  }
+  return false;
+}
+
 // forward(modules, programs, before, nodes, module, args, kwargs, consts, mode, autocast, failed, kept, proxies, cls):
 // does a program before the pass, module(*args, **kwargs), and in it the program of each of a tuple of modules when it
 // is first called on this thread. Then each of a list of proxies is the value of its node among kept, and it gives
@@ -253,12 +269,24 @@ inline PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Pass pass(args[kConsts], args[kFailed], PyLong_AsLong(args[kMode]), args[kAutocast] == Py_True, nodes, modules);
     {
       Mounted mounted(&pass);
-      for (Py_ssize_t i = 0; i < modules; i++)
-        if (!mounted.put(part(args[kModules], i), i, part(args[kPrograms], i))) return nullptr;
+      Py_ssize_t whole = -1;
+      for (Py_ssize_t i = 0; i < modules; i++) {
+        PyObject* module = part(args[kModules], i);
+        if (module == args[kModule] && !is_wrapped(module))
+          whole = i;
+        else if (!mounted.put(module, i, part(args[kPrograms], i)))
+          return nullptr;
+      }
       pass.run(args[kBefore], Py_None);
       if (PyErr_Occurred()) return nullptr;
       Object out(PyObject_Call(args[kModule], args[kArgs], args[kNamed]));
       if (!out) return nullptr;
+      if (whole >= 0) {  // what a hook of the module itself would be given last is what it gives
+        bool fits = is_tensor(out.get());
+        if (PyList_SetItem(pass.found.get(), whole, Py_NewRef(fits ? Py_True : out.get())) != 0) return nullptr;
+        if (fits) pass.run(part(args[kPrograms], whole), out.get());
+        if (PyErr_Occurred()) return nullptr;
+      }
     }
     for (Py_ssize_t i = 0; i < modules; i++)
       if (PyList_GET_ITEM(pass.found.get(), i) != Py_True) return Py_NewRef(pass.found.get());

@@ -13,6 +13,7 @@
 #include "boundary.h"
 #include "frozen.h"
 #include "hooked.h"
+#include "known.h"
 #include "python.h"
 #include "recording.h"
 
@@ -89,10 +90,18 @@ PyObject* nngpy_calls() {
                                 {"argument", fast(arguments::argument), METH_FASTCALL, nullptr},
                                 {"store", fast(arguments::store), METH_FASTCALL, nullptr},
                                 {"item", fast(recording::item), METH_FASTCALL, nullptr},
-                                {"output", recording::output, METH_O, nullptr},
                                 {"read", fast(recording::read_leaf), METH_FASTCALL, nullptr},
-                                {"save", recording::save, METH_O, nullptr}};
-  if (!recording::ready()) return nullptr;
+                                {"output", known::output, METH_O, nullptr},
+                                {"save", known::save, METH_O, nullptr},
+                                {"put", fast(known::put), METH_FASTCALL, nullptr},
+                                {"trace", fast(known::trace), METH_FASTCALL | METH_KEYWORDS, nullptr},
+                                {"recorder", known::recorder, METH_O, nullptr},
+                                {"record", fast(known::record), METH_FASTCALL, nullptr},
+                                {"settled", known::settled, METH_O, nullptr},
+                                {"remember", fast(known::remember), METH_FASTCALL, nullptr},
+                                {"inside", known::inside, METH_O, nullptr},
+                                {"default_dtype", known::default_dtype, METH_NOARGS, nullptr}};
+  if (!recording::ready() || !known::ready()) return nullptr;
   Object out(PyDict_New());
   for (PyMethodDef& call : calls) {
     Object function(PyCFunction_New(&call, nullptr));

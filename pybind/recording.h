@@ -21,7 +21,6 @@ using python::owned;
 
 // What Python has that these functions need, told once: `prepare`.
 struct Parts {
-  PyObject* current;      // the thread's recorder is an attribute of it
   PyObject* proxy;        // the class
   PyObject* placeholder;  // that proxies lie over
   PyObject* leaf;         // the class of an access point's single tensor
@@ -100,11 +99,24 @@ inline bool ready() {
 #undef NNG_MAKE
   return true;
 }
+#undef NNG_NAMES
 
 inline Object get(PyObject* of, PyObject* name) { return Object(PyObject_GetAttr(of, name)); }
 
-// A proxy of a class over a copy of a placeholder.
-inline Object make(PyObject* cls, PyObject* placeholder, PyObject* rec, PyObject* id) {
+// The recorder of this thread's block, or what stands for it (known.h); null outside of blocks.
+inline PyObject*& now() {
+  static thread_local PyObject* recorder = nullptr;
+  return recorder;
+}
+
+inline void set_now(PyObject* recorder) {
+  PyObject* before = now();
+  now() = recorder == nullptr || recorder == Py_None ? nullptr : Py_NewRef(recorder);
+  Py_XDECREF(before);
+}
+
+// A proxy of a class over a copy of a placeholder, of which nothing says yet who records it.
+inline Object make_bare(PyObject* cls, PyObject* placeholder) {
   at::Tensor copy;
   {
     c10::impl::ExcludeDispatchKeyGuard no_modes(c10::python_ks);  // a TorchDispatchMode would make it an operation
@@ -113,7 +125,12 @@ inline Object make(PyObject* cls, PyObject* placeholder, PyObject* rec, PyObject
                           ->shallow_copy_and_detach(/*version_counter=*/0, /*allow_tensor_metadata_change=*/true));
   }
   copy.unsafeGetTensorImpl()->set_python_dispatch(true);  // C++ that is handed it comes to its __torch_dispatch__
-  Object made(THPVariable_Wrap(copy, reinterpret_cast<PyTypeObject*>(cls)));
+  return Object(THPVariable_Wrap(copy, reinterpret_cast<PyTypeObject*>(cls)));
+}
+
+// The same of a recorder, with its number.
+inline Object make(PyObject* cls, PyObject* placeholder, PyObject* rec, PyObject* id) {
+  Object made = make_bare(cls, placeholder);
   if (!made || PyObject_GenericSetAttr(made.get(), names::_rec, rec) != 0 ||
       PyObject_GenericSetAttr(made.get(), names::_id, id) != 0)
     return nullptr;
@@ -191,7 +208,7 @@ inline Object read(PyObject* rec, PyObject* point, PyObject* leaf) {
 // read(rec, point, leaf): Recorder.read.
 inline PyObject* read_leaf(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
-    if (count != 3 || parts.current == nullptr || !is_a(args[0], parts.recorder) || !is_a(args[1], parts.point) ||
+    if (count != 3 || parts.proxy == nullptr || !is_a(args[0], parts.recorder) || !is_a(args[1], parts.point) ||
         !is_a(args[2], parts.leaf)) {
       PyErr_SetString(PyExc_TypeError, "a recorder, an access point and a leaf are needed, and prepare() before them");
       return nullptr;
@@ -203,7 +220,7 @@ inline PyObject* read_leaf(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // The value of a module's side, if the block that is open has named it before, or it is one tensor; else null,
 // without an error: it takes more than that.
 inline Object seen(PyObject* envoy, PyObject* port) {
-  Object rec = get(parts.current, names::recorder);
+  Object rec = owned(now());
   if (!rec || !is_a(rec.get(), parts.recorder)) return nullptr;
   Object invoke = get(rec.get(), names::invoke), native = get(rec.get(), names::native);
   Object skipped = slots.skipped.of(rec.get()), own = get(envoy, names::_native), known = get(envoy, names::_first);
@@ -230,37 +247,32 @@ inline Object seen(PyObject* envoy, PyObject* port) {
   return proxy;
 }
 
-// output(envoy): what Envoy._read(OUTPUT) gives.
-inline PyObject* output(PyObject*, PyObject* envoy) {
+// What Envoy._read(OUTPUT) gives.
+inline PyObject* output(PyObject* envoy) {
   enum { kOutput = 1 };
-  return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
-    Object port(PyLong_FromLong(kOutput));
-    if (!port) return nullptr;
-    Object value = parts.current == nullptr ? nullptr : seen(envoy, port.get());
-    if (value || PyErr_Occurred()) return value.release();
-    return PyObject_CallFunctionObjArgs(parts.read, envoy, port.get(), nullptr);
-  });
+  Object port(PyLong_FromLong(kOutput));
+  if (!port) return nullptr;
+  Object value = parts.proxy == nullptr ? nullptr : seen(envoy, port.get());
+  if (value || PyErr_Occurred()) return value.release();
+  return PyObject_CallFunctionObjArgs(parts.read, envoy, port.get(), nullptr);
 }
 
-// save(proxy): what Proxy.save does.
-inline PyObject* save(PyObject*, PyObject* proxy) {
-  return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
-    auto more = [&]() -> PyObject* { return PyErr_Occurred() ? nullptr : PyObject_CallOneArg(parts.save, proxy); };
-    Object rec = get(proxy, names::_rec), id = get(proxy, names::_id), now = get(parts.current, names::recorder);
-    if (!rec || !id || !now || now.get() != rec.get() || !is_a(rec.get(), parts.recorder)) return more();
-    Object closed = get(rec.get(), names::closed), plain = get(rec.get(), names::plain);
-    Object failed = slots.failed.of(rec.get()), looked = slots.looked.of(rec.get());
-    if (!closed || !plain || !failed || !looked || closed.get() != Py_None || plain.get() != Py_True ||
-        PyDict_GET_SIZE(failed.get()) != 0 || PyDict_GET_SIZE(looked.get()) != 0)
-      return more();
-    Object saved = slots.saved.of(rec.get()), fresh = slots.fresh.of(rec.get());
-    Object key(PyLong_FromVoidPtr(proxy));
-    if (!saved || !fresh || !key || PyDict_SetItem(saved.get(), key.get(), proxy) != 0 ||
-        PySet_Discard(fresh.get(), id.get()) < 0)
-      return nullptr;
-    Py_INCREF(proxy);
-    return proxy;
-  });
+// What Proxy.save does.
+inline PyObject* save(PyObject* proxy) {
+  auto more = [&]() -> PyObject* { return PyErr_Occurred() ? nullptr : PyObject_CallOneArg(parts.save, proxy); };
+  Object rec = get(proxy, names::_rec), id = get(proxy, names::_id);
+  if (!rec || !id || now() != rec.get() || !is_a(rec.get(), parts.recorder)) return more();
+  Object closed = get(rec.get(), names::closed), plain = get(rec.get(), names::plain);
+  Object failed = slots.failed.of(rec.get()), looked = slots.looked.of(rec.get());
+  if (!closed || !plain || !failed || !looked || closed.get() != Py_None || plain.get() != Py_True ||
+      PyDict_GET_SIZE(failed.get()) != 0 || PyDict_GET_SIZE(looked.get()) != 0)
+    return more();
+  Object saved = slots.saved.of(rec.get()), fresh = slots.fresh.of(rec.get());
+  Object key(PyLong_FromVoidPtr(proxy));
+  if (!saved || !fresh || !key || PyDict_SetItem(saved.get(), key.get(), proxy) != 0 ||
+      PySet_Discard(fresh.get(), id.get()) < 0)
+    return nullptr;
+  return Py_NewRef(proxy);
 }
 
 // item(envoy, index): what Envoy.__getitem__ does.
@@ -279,19 +291,18 @@ inline PyObject* item(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-// prepare(current, proxy, placeholder, leaf, files, is_users, read, save, item, argument, recorder, point): see Parts.
+// prepare(proxy, placeholder, leaf, files, is_users, read, save, item, argument, recorder, point): see Parts.
 inline PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 12 || !PyType_Check(args[1]) || !python::is_tensor(args[2]) || !PyType_Check(args[3]) ||
-      !PyDict_Check(args[4]) || !PyType_Check(args[10]) || !PyType_Check(args[11])) {
-    PyErr_SetString(PyExc_TypeError, "it takes the twelve parts of recording.h");
+  if (count != 11 || !PyType_Check(args[0]) || !python::is_tensor(args[1]) || !PyType_Check(args[2]) ||
+      !PyDict_Check(args[3]) || !PyType_Check(args[9]) || !PyType_Check(args[10])) {
+    PyErr_SetString(PyExc_TypeError, "it takes the eleven parts of recording.h");
     return nullptr;
   }
   Slots found;
-  if (!found.find(args[10], args[11], args[3])) return nullptr;
+  if (!found.find(args[9], args[10], args[2])) return nullptr;
   slots = found;
   for (Py_ssize_t i = 0; i < count; i++) Py_INCREF(args[i]);  // for as long as the process lives
-  parts = {args[0], args[1], args[2], args[3], args[4],  args[5],
-           args[6], args[7], args[8], args[9], args[10], args[11]};
+  parts = {args[0], args[1], args[2], args[3], args[4], args[5], args[6], args[7], args[8], args[9], args[10]};
   Py_RETURN_NONE;
 }
 

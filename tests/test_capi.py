@@ -762,7 +762,7 @@ def test_a_process_ends_with_nothing_held(directory: pathlib.Path) -> None:
         import pathlib, sys
         import test_capi
         lib, directory = test_capi.Library(), pathlib.Path(sys.argv[1])
-        assert lib.counters() == {"tensors": 0, "handles": 0}
+        assert not any(lib.counters().values())
         model, tokenizer = lib.open(directory, load=True), lib.tokenizer(directory)
         for _ in range(50):
             code, run = lib.start(model, test_capi.SAMPLE, test_capi.torch.ones(8))
@@ -771,7 +771,7 @@ def test_a_process_ends_with_nothing_held(directory: pathlib.Path) -> None:
             lib.ok("run_free", run)
         lib.ok("model_close", model)
         lib.ok("tokenizer_close", tokenizer)
-        assert lib.counters() == {"tensors": 0, "handles": 0}, lib.counters()
+        assert not any(lib.counters().values()), lib.counters()
         print("done", len(entries))
     """
     here = pathlib.Path(__file__).parent

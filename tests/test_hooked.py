@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nnsight_go import InputError, NNsight, OpError, _ffi, hooked, positions, proxy, recorder, straight, wire
+from nnsight_go import InputError, NNsight, OpError, _ffi, hooked, known, positions, proxy, straight, wire
 from nnsight_go.envoy import Envoy
 from nnsight_go.points import Leaf, Point
 from nnsight_go.proxy import Proxy
@@ -94,6 +94,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         run(rec, *args)
 
     monkeypatch.setattr(hooked, "run", counted)
+    monkeypatch.setattr(known, "learn", lambda *_: None)  # of what is said again there is test_known.py
     return found
 
 
@@ -340,6 +341,8 @@ def test_a_builtin_says_what_it_wants() -> None:
     for name, args in {
         "forward": (1, 2),
         "prepare": (1,),
+        "remember": (1,),
+        "record": (1,),
         "argument": (1,),
         "proxy": (Proxy, 1, None, 2),
         "become": ([], [1], torch.Tensor),
@@ -490,7 +493,7 @@ def test_classes_that_do_not_fit_leave_the_slots_known() -> None:
 
     with pytest.raises(AttributeError, match="made"):
         _ffi.calls()["prepare"](
-            recorder.current, Proxy, proxy.PLACEHOLDER, Leaf, positions.files, positions.is_users,
+            Proxy, proxy.PLACEHOLDER, Leaf, positions.files, positions.is_users,
             Envoy._read, Proxy.save, Envoy.__getitem__, wire.argument, Other, Point,
         )  # fmt: skip
     model, x = NNsight(network()), torch.ones(1, WIDTH)

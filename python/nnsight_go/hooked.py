@@ -192,7 +192,13 @@ def run(rec: HostedRecorder, program: Program, ids: list[int], adopt: Sequence[P
         program.modules, program.steps, program.before, len(rec.nodes), rec.hosted.module, args, kwargs,
         consts, rec.mode, rec.autocast, rec.failure, ids, adopt, torch.Tensor,
     )  # fmt: skip
-    for value, spot, steps in zip(found or (), program.spots, program.steps, strict=found is not None):
+    if found is not None:
+        check(rec, program, found)
+
+
+def check(rec: HostedRecorder, program: Program, found: Sequence[Any]) -> None:
+    """Raises where a module was not called, or gave no tensor: ``found`` has True for the others."""
+    for value, spot, steps in zip(found, program.spots, program.steps, strict=True):
         if value is True:
             continue
         reads = [step[1] for step in steps if step[0] == _READ]

@@ -131,6 +131,7 @@ class Hosted:
         self.wrapped: set[str] = set()  # modules whose bare output is shown as a tuple of one
         self._layouts: OrderedDict[Any, Layout] = OrderedDict()
         self.schedules: dict[Any, Any] = {}  # of blocks (straight)
+        self.known: dict[int, Any] = {}  # blocks that may say the same again, by where they stand (known)
         self._insides: weakref.WeakKeyDictionary[Layout, Layout] = weakref.WeakKeyDictionary()
         self.sourced = False  # a trace has asked for operations
         self.ops: dict[tuple[str, int], Point] = {}  # those of every pass, which native models know
@@ -225,6 +226,7 @@ class Hosted:
         self._layouts.clear()
         self._latest = (None, None)
         self.schedules.clear()
+        self.known.clear()
 
     def _try_out(self, given: Given, really: bool, alone: Layout | None = None) -> Layout:
         """What a forward pass comes to: modules alone or, where their layout is given, operations as well."""

@@ -10,7 +10,7 @@ fails instead of computing on nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 
@@ -36,6 +36,28 @@ class _Told:
 told = _Told()
 
 
+class _Asked:
+    """What a proxy lacks as long as the lines of its block are known (``known``): being asked for it ends that."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, proxy: Any, kind: Any) -> Any:
+        if proxy is None:
+            raise AttributeError(self._name)
+        _ffi.calls()["settled"](proxy)
+        try:
+            return vars(proxy)[self._name]
+        except KeyError:
+            pass
+        from .errors import NnsightError
+
+        raise NnsightError(
+            "this value belongs to another trace, which is still being recorded",
+            hint="Save it there, and use it once that trace has ended.",
+        )
+
+
 class Proxy(torch.Tensor):
     """The value of a node of the trace that is being recorded.
 
@@ -43,8 +65,8 @@ class Proxy(torch.Tensor):
     value (``item()``, ``bool()``, ``numpy()``, ...) runs the model as far as it must.
     """
 
-    _rec: Recorder
-    _id: int
+    _rec: Recorder = cast("Recorder", _Asked("_rec"))
+    _id: int = cast("int", _Asked("_id"))
 
     @staticmethod
     def _make(rec: Recorder, id: int) -> Proxy:

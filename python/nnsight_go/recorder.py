@@ -43,13 +43,13 @@ _SAVE = int(Kind.SAVE)
 _grad_enabled, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
 
 
-class _Current(threading.local):
+class Current(threading.local):
     """The trace that this thread is inside of."""
 
     recorder: Recorder | None = None
 
 
-current = _Current()
+current = Current()
 
 
 @dataclasses.dataclass(slots=True)
@@ -130,6 +130,7 @@ class Recorder:
     localized: Callable[[Any], Any] | None = None
 
     plain = True  # save() is as it is here (pybind/recording.h)
+    log: list[Any] | None = None  # of lines that may be remembered (known)
 
     # What most traces leave as it is.
     invoke = -1
@@ -855,7 +856,7 @@ class Recorder:
         """Ends the recording: proxies that were not saved raise ``NotSavedError`` from now on."""
         if self._run is not None:
             self._free()
-        self.closed = why
+        self.closed, self.log = why, None
         self.made = []  # nodes stay: errors name values by them, and so do constants, for the graph
         self.waiting = None
         nothing: dict[Any, Any] = {}  # one for all: none of them is filled any more

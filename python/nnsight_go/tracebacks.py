@@ -47,6 +47,7 @@ _ENTRANCES: dict[str, dict[str, list[str]]] = {
         "Tracer": ["__enter__", "__exit__", "invoke", "stop", "barrier", "cache", "result", "__getattr__"],
         "Invoker": ["__enter__", "__exit__"],
     },
+    "wrapping": {"NNsight": ["trace"]},
 }  # fmt: skip
 
 _lock = threading.Lock()

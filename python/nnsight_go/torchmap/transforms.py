@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .. import _ffi
 from ..proxy import Proxy
 from ..recorder import current, proxies
 
@@ -26,13 +27,6 @@ active: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 _lock = threading.Lock()
 
 
-class _Blocks(threading.local):
-    """The blocks that this thread is inside of."""
-
-    count = 0
-
-
-_here = _Blocks()
 _prepared = False
 
 
@@ -95,26 +89,26 @@ def begin() -> None:
     if not _prepared:
         prepare()
     if "torch._dynamo.eval_frame" in sys.modules:
-        _hold_back()
-    _here.count += 1
+        hold_back()
+    _ffi.calls()["inside"](1)
 
 
 def end() -> None:
     """Undoes ``begin``."""
-    _here.count -= 1
+    _ffi.calls()["inside"](-1)
 
 
 # ---- compiled functions ----
 
 
 @functools.cache
-def _hold_back() -> None:
+def hold_back() -> None:
     """Lets compiled functions run as they were written where a block is recorded, from now on."""
     compiler: Any = sys.modules["torch._dynamo.eval_frame"]
-    chosen = compiler._callback_from_stance
+    chosen, inside = compiler._callback_from_stance, _ffi.calls()["inside"]
 
     def callback(given: Any) -> Any:
-        return None if _here.count else chosen(given)  # None: nothing is compiled
+        return None if inside(0) else chosen(given)  # None: nothing is compiled
 
     compiler._callback_from_stance = callback
 
@@ -123,12 +117,12 @@ def _hold_back() -> None:
 def uncompiled() -> Iterator[None]:
     """Compiled functions run as they were written on this thread while this is entered."""
     if "torch._dynamo.eval_frame" in sys.modules:  # else nothing can have been compiled
-        _hold_back()
-    _here.count += 1
+        hold_back()
+    _ffi.calls()["inside"](1)
     try:
         yield
     finally:
-        _here.count -= 1
+        _ffi.calls()["inside"](-1)
 
 
 # ---- custom autograd functions: computed at their line, so that their own backward is part of the graph ----
