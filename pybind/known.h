@@ -188,10 +188,8 @@ inline bool is_kind(const Known* k) {
                         : get(PyList_GET_ITEM(scripted.get(), i - n), names::training);
     if (!flag || PyObject_RichCompareBool(flag.get(), PyTuple_GET_ITEM(trains, i), Py_EQ) != 1) return false;
   }
-  Object nothing(PyDict_New());
-  Object given(nothing ? PyTuple_Pack(2, k->args, nothing.get()) : nullptr);
-  Object found(given ? frozen::frozen(nullptr, given.get()) : nullptr);
-  return found && PyObject_RichCompareBool(found.get(), like, Py_EQ) == 1;
+  Object found(frozen::frozen(nullptr, k->args));  // the second of (args, {}), behind the class
+  return found && PyObject_RichCompareBool(found.get(), PyTuple_GET_ITEM(like, 1), Py_EQ) == 1;
 }
 
 // A proxy of which nobody has asked who records it.
@@ -261,7 +259,7 @@ inline bool note(PyObject* rec, What what, PyObject* envoy, PyObject* proxy, PyO
 
 // Whether an envoy is of this model's module of a path.
 inline bool is_module(const Known* k, PyObject* envoy, PyObject* path) {
-  Object hosted = get(envoy, names::_native), first = get(envoy, names::_first);
+  Object hosted = recording::own(envoy, names::_native), first = recording::own(envoy, names::_first);
   if (!hosted || !first) PyErr_Clear();  // what is no module of a model's
   return hosted.get() == k->hosted && first && PyObject_RichCompareBool(first.get(), path, Py_EQ) == 1;
 }
@@ -609,7 +607,7 @@ inline bool fits(PyObject* memo, PyObject* model, PyObject* hosted, const Place&
   if (!place.is(at(kCode), at(kPlace)) || PyLong_AsVoidPtr(at(kModel)) != model ||
       PyLong_AsLong(at(kMode)) != recording::mode_now() || is_cast() || dtype_now() != PyLong_AsLong(at(kDType)))
     return false;
-  Object latest = get(hosted, names::_latest), edits = get(model, names::_edits),
+  Object latest = get(hosted, names::_latest), edits = recording::own(model, names::_edits),
          session = get(told.opened, names::session);
   return latest && edits && session && PyTuple_Check(latest.get()) &&
          PyTuple_GET_ITEM(latest.get(), 1) == at(kLayout) && PyTuple_Check(edits.get()) &&
@@ -624,7 +622,7 @@ inline PyObject* trace(PyObject*, PyObject* const* args, Py_ssize_t count, PyObj
     Place place;
     if (named == nullptr && count >= 2 && told.trace != nullptr) {
       place = Place::here();
-      hosted = get(args[0], names::_hosted);
+      hosted = recording::own(args[0], names::_hosted);
       Object memos = hosted ? get(hosted.get(), names::known) : nullptr;
       if (!memos) return nullptr;
       bool may = PyDict_Check(memos.get()) && place.code != nullptr;  // a thread may begin here

@@ -37,9 +37,13 @@ int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls);
  *   argument(x, rec)                     the wire form of an argument (arguments.h)
  *   store(rec, target, index, value)     records target[index] = value (arguments.h)
  *   read(rec, point, leaf)               records reading one tensor of an access point (recording.h)
- *   output(envoy), item(envoy, index), save(proxy)
- *                                        what the Python of these names does (recording.h), once
- *   prepare(...)                         has told what that needs */
+ *   output(envoy), item(envoy, index), save(proxy), put(proxy, index, value), trace(model, ...)
+ *                                        what the Python of these names does (recording.h, known.h), once
+ *   prepare(...), remember(...)          have told what that needs
+ *   recorder(_), record(_, recorder)     the recorder of the thread's block, and its change (known.h)
+ *   settled(proxy)                       makes a proxy of a known block have a recorder (known.h)
+ *   inside(by)                           counts the blocks of the thread
+ *   default_dtype()                      torch's, by number */
 // clang-format on
 PyObject* nngpy_calls(void);
 

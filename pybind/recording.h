@@ -103,6 +103,14 @@ inline bool ready() {
 
 inline Object get(PyObject* of, PyObject* name) { return Object(PyObject_GetAttr(of, name)); }
 
+// The same of an envoy, most of whose attributes are there before its __getattr__ is asked.
+inline Object own(PyObject* envoy, PyObject* name) {
+  Object found(PyObject_GenericGetAttr(envoy, name));
+  if (found || !PyErr_ExceptionMatches(PyExc_AttributeError)) return found;
+  PyErr_Clear();
+  return get(envoy, name);
+}
+
 // The recorder of this thread's block, or what stands for it (known.h); null outside of blocks.
 inline PyObject*& now() {
   static thread_local PyObject* recorder = nullptr;
@@ -223,9 +231,9 @@ inline Object seen(PyObject* envoy, PyObject* port) {
   Object rec = owned(now());
   if (!rec || !is_a(rec.get(), parts.recorder)) return nullptr;
   Object invoke = get(rec.get(), names::invoke), native = get(rec.get(), names::native);
-  Object skipped = slots.skipped.of(rec.get()), own = get(envoy, names::_native), known = get(envoy, names::_first);
-  if (!own || !known) PyErr_Clear();  // what is no module of the model's
-  if (!invoke || !native || !skipped || PyDict_GET_SIZE(skipped.get()) != 0 || !known || own.get() != native.get())
+  Object skipped = slots.skipped.of(rec.get()), its = own(envoy, names::_native), known = own(envoy, names::_first);
+  if (!its || !known) PyErr_Clear();  // what is no module of the model's
+  if (!invoke || !native || !skipped || PyDict_GET_SIZE(skipped.get()) != 0 || !known || its.get() != native.get())
     return nullptr;
   Object near = get(rec.get(), names::near);
   if (near && PyTuple_GET_ITEM(near.get(), 0) != invoke.get()) {
@@ -279,7 +287,7 @@ inline PyObject* save(PyObject* proxy) {
 inline PyObject* item(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
     if (count == 2 && PyLong_CheckExact(args[1])) {
-      Object listed = get(args[0], names::_listed);
+      Object listed = own(args[0], names::_listed);
       if (listed && PyList_Check(listed.get())) {
         Py_ssize_t size = PyList_GET_SIZE(listed.get()), i = PyLong_AsSsize_t(args[1]);
         if (-size <= i && i < size && !PyErr_Occurred())
