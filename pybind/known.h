@@ -12,6 +12,7 @@
 #include <c10/core/DefaultDtype.h>
 #include <c10/core/SafePyObject.h>
 #include <structmember.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/PyInterpreter.h>
 
 #include <cstring>
@@ -59,7 +60,7 @@ enum Part {
   kKind,  // of the input, and of which modules train
   kLayout,
   kMode,     // the autograd state
-  kDType,    // torch's default, by number
+  kDType,    // torch's default
   kModules,  // what hooked::forward takes
   kSteps,
   kBefore,
@@ -77,25 +78,7 @@ enum Part {
 enum Line { kWhat, kPath, kProxy, kLineCode, kLinePlace, kIndex, kValue, kLineParts };
 enum What { kRead, kSave, kStore };
 
-namespace names {
-// clang-format off
-#define NNG_NAMES(F) \
-  F(_hosted) F(_native) F(_first) F(known) F(_edits) F(session) F(_latest) F(_attributes) F(_scripted) F(training) F(_recorder) F(site) F(log) \
-  F(module) F(_compiled_call_impl) F(_rec) F(_id)
-// clang-format on
-#define NNG_DECLARE(name) inline PyObject* name = nullptr;
-NNG_NAMES(NNG_DECLARE)
-#undef NNG_DECLARE
-}  // namespace names
-
-inline bool ready() {
-#define NNG_MAKE(name) \
-  if (names::name == nullptr && (names::name = PyUnicode_InternFromString(#name)) == nullptr) return false;
-  NNG_NAMES(NNG_MAKE)
-#undef NNG_MAKE
-  return true;
-}
-#undef NNG_NAMES
+namespace names = recording::names;
 
 // A trace of which nothing is recorded as long as its lines are known.
 struct Known {
@@ -217,12 +200,15 @@ inline bool same(PyObject* a, PyObject* b) {
   return false;
 }
 
-inline long dtype_now() { return static_cast<long>(c10::get_default_dtype_as_scalartype()); }
+// Whether torch's default dtype is this one.
+inline bool is_default(PyObject* dtype) {
+  return c10::get_default_dtype_as_scalartype() == reinterpret_cast<THPDtype*>(dtype)->scalar_type;
+}
 
 // The default dtype and what else decides how a store is recorded.
 inline bool is_usual(const Known* k) {
   Object transform(PyObject_CallNoArgs(told.transform));
-  return transform.get() == Py_None && dtype_now() == PyLong_AsLong(part(k, kDType));
+  return transform.get() == Py_None && is_default(part(k, kDType));
 }
 
 // Whether `same` can tell that another value is the same.
@@ -605,7 +591,7 @@ inline PyTypeObject* type() {
 inline bool fits(PyObject* memo, PyObject* model, PyObject* hosted, const Place& place) {
   auto at = [&](Part which) { return PyTuple_GET_ITEM(memo, which); };
   if (!place.is(at(kCode), at(kPlace)) || PyLong_AsVoidPtr(at(kModel)) != model ||
-      PyLong_AsLong(at(kMode)) != recording::mode_now() || is_cast() || dtype_now() != PyLong_AsLong(at(kDType)))
+      PyLong_AsLong(at(kMode)) != recording::mode_now() || is_cast() || !is_default(at(kDType)))
     return false;
   Object latest = get(hosted, names::_latest), edits = recording::own(model, names::_edits),
          session = get(told.opened, names::session);
@@ -683,18 +669,6 @@ inline PyObject* record(PyObject*, PyObject* const* args, Py_ssize_t count) {
   set_now(args[1]);
   Py_RETURN_NONE;
 }
-
-// settled(proxy): what a proxy that has no recorder of its own yet is asked for: makes all of them have one.
-inline PyObject* settled(PyObject*, PyObject*) {
-  return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
-    if (Known* k = open())
-      if (!settle(k)) return nullptr;
-    Py_RETURN_NONE;
-  });
-}
-
-// default_dtype(): torch's, as memos have it.
-inline PyObject* default_dtype(PyObject*, PyObject*) { return PyLong_FromLong(dtype_now()); }
 
 // remember(...): see Told.
 inline PyObject* remember(PyObject*, PyObject* const* args, Py_ssize_t count) {

@@ -97,11 +97,9 @@ PyObject* nngpy_calls() {
                                 {"trace", fast(known::trace), METH_FASTCALL | METH_KEYWORDS, nullptr},
                                 {"recorder", known::recorder, METH_O, nullptr},
                                 {"record", fast(known::record), METH_FASTCALL, nullptr},
-                                {"settled", known::settled, METH_O, nullptr},
                                 {"remember", fast(known::remember), METH_FASTCALL, nullptr},
-                                {"inside", known::inside, METH_O, nullptr},
-                                {"default_dtype", known::default_dtype, METH_NOARGS, nullptr}};
-  if (!recording::ready() || !known::ready()) return nullptr;
+                                {"inside", known::inside, METH_O, nullptr}};
+  if (!recording::ready()) return nullptr;
   Object out(PyDict_New());
   for (PyMethodDef& call : calls) {
     Object function(PyCFunction_New(&call, nullptr));

@@ -41,9 +41,7 @@ int nngpy_adopt(PyObject* proxies, void* const* tensors, PyObject* cls);
  *                                        what the Python of these names does (recording.h, known.h), once
  *   prepare(...), remember(...)          have told what that needs
  *   recorder(_), record(_, recorder)     the recorder of the thread's block, and its change (known.h)
- *   settled(proxy)                       makes a proxy of a known block have a recorder (known.h)
- *   inside(by)                           counts the blocks of the thread
- *   default_dtype()                      torch's, by number */
+ *   inside(by)                           counts the blocks of the thread */
 // clang-format on
 PyObject* nngpy_calls(void);
 

@@ -84,7 +84,9 @@ namespace names {
 #define NNG_NAMES(F) \
   F(recorder) F(near) F(invoke) F(native) F(skipped) F(bound) F(path) F(port) F(tree) F(order) F(name) F(nodes) \
   F(made) F(living) F(add) F(look_near) F(closed) F(plain) F(number) F(_rec) F(_id) F(_native) F(_first) \
-  F(_listed) F(_owner) F(_writes) F(_leaf_meta) F(_named) F(_fresh) F(_looked) F(_failed) F(_saved)
+  F(_listed) F(_owner) F(_writes) F(_leaf_meta) F(_named) F(_fresh) F(_looked) F(_failed) F(_saved) \
+  F(_hosted) F(_edits) F(_latest) F(_attributes) F(_scripted) F(_recorder) F(_compiled_call_impl) \
+  F(known) F(log) F(module) F(session) F(site) F(training)
 // clang-format on
 #define NNG_DECLARE(name) inline PyObject* name = nullptr;
 NNG_NAMES(NNG_DECLARE)

@@ -9,7 +9,6 @@ value, ``begin`` makes the recorder that there would have been.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,15 +21,13 @@ from .torchmap import transforms
 from .wire import Kind
 
 if TYPE_CHECKING:
-    from .hosted import Given, Layout
+    from .hosted import Layout
     from .proxy import Proxy
     from .wrapping import HostedRecorder, HostedTracer, NNsight
 
 READ, SAVE, STORE = range(3)
 
 _MOST = 64  # blocks that a module remembers
-
-_PLAIN = (int, float, bool, type(None), type(...))
 
 
 class Line(NamedTuple):
@@ -63,7 +60,7 @@ class Memo(NamedTuple):
     kind: Any
     layout: Layout | None
     mode: int
-    dtype: int
+    dtype: torch.dtype
     modules: tuple[torch.nn.Module, ...]
     steps: tuple[Any, ...]
     before: tuple[Any, ...]
@@ -77,7 +74,6 @@ class Memo(NamedTuple):
     program: hooked.Program
     key: int
     tries: int
-    default: torch.dtype
 
 
 def prepare(trace: Any, set_item: Any) -> None:
@@ -120,7 +116,7 @@ def learn(rec: HostedRecorder, program: hooked.Program, ids: list[int]) -> None:
         kind=kind,
         layout=latest,
         mode=rec.mode,
-        dtype=_ffi.calls()["default_dtype"](),
+        dtype=rec.default_dtype,
         modules=program.modules,
         steps=program.steps,
         before=program.before,
@@ -134,7 +130,6 @@ def learn(rec: HostedRecorder, program: hooked.Program, ids: list[int]) -> None:
         program=program,
         key=key,
         tries=tries,
-        default=rec.default_dtype,
     )
 
 
@@ -158,21 +153,12 @@ def _lines(rec: HostedRecorder, ids: list[int]) -> list[Line] | None:
         elif line.what == STORE:
             if node is None or node[0] != Kind.SET_INDEX or node[2] != place or node[4] != [wire.Tag.REF, line.proxy]:
                 return None
-            if not _is_plain(line.index) or not _is_plain(line.value):
-                return None
             made += 1
         elif line.proxy >= made:
             return None
     saved = list(dict.fromkeys(line.proxy for line in lines if line.what == SAVE))
     whole = made == len(rec.nodes) and saved == ids and all(node[3] == rec.mode for node in rec.nodes)
     return lines if whole else None
-
-
-def _is_plain(x: Any) -> bool:
-    """Whether builtins can tell that another one is the same."""
-    if type(x) is slice:
-        return all(map(_is_plain, (x.start, x.stop, x.step)))
-    return all(map(_is_plain, x)) if type(x) is tuple else type(x) in _PLAIN
 
 
 # ---- where something else happens ----
@@ -191,7 +177,7 @@ def begin(
     rec, known = tracer._recorder, memo.lines[: max(lines, 0)]
     tracer._used = True
     current.recorder = rec
-    rec.open(_given(tracer))
+    rec.open((args, {}))
     if known and memo.layout is not None:  # as it was when the first line asked for it
         rec.layouts[0], rec.near = memo.layout, (0, memo.layout.first)
     for line in known:
@@ -228,12 +214,12 @@ def finished(model: NNsight, args: tuple[Any, ...], memo: Memo, failed: bool) ->
     tracer = _tracer(model, args, memo)
     rec = tracer._recorder
     tracer._used = True
-    rec.open(_given(tracer))
+    rec.open((args, {}))
     rec.nodes = list(memo.rec.nodes)
     if memo.layout is not None:
         rec.layouts[0] = memo.layout
     if not failed:
-        rec.kept, rec._unkept = list(range(memo.nodes, memo.nodes + len(memo.kept))), memo.kept
+        _keep(rec, memo)
     rec.invoke = -1
     rec.close("it was not saved")
     return tracer
@@ -243,8 +229,13 @@ def end(tracer: HostedTracer, memo: Memo, error: BaseException | None) -> None:
     """Ends a trace that somebody has looked at while its pass ran."""
     rec = tracer._recorder
     if error is None:
-        rec.kept, rec._unkept = list(range(memo.nodes, memo.nodes + len(memo.kept))), memo.kept
+        _keep(rec, memo)
     rec.close("it was not saved" if error is None else f"its trace failed with {type(error).__name__}")
+
+
+def _keep(rec: HostedRecorder, memo: Memo) -> None:
+    """Has it end as ``Recorder.finish`` does where saves have not been recorded."""
+    rec.kept, rec._unkept = list(range(memo.nodes, memo.nodes + len(memo.kept))), memo.kept
 
 
 def _tracer(model: NNsight, args: tuple[Any, ...], memo: Memo) -> HostedTracer:
@@ -252,13 +243,8 @@ def _tracer(model: NNsight, args: tuple[Any, ...], memo: Memo) -> HostedTracer:
 
     tracer = HostedTracer(model, args, {})
     rec = tracer._recorder
-    rec.edits, rec.mode, rec.autocast, rec.default_dtype = (), memo.mode, False, memo.default  # as when it was called
+    rec.edits, rec.mode, rec.autocast, rec.default_dtype = (), memo.mode, False, memo.dtype  # as when it was called
     return tracer
-
-
-def _given(tracer: HostedTracer) -> Given:
-    assert tracer._given is not None
-    return tracer._given
 
 
 def failed(
@@ -284,6 +270,5 @@ def failed(
             proxy._rec, proxy._id = lost, id
     if isinstance(error, Exception) and not isinstance(error, NnsightError):
         users(error)
-    if os.environ.get("NNSIGHT_GO_TRACEBACK") != "full":
-        error.__traceback__ = tracebacks.cut(error)
+    error.__traceback__ = tracebacks.cut(error)
     return error

@@ -56,8 +56,8 @@ class Native:
         captures: int = 0,
     ) -> None:
         room = 0 if prepack is True else prepack or -1  # to the engine 0 is its default
-        options: dict[str, Any] = {"device": str(device), "load": load, "prepack": room, "bare": bare}
-        options["captures"] = captures
+        options: dict[str, Any] = {"device": str(device), "load": load, "bare": bare}
+        options |= {"prepack": room, "captures": captures}
         if dtype is not None:
             options["dtype"] = str(dtype).removeprefix("torch.")
         handle = ctypes.c_uint64()

@@ -45,17 +45,14 @@ class _Asked:
     def __get__(self, proxy: Any, kind: Any) -> Any:
         if proxy is None:
             raise AttributeError(self._name)
-        _ffi.calls()["settled"](proxy)
+        _ffi.calls()["recorder"](None)  # which is made if need be
         try:
             return vars(proxy)[self._name]
         except KeyError:
             pass
-        from .errors import NnsightError
+        from .recorder import elsewhere
 
-        raise NnsightError(
-            "this value belongs to another trace, which is still being recorded",
-            hint="Save it there, and use it once that trace has ended.",
-        )
+        raise elsewhere("this value")
 
 
 class Proxy(torch.Tensor):

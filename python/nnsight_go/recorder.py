@@ -130,7 +130,7 @@ class Recorder:
     localized: Callable[[Any], Any] | None = None
 
     plain = True  # save() is as it is here (pybind/recording.h)
-    log: list[Any] | None = None  # of lines that may be remembered (known)
+    log: list[Any] | None = None  # what its lines have done, if its block may be remembered (known)
 
     # What most traces leave as it is.
     invoke = -1
@@ -877,10 +877,7 @@ class Recorder:
         """Raises the error of a proxy that is not of the trace that goes on now."""
         name = proxy._label()
         if self.closed is None:
-            raise NnsightError(
-                f"{name} belongs to another trace, which is still being recorded",
-                hint="Save it there, and use it once that trace has ended.",
-            )
+            raise elsewhere(name)
         if self.job is not None:
             of = "tracer" if self.gathered is None else "session"
             raise RemoteError(
@@ -891,6 +888,14 @@ class Recorder:
             f"{name} cannot be used after its trace: {self.closed}",
             hint="Inside the block, keep it with `.save()`: `x = model.lm_head.output.save()`.",
         )
+
+
+def elsewhere(name: str) -> NnsightError:
+    """The error of a value that belongs to a trace that is open, and not to the one that uses it."""
+    return NnsightError(
+        f"{name} belongs to another trace, which is still being recorded",
+        hint="Save it there, and use it once that trace has ended.",
+    )
 
 
 def mode_now() -> int:

@@ -54,7 +54,6 @@ class HostedRecorder(Recorder):
     uncalled = "Use the module around it, whose code does its work."
     foreign = ("an edit", "Trace the model without this edit, or with an input of the kind that it was recorded for.")
     site: tuple[int, Any, int, NNsight] | None = None  # where its block stands, if that may be remembered (known)
-    log: list[known.Line] | None = None  # what its lines have done then
     sourced = False  # layouts have operations, which a line or an edit has asked for
     whole: Place = None  # the line that begins an invoke without an input, which is the last then
     _told = 0
@@ -236,7 +235,6 @@ class HostedRecorder(Recorder):
                     hooked.run(self, program, ids, adopt)
                     if self.site is not None:
                         known.learn(self, program, ids)
-                        self.log = None
                 self._unkept = ids
                 return []
         if self.whole is not None:
