@@ -202,19 +202,13 @@ func (r *Run) likeness() (string, bool) {
 		switch {
 		case !t.IsPlain() || t.RequiresGrad():
 			return "", false
-		case r.stays(t, owned):
+		case owned[t.StorageID()] != "": // a part of a weight: a pass looks at it where it is
 			fmt.Fprint(&b, t.DataPointer())
 		case t.Device() == "cpu" && t.Numel() == 1: // a number is read when it is captured
 			fmt.Fprintf(&b, "%x", unsafe.Slice((*byte)(t.DataPointer()), t.Bytes()))
 		}
 	}
 	return b.String(), ok
-}
-
-// stays reports whether a constant is a part of a weight: a pass looks at it where it is.
-func (r *Run) stays(t aten.Tensor, owned map[uintptr]string) bool {
-	_, ok := owned[t.StorageID()]
-	return ok
 }
 
 // replay does the run with the memory of a captured pass.
@@ -405,7 +399,7 @@ func (r *Run) fix(c *captured) error {
 				continue
 			case device != c.device:
 				return errCapture
-			case r.stays(held.tensor, owned):
+			case owned[held.tensor.StorageID()] != "": // see likeness
 				c.lent[held.tensor.StorageID()] = true
 				continue
 			}
@@ -480,20 +474,9 @@ func (r *Run) note(c *captured, state *modeGuard) error {
 
 // keeps is an error where an instruction writes to memory that it must not write to.
 func (r *Run) keeps(in *plan.Instr, written map[uintptr]string) error {
-	var args []*graph.Arg
-	switch in.Op {
-	case plan.OpSetIndex, plan.OpPut:
-		args = append(args, &in.Args[0])
-	case plan.OpCall:
-		op, err := r.model.op(in.Name)
-		if err != nil {
-			return err
-		}
-		for _, w := range op.Writes() {
-			if a := given(in, w); a != nil {
-				args = append(args, a)
-			}
-		}
+	args, err := r.writes(in)
+	if err != nil {
+		return err
 	}
 	for _, a := range args {
 		v, err := r.value(a)

@@ -47,26 +47,41 @@ func (r *Run) considerate(in *plan.Instr) error {
 		if err := r.bearable(in, base); err != nil {
 			return err
 		}
-		op, err := r.model.op(in.Name)
-		if err != nil {
-			return err
-		}
-		for _, w := range op.Writes() {
-			if a := given(in, w); a != nil {
-				if err := r.keepWeight(a, in.Name); err != nil {
-					return err
-				}
-			}
-		}
-	case plan.OpSetIndex, plan.OpPut:
-		return r.keepWeight(&in.Args[0], "")
 	case plan.OpBackward:
 		if in.Pass.Fill && r.model.trained() {
 			return fault.New(fault.Remote, "a backward pass would leave gradients at the weights of a model that is shared").
 				WithHint("Ask for the gradients that you want: torch.autograd.grad(loss, values).")
 		}
 	}
+	args, err := r.writes(in)
+	if err != nil {
+		return err
+	}
+	for _, a := range args {
+		if err := r.keepWeight(a, in.Name); err != nil {
+			return err
+		}
+	}
 	return nil
+}
+
+// writes lists the arguments that an instruction may change in place.
+func (r *Run) writes(in *plan.Instr) (args []*graph.Arg, err error) {
+	switch in.Op {
+	case plan.OpSetIndex, plan.OpPut:
+		return []*graph.Arg{&in.Args[0]}, nil
+	case plan.OpCall:
+		op, err := r.model.op(in.Name)
+		if err != nil {
+			return nil, err
+		}
+		for _, w := range op.Writes() {
+			if a := given(in, w); a != nil {
+				args = append(args, a)
+			}
+		}
+	}
+	return args, nil
 }
 
 // given is an argument of an instruction, or nil.
