@@ -79,7 +79,7 @@ DIFFERS = {
 
 def listed(tests: dict[str, str]) -> dict[str, str]:
     """The reason of each test."""
-    return {name: reason for reason, names in tests.items() for name in names.split()}
+    return {name.strip(): reason for reason, names in tests.items() for name in names.strip().splitlines()}
 
 
 _once, _differs = listed(ONCE), listed(DIFFERS)
@@ -102,11 +102,15 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     items[:] = [item for item in items if "hosted-loopback" not in item.name]
 
 
+def names(test: pytest.Function) -> tuple[str, ...]:
+    """What a test may be listed by: its own name, and that with one of its parameters."""
+    name, given = _name(test.function), getattr(test, "callspec", None)
+    return (name, *(f"{name}[{part}]" for part in given.id.split("-"))) if given else (name,)
+
+
 def _difference(test: pytest.Function) -> str | None:
     """Why a test fails on a server, where it does."""
-    name = _name(test.function)
-    names = (name, *(f"{name}[{part}]" for part in test.callspec.id.split("-")))
-    return next((_differs[n] for n in names if n in _differs), None)
+    return next((_differs[n] for n in names(test) if n in _differs), None)
 
 
 @dataclasses.dataclass

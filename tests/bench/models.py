@@ -65,8 +65,7 @@ class Subject:
     @cached_property
     def ours(self) -> LanguageModel:
         """The engine's model, after it has been in use for a while."""
-        options = {"dtype": self.dtype, "device_map": self.device, "tokenizer": False}
-        model = LanguageModel(self.directory, dispatch=True, **options)
+        model = self._open()
         for _ in range(IN_USE if self.bare.num_parameters() > MANY else 1):
             with model.trace(self.ids(10)):
                 model.lm_head.output.save()
@@ -75,8 +74,7 @@ class Subject:
     @cached_property
     def captured(self) -> LanguageModel:
         """The same once more, whose traces in a loop a GPU does by CUDA graphs."""
-        options = {"dtype": self.dtype, "device_map": self.device, "tokenizer": False}
-        return LanguageModel(self.directory, dispatch=True, cuda_graphs=True, **options)
+        return self._open(cuda_graphs=True)
 
     @cached_property
     def nnsight(self) -> Any:
@@ -104,6 +102,10 @@ class Subject:
         """The same at each call."""
         generator = torch.Generator().manual_seed(tokens)
         return torch.randint(1, self.bare.config.vocab_size, (rows, tokens), generator=generator).to(self.device)
+
+    def _open(self, **more: Any) -> LanguageModel:
+        options = {"dtype": self.dtype, "device_map": self.device, "tokenizer": False}
+        return LanguageModel(self.directory, dispatch=True, **options, **more)
 
     def _copy(self) -> Any:
         """Modules of their own around the same parameters."""

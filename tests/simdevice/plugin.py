@@ -18,6 +18,7 @@ DEVICE = os.environ.get("NNSIGHT_GO_TEST_DEVICE", simdevice.NAME)
 COUNTERS = simdevice.begin() if DEVICE == simdevice.NAME else None
 
 from nnsight_go import LanguageModel  # noqa: E402  (the accelerator has to be there first)
+from on_a_server import listed, names  # noqa: E402
 
 # Tests that see the CPU, by the reason.
 OTHERS = {
@@ -41,7 +42,7 @@ OTHERS = {
     """,
     "torch unpickles no tensors of a device of ours": "test_saving.test_saved_values_are_ordinary_tensors",
 }
-_others = {name: reason for reason, names in OTHERS.items() for name in names.replace(" function", "_function").split()}
+_others = listed(OTHERS)
 
 
 def _prepare() -> None:
@@ -58,13 +59,10 @@ _prepare()
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Leaves out what sees the CPU, what runs on a server, and models that transformers opens."""
-    kept = []
-    for item in items:
-        module, _, name = item.nodeid.rpartition("/")[2].partition(".py::")
-        test, _, part = name.replace(" function", "_function").rstrip("]").partition("[")
-        names = {f"{module}.{test}", *(f"{module}.{test}[{p}]" for p in part.split("-"))}
-        if "loopback" not in item.nodeid and "hosted" not in name and names.isdisjoint(_others):
-            kept.append(item)
-    items[:] = kept
+    items[:] = [
+        item
+        for item in items
+        if "loopback" not in item.name and "hosted" not in item.name and _others.keys().isdisjoint(names(item))
+    ]
