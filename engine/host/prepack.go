@@ -8,8 +8,8 @@ import (
 	"github.com/nnsight-go/nnsight-go/engine/plan"
 )
 
-// Packed weights: oneDNN multiplies several rows with a weight faster where it lies in a layout of oneDNN's
-// choice. Making that copy costs some six products, so only a model that goes on being used gets it, a
+// Packed weights: oneDNN multiplies more than a few rows with a weight faster where it lies in a layout of
+// oneDNN's choice. Making that copy costs some six products, so only a model that goes on being used gets it, a
 // piece at a time, and a weight that somebody outside the engine has had in hand never does: what is done
 // to it through .data leaves no trace.
 
@@ -21,6 +21,7 @@ const (
 	packShare = 32      // one element is packed for so many that are multiplied
 	packPiece = 1 << 22 // elements packed at once, some 10 ms
 	packLeast = 1 << 16 // elements below which calling oneDNN costs what its product saves
+	fewRows   = 10      // rows that are multiplied faster as the weight lies: kFastest of pybind/fewrows.h
 )
 
 // shelf is the packed weights of a model. Any thread may use it.
@@ -62,7 +63,7 @@ func newShelf(room int64, params []nn.ParamSpec, tensors map[string]aten.Tensor)
 	return s
 }
 
-// pass notes a product of several rows and says which outputs are to be packed now: [from, to), or none.
+// pass notes a product of many rows and says which outputs are to be packed now: [from, to), or none.
 // What is to be packed is busy until packed says how it went.
 func (s *shelf) pass(w *packed, outputs int64) (from, to int64) {
 	w.passes++
@@ -126,7 +127,7 @@ func (s *shelf) free() {
 	}
 }
 
-// packed gives the pieces of the weight that an instruction multiplies several rows with [new], if there
+// packed gives the pieces of the weight that an instruction multiplies many rows with [new], if there
 // are all of them. A pass through a weight may pack a piece of it.
 func (r *Run) packed(in *plan.Instr) ([]aten.Tensor, error) {
 	w := r.weights[in.Args[1].Ref]
@@ -143,7 +144,7 @@ func (r *Run) packed(in *plan.Instr) ([]aten.Tensor, error) {
 	if transposed {
 		outputs, inputs = inputs, outputs
 	}
-	if x.Numel() <= inputs { // a single row is multiplied faster as it is
+	if x.Numel() <= fewRows*inputs {
 		return nil, nil
 	}
 	s := r.model.shelf

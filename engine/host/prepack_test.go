@@ -89,10 +89,13 @@ func opened(t testing.TB, dir string, o Options) *Native {
 	return m
 }
 
+// many tokens are more than are multiplied as a weight lies.
+const many = fewRows + 5
+
 // warm traces until everything that is multiplied is packed.
 func warm(t testing.TB, m *Native) {
 	for range 100 {
-		finish(t, m, logits(ids(5)...))
+		finish(t, m, logits(ids(many)...))
 	}
 	for _, name := range []string{"transformer.h.0.attn.c_attn.weight", "transformer.h.1.mlp.c_proj.weight", "lm_head.weight"} {
 		if w := m.shelf.weights[name]; !w.closed {
@@ -117,12 +120,12 @@ func TestPackedWeightsGiveTheSame(t *testing.T) {
 		plain, m := opened(t, dir, Options{Prepack: -1, DType: dtype}), opened(t, dir, Options{DType: dtype})
 		require.Empty(t, plain.shelf.weights)
 		warm(t, m)
-		for _, n := range []int{1, 2, 3, 17} {
+		for _, n := range []int{1, 2, fewRows, fewRows + 1, 17} {
 			near(t, finish(t, plain, logits(ids(n)...))[0], finish(t, m, logits(ids(n)...))[0], tolerance)
 		}
 		two := func() *program {
 			p := &program{}
-			p.on(ids(4), ids(7))
+			p.on(ids(9), ids(7))
 			p.save(p.read("lm_head", ""))
 			return p
 		}
@@ -163,18 +166,18 @@ func TestHandedWeightsAreNotPacked(t *testing.T) {
 	}
 	require.False(t, m.shelf.weights["lm_head.weight"].whole, "the other name of the embedding")
 	warm(t, m)
-	near(t, finish(t, plain, logits(ids(5)...))[0], finish(t, m, logits(ids(5)...))[0], 1e-5)
+	near(t, finish(t, plain, logits(ids(many)...))[0], finish(t, m, logits(ids(many)...))[0], 1e-5)
 }
 
 func TestPackingByManyThreads(t *testing.T) {
 	dir := enginetest.Directory(t, roomy, 1)
-	want := finish(t, opened(t, dir, Options{Prepack: -1}), logits(ids(5)...))[0]
+	want := finish(t, opened(t, dir, Options{Prepack: -1}), logits(ids(many)...))[0]
 	m := opened(t, dir, Options{})
 	var wait sync.WaitGroup
 	for i := range 4 {
 		wait.Go(func() {
 			for k := range 25 {
-				near(t, want, finish(t, m, logits(ids(5)...))[0], 1e-5)
+				near(t, want, finish(t, m, logits(ids(many)...))[0], 1e-5)
 				if i == 0 && k == 12 {
 					w, err := m.Parameter("transformer.h.0.mlp.c_fc.weight")
 					require.NoError(t, err)

@@ -67,7 +67,7 @@ class Subject:
         """The engine's model, after it has been in use for a while."""
         model = self._open()
         for _ in range(IN_USE if self.bare.num_parameters() > MANY else 1):
-            with model.trace(self.ids(10)):
+            with model.trace(self.ids(64)):
                 model.lm_head.output.save()
         return model
 
