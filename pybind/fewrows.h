@@ -30,8 +30,16 @@ namespace nng::few {
 
 using std::int64_t;
 
-constexpr int64_t kMost = 32;     // rows at once
-constexpr int64_t kFastest = 10;  // rows for which nothing is faster; fewRows of engine/host too
+constexpr int64_t kMost = 64;  // rows at once
+
+// Rows up to which this is as fast as with a packed weight. engine/host/prepack.go has the same numbers.
+constexpr int64_t fastest(bool columns) { return columns ? 32 : 8; }
+
+// Rows up to which it is faster than what torch does with the weight as it lies.
+template <typename T>
+constexpr int64_t faster(bool columns) {
+  return columns || sizeof(T) == 4 ? kMost : 24;
+}
 
 // y = x wᵀ + bias. Everything is contiguous; w is [out, in] or, by columns, [in, out].
 template <typename T>

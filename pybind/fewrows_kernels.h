@@ -12,7 +12,6 @@ constexpr int kLanes = NNG_LANES;
 constexpr int kWeights = NNG_LANES / 4;  // weight rows at once, so that the sums stay in registers
 constexpr int kBlock = 8;                // rows at once by columns ...
 constexpr int kDots = 5;                 // ... and otherwise
-constexpr int kDeep = 8;                // inputs at once by columns
 
 NNG_INLINE void get(Floats& v, const float* from) { std::memcpy(&v, from, sizeof v); }
 
@@ -39,7 +38,8 @@ NNG_INLINE void in_turn(Floats& v, const Floats& a, const Floats& b) {
   v = __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
       __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 #else
-  v = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+  v = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14) +
+      __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
 #endif
 }
 
@@ -49,7 +49,8 @@ NNG_INLINE void two_in_turn(Floats& v, const Floats& a, const Floats& b) {
   v = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
       __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 #else
-  v = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  v = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+      __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
 #endif
 }
 
@@ -80,14 +81,15 @@ struct Single {
   using Factor = float;   // of x, by columns
   using Operand = float;  // of x, otherwise
   using Register = Floats;
-  static constexpr int kStep = 1;      // inputs that a multiplication takes, by columns
+  static constexpr int kStep = 1;       // inputs that a multiplication takes, by columns
   static constexpr int kRegisters = 1;  // of weights then
+  static constexpr int kDeep = 8;       // inputs that are taken before sums are put down: 8 ways has a near cache
   static constexpr int kWide = kLanes;  // numbers in a register of weights
 
   static NNG_INLINE Factor factor(const T* x, bool) { return as_float(*x); }
-  static NNG_INLINE void spread(Register& v, Factor f) { v = Floats{} + f; }
   static NNG_INLINE void columns(Register (&v)[1], const T* w, int64_t, bool) { get(v[0], w); }
   static NNG_INLINE void multiply(Floats& sum, const Register& a, const Register& b) { sum += a * b; }
+  static NNG_INLINE void multiply(Floats& sum, const Register& a, Factor b) { sum += a * b; }
   static NNG_INLINE void in_order(Floats (&)[1]) {}
   template <typename U>
   static NNG_INLINE void row(Register& v, const U* from) {
@@ -104,12 +106,12 @@ struct Pairs {
   using Register = __m512i;
   static constexpr int kStep = 2;
   static constexpr int kRegisters = 2;
+  static constexpr int kDeep = 16;
   static constexpr int kWide = 32;
 
   static NNG_INLINE Factor factor(const Element* x, bool odd) {
     return x[0].x | (odd ? 0 : static_cast<std::uint32_t>(x[1].x) << 16);
   }
-  static NNG_INLINE void spread(Register& v, Factor f) { v = _mm512_set1_epi32(static_cast<int>(f)); }
   // Two rows of 32 columns, a column's two numbers side by side; of an odd last row, with zeros.
   static NNG_INLINE void columns(Register (&v)[2], const Element* w, int64_t out, bool odd) {
     __m512i a = _mm512_loadu_si512(w), b = odd ? _mm512_setzero_si512() : _mm512_loadu_si512(w + out);
@@ -118,6 +120,9 @@ struct Pairs {
   }
   static NNG_INLINE void multiply(Floats& sum, const Register& a, const Register& b) {
     sum = _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+  static NNG_INLINE void multiply(Floats& sum, const Register& a, Factor b) {
+    multiply(sum, a, _mm512_set1_epi32(static_cast<int>(b)));
   }
   // Unpacking takes eight columns of each part of a register, four to each side.
   static NNG_INLINE void in_order(Floats (&v)[2]) {
@@ -162,11 +167,10 @@ NNG_INLINE void add(const typename A::Element* w, int64_t out, const typename A:
     typename A::Register v[A::kRegisters];
     A::columns(v, w + k * out, out, kOdd);
     if (ahead) {
-      NNG_UNROLL for (int s = 0; s < A::kStep; s++) __builtin_prefetch(w + (k + s + kDeep) * out, 0, 2);
+      NNG_UNROLL for (int s = 0; s < A::kStep; s++) __builtin_prefetch(w + (k + s + A::kDeep) * out, 0, 2);
     }
     NNG_UNROLL for (int m = 0; m < M; m++) {
-      typename A::Register f;
-      A::spread(f, x[k / A::kStep * M + m]);
+      const auto f = x[k / A::kStep * M + m];
       NNG_UNROLL for (int r = 0; r < A::kRegisters; r++) A::multiply(acc[m][r], v[r], f);
     }
   }
@@ -203,7 +207,7 @@ void columns(const Product<typename A::Element>& p, Range in, Range tiles, float
   for (Range some{tiles.from, 0}; some.from < tiles.to; some.from = some.to) {
     some.to = std::min(some.from + near, tiles.to);
     int64_t k = in.from;
-    for (; k + kDeep <= in.to; k += kDeep) deepen<A, M, kDeep>(p, k, some, sums, k == in.from);
+    for (; k + A::kDeep <= in.to; k += A::kDeep) deepen<A, M, A::kDeep>(p, k, some, sums, k == in.from);
     for (; k + A::kStep <= in.to; k += A::kStep) deepen<A, M, A::kStep>(p, k, some, sums, k == in.from);
     if (k < in.to) deepen<A, M, 1>(p, k, some, sums, k == in.from);
     sums += (some.to - some.from) * tile;
@@ -249,16 +253,18 @@ void by_columns(const Product<typename A::Element>& p, int64_t threads) {
   const int64_t tiles = divided(p.out, kTile<A>), tile = blocks.count * blocks.rows * kTile<A>;
   // A thread reads memory in order if it has all columns of some inputs. But then each one has sums of all,
   // and what is done for those shall stay an eighth of what is done for the weight.
-  const int64_t deep = std::clamp<int64_t>(p.in / (16 * p.rows), 1, threads), wide = std::max<int64_t>(threads / deep, 1);
+  const int64_t deep = std::clamp<int64_t>(p.in / (16 * p.rows), 1, threads),
+                wide = std::max<int64_t>(threads / deep, 1);
   const int64_t apart = tiles * tile;
   at::Tensor all = at::empty({deep * apart}, at::kFloat);
   auto* sums = all.mutable_data_ptr<float>();
-  int64_t parts = 0;  // as rounded to kDeep, there may be fewer
-  while (parts < deep && part(parts, deep, p.in, kDeep).from < p.in) parts++;
+  int64_t parts = 0;  // as rounded to A::kDeep, there may be fewer
+  while (parts < deep && part(parts, deep, p.in, A::kDeep).from < p.in) parts++;
   in_parallel(parts * wide, [&](int64_t i) {
     Range some = part(i % wide, wide, tiles, 1);
     if (some.from == some.to) return;
-    kKernels[blocks.rows - 1](p, part(i / wide, deep, p.in, kDeep), some, sums + i / wide * apart + some.from * tile);
+    kKernels[blocks.rows - 1](p, part(i / wide, deep, p.in, A::kDeep), some,
+                              sums + i / wide * apart + some.from * tile);
   });
   const int64_t ends = parts * p.rows * p.out > 1 << 16 ? threads : 1;
   in_parallel(ends, [&](int64_t i) { finish<A>(p, part(i, ends, tiles, 1), sums, parts, apart); });

@@ -57,10 +57,15 @@ void few_rows(const at::Tensor& x, const at::Tensor& w, const std::optional<at::
   few::multiply(product, !w.is_contiguous());
 }
 
-// Whether there is a kernel for up to `most` rows, of a product that is_plain.
-inline bool are_few(const at::Tensor& x, const at::Tensor& w, int64_t most) {
+// Whether that is the fastest way of a product that is_plain, of which a packed weight is there or not.
+inline bool are_few(const at::Tensor& x, const at::Tensor& w, bool packed) {
   constexpr int64_t kWidest = 32;  // columns that a kernel may take at once
-  return x.numel() <= most * w.size(1) && (w.is_contiguous() || (w.t().is_contiguous() && w.size(0) >= kWidest));
+  bool columns = !w.is_contiguous();
+  if (columns && (!w.t().is_contiguous() || w.size(0) < kWidest)) return false;
+  int64_t most = packed                          ? few::fastest(columns)
+                 : x.scalar_type() == at::kFloat ? few::faster<float>(columns)
+                                                 : few::faster<at::BFloat16>(columns);
+  return x.numel() <= most * w.size(1);
 }
 
 inline at::Tensor few_rows(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {
@@ -128,7 +133,7 @@ inline at::Tensor linear_packed(const at::Tensor& x, const at::Tensor& weight, c
   at::Tensor w = transposed ? weight.t() : weight;
   if (!is_plain(x, w, bias)) return at::linear(x, w, bias);
   bool packed = !pieces.empty() && at::globalContext().userEnabledMkldnn();
-  if (are_few(x, w, packed ? few::kFastest : few::kMost)) return few_rows(x, w, bias);
+  if (are_few(x, w, packed)) return few_rows(x, w, bias);
   if (packed) return packed_times(x, pieces, bias);
   return at::linear(x, w, bias);
 }

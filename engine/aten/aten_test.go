@@ -296,7 +296,7 @@ func TestLinearOfFewRows(t *testing.T) {
 			}
 		}
 		for range 150 {
-			check(dtype, 1+r.Int64N(34), 1+r.Int64N(700), 1+r.Int64N(700), r.IntN(8))
+			check(dtype, 1+r.Int64N(70), 1+r.Int64N(700), 1+r.Int64N(700), r.IntN(8))
 		}
 	}
 }

@@ -21,8 +21,16 @@ const (
 	packShare = 32      // one element is packed for so many that are multiplied
 	packPiece = 1 << 22 // elements packed at once, some 10 ms
 	packLeast = 1 << 16 // elements below which calling oneDNN costs what its product saves
-	fewRows   = 10      // rows that are multiplied faster as the weight lies: kFastest of pybind/fewrows.h
 )
+
+// fewRows is how many rows are multiplied as fast with a weight as it lies, which is [in, out] where
+// transposed. pybind/fewrows.h has the same numbers.
+func fewRows(transposed bool) int64 {
+	if transposed {
+		return 32
+	}
+	return 8
+}
 
 // shelf is the packed weights of a model. Any thread may use it.
 type shelf struct {
@@ -144,7 +152,7 @@ func (r *Run) packed(in *plan.Instr) ([]aten.Tensor, error) {
 	if transposed {
 		outputs, inputs = inputs, outputs
 	}
-	if x.Numel() <= fewRows*inputs {
+	if x.Numel() <= fewRows(transposed)*inputs {
 		return nil, nil
 	}
 	s := r.model.shelf
