@@ -1,151 +1,291 @@
-// fewrows.h: the product of a few rows with a weight as it lies in memory. Part of aten.cc.
+// fewrows.h: the product of a few rows with a weight as it lies in memory. kernels.h includes this once for each
+// kind of processor, as NNG_TARGET; with NNG_PAIRS, it has instructions that multiply pairs of bfloat16.
 //
 // Such a product takes as long as reading the weight does, if the weight is read as fast as memory allows and
 // all rows are multiplied on the way. torch hands it to a BLAS, which reads at a half of that speed or less.
 // Here all of torch's threads read, each a stretch of its own in the order of memory, and each number once.
-#ifndef NNG_FEWROWS_H
-#define NNG_FEWROWS_H
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <ATen/TensorIterator.h>
-#include <ATen/Version.h>
+namespace nng::kernels::NNG_TARGET {
 
-#if defined(__x86_64__) && !defined(__clang__)
-#define NNG_X86 1  // kernels for several kinds of processor
-#include <immintrin.h>
-#endif
+constexpr int kWeights = NNG_LANES / 4;  // weight rows at once, so that the sums stay in registers
+constexpr int kBlock = 8;                // rows at once by columns ...
+constexpr int kDots = 5;                 // ... and otherwise
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <string>
-#include <type_traits>
-#include <vector>
+// ---- arithmetic: what a kernel multiplies, and in what order its sums lie ----
 
-#define NNG_INLINE inline __attribute__((always_inline))
-#define NNG_UNROLL _Pragma("GCC unroll 16")
-
-namespace nng::few {
-
-using std::int64_t;
-
-constexpr int64_t kMost = 64;  // rows at once
-
-// Rows up to which this is as fast as with a packed weight. engine/host/prepack.go has the same numbers.
-constexpr int64_t fastest(bool columns) { return columns ? 32 : 8; }
-
-// Rows up to which it is faster than what torch does with the weight as it lies.
+// Numbers one by one, in single precision.
 template <typename T>
-constexpr int64_t faster(bool columns) {
-  return columns || sizeof(T) == 4 ? kMost : 24;
-}
+struct Single {
+  using Element = T;      // of the weight
+  using Factor = float;   // of x, by columns
+  using Operand = float;  // of x, otherwise
+  using Register = Floats;
+  static constexpr int kStep = 1;       // inputs that a multiplication takes, by columns
+  static constexpr int kRegisters = 1;  // of weights then
+  static constexpr int kDeep = 8;       // inputs that are taken before sums are put down: 8 ways has a near cache
+  static constexpr int kWide = kLanes;  // numbers in a register of weights
 
-// y = x wᵀ + bias. Everything is contiguous; w is [out, in] or, by columns, [in, out].
-template <typename T>
-struct Product {
-  const T* x;
-  const T* w;
-  const T* bias;  // or null
-  T* y;
-  int64_t rows, in, out;
-};
-
-struct Range {
-  int64_t from, to;
-};
-
-// Part i of n of what is `of` long, in multiples of unit; the last one may be shorter, or there is none.
-inline Range part(int64_t i, int64_t n, int64_t of, int64_t unit) {
-  int64_t each = ((of + n - 1) / n + unit - 1) / unit * unit;
-  return {std::min(i * each, of), std::min((i + 1) * each, of)};
-}
-
-inline int64_t divided(int64_t a, int64_t by) { return (a + by - 1) / by; }
-
-// Calls body(i) for each i < n on torch's threads. It is an iterator that cuts its output into parts, since
-// torch's other ways want an OpenMP of ours.
-template <typename F>
-void in_parallel(int64_t n, F body) {
-  if (n == 1) return body(0);
-  at::Tensor tasks = at::empty({n}, at::kByte);
-  auto* first = tasks.mutable_data_ptr<std::uint8_t>();
-  auto parts = at::TensorIteratorConfig()
-                   .check_all_same_dtype(false)
-                   .declare_static_dtype_and_device(at::kByte, at::kCPU)
-                   .resize_outputs(false)
-                   .add_output(tasks)
-                   .build();
-  parts.for_each(
-      [&](char** data, const int64_t*, int64_t count, int64_t times) {
-        int64_t i = reinterpret_cast<std::uint8_t*>(data[0]) - first;
-        for (int64_t end = i + count * times; i < end; i++) body(i);
-      },
-      1);
-}
-
-NNG_INLINE float as_float(float x) { return x; }
-
-NNG_INLINE float as_float(at::BFloat16 x) {
-  std::uint32_t bits = static_cast<std::uint32_t>(x.x) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
-
-}  // namespace nng::few
-
-#define NNG_TARGET plain
-#define NNG_LANES 8
-#include "fewrows_kernels.h"
-#undef NNG_LANES
-#undef NNG_TARGET
-
-#ifdef NNG_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define NNG_TARGET avx2
-#define NNG_LANES 8
-#include "fewrows_kernels.h"
-#undef NNG_LANES
-#undef NNG_TARGET
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
-#define NNG_TARGET avx512
-#define NNG_LANES 16
-#include "fewrows_kernels.h"
-#undef NNG_TARGET
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma")
-#define NNG_TARGET avx512bf16
-#define NNG_PAIRS 1
-#include "fewrows_kernels.h"
-#undef NNG_PAIRS
-#undef NNG_LANES
-#undef NNG_TARGET
-#pragma GCC pop_options
-#endif
-
-namespace nng::few {
-
-// y = x wᵀ + bias of up to kMost rows, in the kernels of this processor.
-template <typename T>
-void multiply(const Product<T>& p, bool columns) {
-#ifdef NNG_X86
-  static const std::string capability = at::get_cpu_capability();
-  static const bool pairs = capability == "AVX512" && __builtin_cpu_supports("avx512bf16");
-  if constexpr (std::is_same_v<T, at::BFloat16>) {
-    if (pairs) return avx512bf16::multiply<avx512bf16::Pairs>(p, columns);
+  static NNG_INLINE Factor factor(const T* x, bool) { return as_float(*x); }
+  static NNG_INLINE void columns(Register (&v)[1], const T* w, int64_t, bool) { get(v[0], w); }
+  static NNG_INLINE void multiply(Floats& sum, const Register& a, const Register& b) { sum += a * b; }
+  static NNG_INLINE void multiply(Floats& sum, const Register& a, Factor b) { sum += a * b; }
+  static NNG_INLINE void in_order(Floats (&)[1]) {}
+  template <typename U>
+  static NNG_INLINE void row(Register& v, const U* from) {
+    get(v, from);
   }
-  if (capability == "AVX512") return avx512::multiply<avx512::Single<T>>(p, columns);
-  if (capability == "AVX2") return avx2::multiply<avx2::Single<T>>(p, columns);
+};
+
+#ifdef NNG_PAIRS
+// Pairs of bfloat16, by an instruction that adds their products to a sum in single precision.
+struct Pairs {
+  using Element = at::BFloat16;
+  using Factor = std::uint32_t;
+  using Operand = at::BFloat16;
+  using Register = __m512i;
+  static constexpr int kStep = 2;
+  static constexpr int kRegisters = 2;
+  static constexpr int kDeep = 16;
+  static constexpr int kWide = 32;
+
+  static NNG_INLINE Factor factor(const Element* x, bool odd) {
+    return x[0].x | (odd ? 0 : static_cast<std::uint32_t>(x[1].x) << 16);
+  }
+  // Two rows of 32 columns, a column's two numbers side by side; of an odd last row, with zeros.
+  static NNG_INLINE void columns(Register (&v)[2], const Element* w, int64_t out, bool odd) {
+    __m512i a = _mm512_loadu_si512(w), b = odd ? _mm512_setzero_si512() : _mm512_loadu_si512(w + out);
+    v[0] = _mm512_unpacklo_epi16(a, b);
+    v[1] = _mm512_unpackhi_epi16(a, b);
+  }
+  static NNG_INLINE void multiply(Floats& sum, const Register& a, const Register& b) {
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+  static NNG_INLINE void multiply(Floats& sum, const Register& a, Factor b) {
+    multiply(sum, a, _mm512_set1_epi32(static_cast<int>(b)));
+  }
+  // Unpacking takes eight columns of each part of a register, four to each side.
+  static NNG_INLINE void in_order(Floats (&v)[2]) {
+    Floats a = v[0], b = v[1];
+    v[0] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    v[1] = __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  }
+  static NNG_INLINE void row(Register& v, const Element* from) { v = _mm512_loadu_si512(from); }
+};
 #endif
-  plain::multiply<plain::Single<T>>(p, columns);
+
+// ---- a weight [in, out]: multiples of its rows are added up ----
+
+// Sums of all rows for a stretch of columns lie in tiles: [columns / kTile, blocks of rows, M, kTile].
+template <typename A>
+constexpr int kTile = A::kRegisters * kLanes;
+
+// How so many rows are taken in blocks of up to `most`.
+struct Blocks {
+  int64_t count;
+  int64_t rows;  // of each; the last one may have fewer
+
+  Blocks(int64_t all, int64_t most) : count(divided(all, most)), rows(divided(all, count)) {}
+};
+
+// K rows of the weight at w, for one tile and one block of M rows. The next ones are fetched if ahead.
+template <typename A, int M, int K>
+NNG_INLINE void add(const typename A::Element* w, int64_t out, const typename A::Factor* x, float* sums, bool first,
+                    bool ahead) {
+  constexpr bool kOdd = K < A::kStep;
+  Floats acc[M][A::kRegisters];
+  NNG_UNROLL for (int m = 0; m < M; m++) {
+    NNG_UNROLL for (int r = 0; r < A::kRegisters; r++) {
+      if (first) {
+        acc[m][r] = Floats{};
+      } else {
+        get(acc[m][r], sums + (m * A::kRegisters + r) * kLanes);
+      }
+    }
+  }
+  NNG_UNROLL for (int k = 0; k < K; k += A::kStep) {
+    typename A::Register v[A::kRegisters];
+    A::columns(v, w + k * out, out, kOdd);
+    if (ahead) {
+      NNG_UNROLL for (int s = 0; s < A::kStep; s++) __builtin_prefetch(w + (k + s + A::kDeep) * out, 0, 2);
+    }
+    NNG_UNROLL for (int m = 0; m < M; m++) {
+      const auto f = x[k / A::kStep * M + m];
+      NNG_UNROLL for (int r = 0; r < A::kRegisters; r++) A::multiply(acc[m][r], v[r], f);
+    }
+  }
+  NNG_UNROLL for (int m = 0; m < M; m++) {
+    NNG_UNROLL for (int r = 0; r < A::kRegisters; r++) put(sums + (m * A::kRegisters + r) * kLanes, acc[m][r]);
+  }
 }
 
-}  // namespace nng::few
-#endif
+// K rows of the weight from k on, for all rows of x and some tiles.
+template <typename A, int M, int K>
+void deepen(const Product<typename A::Element>& p, int64_t k, Range tiles, float* sums, bool first) {
+  const Blocks blocks(p.rows, kBlock);
+  constexpr int kFactors = (K + A::kStep - 1) / A::kStep;
+  typename A::Factor x[kMost / kBlock][kFactors * M] = {};
+  for (int64_t row = 0; row < p.rows; row++) {
+    for (int j = 0; j < kFactors; j++) {
+      x[row / M][j * M + row % M] = A::factor(p.x + row * p.in + k + j * A::kStep, K < A::kStep);
+    }
+  }
+  for (int64_t t = tiles.from; t < tiles.to; t++) {
+    // The last tile begins early enough to be whole: its columns are those of the one before it, in part.
+    const auto* w = p.w + k * p.out + std::min(t * kTile<A>, p.out - kTile<A>);
+    for (int64_t b = 0; b < blocks.count; b++, sums += M * kTile<A>) {
+      add<A, M, K>(w, p.out, x[b], sums, first, b == 0);
+    }
+  }
+}
+
+// The sums over some inputs, for some tiles.
+template <typename A, int M>
+void columns(const Product<typename A::Element>& p, Range in, Range tiles, float* sums) {
+  constexpr int64_t kNear = 1 << 15;  // sums that stay in a near cache
+  const int64_t tile = Blocks(p.rows, kBlock).count * M * kTile<A>, near = std::max<int64_t>(kNear / tile, 1);
+  for (Range some{tiles.from, 0}; some.from < tiles.to; some.from = some.to) {
+    some.to = std::min(some.from + near, tiles.to);
+    int64_t k = in.from;
+    for (; k + A::kDeep <= in.to; k += A::kDeep) deepen<A, M, A::kDeep>(p, k, some, sums, k == in.from);
+    for (; k + A::kStep <= in.to; k += A::kStep) deepen<A, M, A::kStep>(p, k, some, sums, k == in.from);
+    if (k < in.to) deepen<A, M, 1>(p, k, some, sums, k == in.from);
+    sums += (some.to - some.from) * tile;
+  }
+}
+
+// Adds up what the threads have summed, and the bias.
+template <typename A>
+void finish(const Product<typename A::Element>& p, Range tiles, const float* sums, int64_t parts, int64_t apart) {
+  const Blocks blocks(p.rows, kBlock);
+  for (int64_t t = tiles.from; t < tiles.to; t++) {
+    const int64_t at = std::min(t * kTile<A>, p.out - kTile<A>);
+    for (int64_t row = 0; row < p.rows; row++) {
+      const float* of_row = sums + (t * blocks.count * blocks.rows + row) * kTile<A>;
+      Floats acc[A::kRegisters] = {};
+      for (int64_t i = 0; i < parts; i++) {
+        NNG_UNROLL for (int r = 0; r < A::kRegisters; r++) {
+          Floats v;
+          get(v, of_row + i * apart + r * kLanes);
+          acc[r] += v;
+        }
+      }
+      A::in_order(acc);
+      NNG_UNROLL for (int r = 0; r < A::kRegisters; r++) {
+        if (p.bias != nullptr) {
+          Floats bias;
+          get(bias, p.bias + at + r * kLanes);
+          acc[r] += bias;
+        }
+        put(p.y + row * p.out + at + r * kLanes, acc[r]);
+      }
+    }
+  }
+}
+
+template <typename A>
+void by_columns(const Product<typename A::Element>& p, int64_t threads) {
+  constexpr void (*kKernels[])(const Product<typename A::Element>&, Range, Range, float*) = {
+      columns<A, 1>, columns<A, 2>, columns<A, 3>, columns<A, 4>,
+      columns<A, 5>, columns<A, 6>, columns<A, 7>, columns<A, 8>};
+  static_assert(std::size(kKernels) == kBlock);
+  const Blocks blocks(p.rows, kBlock);
+  const int64_t tiles = divided(p.out, kTile<A>), tile = blocks.count * blocks.rows * kTile<A>;
+  // A thread reads memory in order if it has all columns of some inputs. But then each one has sums of all,
+  // and what is done for those shall stay an eighth of what is done for the weight.
+  const int64_t deep = std::clamp<int64_t>(p.in / (16 * p.rows), 1, threads),
+                wide = std::max<int64_t>(threads / deep, 1);
+  const int64_t apart = tiles * tile;
+  at::Tensor all = at::empty({deep * apart}, at::kFloat);
+  auto* sums = all.mutable_data_ptr<float>();
+  int64_t parts = 0;  // as rounded to A::kDeep, there may be fewer
+  while (parts < deep && part(parts, deep, p.in, A::kDeep).from < p.in) parts++;
+  in_parallel(parts * wide, [&](int64_t i) {
+    Range some = part(i % wide, wide, tiles, 1);
+    if (some.from == some.to) return;
+    kKernels[blocks.rows - 1](p, part(i / wide, deep, p.in, A::kDeep), some,
+                              sums + i / wide * apart + some.from * tile);
+  });
+  const int64_t ends = parts * p.rows * p.out > 1 << 16 ? threads : 1;
+  in_parallel(ends, [&](int64_t i) { finish<A>(p, part(i, ends, tiles, 1), sums, parts, apart); });
+}
+
+// ---- a weight [out, in]: an output is the product of two rows ----
+
+// Outputs [o, o + R) of M rows from `row` on, which x has as [in / kWide, M, kWide].
+template <typename A, int M, int R>
+NNG_INLINE void dot(const Product<typename A::Element>& p, const typename A::Operand* x, int64_t row, int64_t o) {
+  const auto* w = p.w + o * p.in;
+  const bool ahead = R > 1 && row == 0;  // rows that are read one by one are fetched by the processor
+  Floats acc[M][R] = {};
+  const int64_t whole = p.in / A::kWide;
+  for (int64_t i = 0; i < whole; i++) {
+    typename A::Register v[R];
+    NNG_UNROLL for (int r = 0; r < R; r++) {
+      A::row(v[r], w + r * p.in + i * A::kWide);
+      if (ahead) __builtin_prefetch(w + (r + R) * p.in + i * A::kWide, 0, 2);
+    }
+    NNG_UNROLL for (int m = 0; m < M; m++) {
+      typename A::Register f;
+      A::row(f, x + (i * M + m) * A::kWide);
+      NNG_UNROLL for (int r = 0; r < R; r++) A::multiply(acc[m][r], v[r], f);
+    }
+  }
+  NNG_UNROLL for (int m = 0; m < M; m++) {
+    if (row + m == p.rows) break;
+    float sums[R];
+    totals(acc[m], sums);
+    for (int r = 0; r < R; r++) {
+      for (int64_t i = whole * A::kWide; i < p.in; i++) {
+        sums[r] += as_float(p.x[(row + m) * p.in + i]) * as_float(w[r * p.in + i]);
+      }
+      if (p.bias != nullptr) sums[r] += as_float(p.bias[o + r]);
+      p.y[(row + m) * p.out + o + r] = sums[r];
+    }
+  }
+}
+
+template <typename A, int M>
+void dots(const Product<typename A::Element>& p, const typename A::Operand* x, Range outputs) {
+  constexpr int R = kWeights;
+  const int64_t blocks = Blocks(p.rows, kDots).count, each = p.in / A::kWide * A::kWide * M;
+  int64_t o = outputs.from;
+  for (; o + R <= outputs.to; o += R) {
+    for (int64_t b = 0; b < blocks; b++) dot<A, M, R>(p, x + b * each, b * M, o);
+  }
+  for (; o < outputs.to; o++) {
+    for (int64_t b = 0; b < blocks; b++) dot<A, M, 1>(p, x + b * each, b * M, o);
+  }
+}
+
+template <typename A>
+void by_rows(const Product<typename A::Element>& p, int64_t threads) {
+  using Operand = typename A::Operand;
+  constexpr void (*kKernels[])(const Product<typename A::Element>&, const Operand*, Range) = {
+      dots<A, 1>, dots<A, 2>, dots<A, 3>, dots<A, 4>, dots<A, 5>};
+  static_assert(std::size(kKernels) == kDots);
+  const Blocks blocks(p.rows, kDots);
+  const int64_t whole = p.in / A::kWide, each = whole * A::kWide * blocks.rows;
+  at::Tensor all = at::empty({blocks.count * each}, c10::CppTypeToScalarType<Operand>::value);
+  auto* x = all.template mutable_data_ptr<Operand>();
+  for (int64_t row = 0; row < blocks.count * blocks.rows; row++) {
+    Operand* to = x + row / blocks.rows * each + row % blocks.rows * A::kWide;
+    const auto* from = p.x + std::min(row, p.rows - 1) * p.in;  // what lacks is not stored
+    for (int64_t i = 0; i < whole; i++, to += blocks.rows * A::kWide, from += A::kWide) {
+      for (int k = 0; k < A::kWide; k++) to[k] = from[k];
+    }
+  }
+  in_parallel(threads, [&](int64_t i) {
+    Range some = part(i, threads, p.out, kWeights);
+    if (some.from < some.to) kKernels[blocks.rows - 1](p, x, some);
+  });
+}
+
+template <typename A>
+void multiply(const Product<typename A::Element>& p, bool columns) {
+  constexpr int64_t kLeast = 1 << 15;  // numbers of a weight that are worth a thread
+  const int64_t threads = std::clamp<int64_t>(p.in * p.out / kLeast, 1, at::get_num_threads());
+  if (columns) return by_columns<A>(p, threads);
+  by_rows<A>(p, threads);
+}
+
+}  // namespace nng::kernels::NNG_TARGET

@@ -1,4 +1,4 @@
-// linear.h: nng::linear, which is aten::linear with ways of its own on the CPU, and nng::prepack.
+// linear.h: nng::linear and nng::gelu, which are aten's with ways of their own on the CPU, and nng::prepack.
 // Part of aten.cc.
 //
 // A few rows, a prompt's or a token's that is generated, are multiplied with the weight as it lies (fewrows.h).
@@ -19,7 +19,7 @@
 #include <string_view>
 #include <vector>
 
-#include "fewrows.h"
+#include "kernels.h"
 
 namespace nng {
 
@@ -47,24 +47,23 @@ template <typename T>
 void few_rows(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias, const at::Tensor& y) {
   at::Tensor rows = x.contiguous();
   at::Tensor b = bias.has_value() && bias->defined() ? bias->contiguous() : at::Tensor();
-  few::Product<T> product{rows.const_data_ptr<T>(),
-                          w.const_data_ptr<T>(),
-                          b.defined() ? b.const_data_ptr<T>() : nullptr,
-                          y.mutable_data_ptr<T>(),
-                          x.numel() / w.size(1),
-                          w.size(1),
-                          w.size(0)};
-  few::multiply(product, !w.is_contiguous());
+  kernels::Product<T> product{rows.const_data_ptr<T>(),
+                              w.const_data_ptr<T>(),
+                              b.defined() ? b.const_data_ptr<T>() : nullptr,
+                              y.mutable_data_ptr<T>(),
+                              x.numel() / w.size(1),
+                              w.size(1),
+                              w.size(0)};
+  kernels::multiply(product, !w.is_contiguous());
 }
 
 // Whether that is the fastest way of a product that is_plain, of which a packed weight is there or not.
 inline bool are_few(const at::Tensor& x, const at::Tensor& w, bool packed) {
-  constexpr int64_t kWidest = 32;  // columns that a kernel may take at once
   bool columns = !w.is_contiguous();
-  if (columns && (!w.t().is_contiguous() || w.size(0) < kWidest)) return false;
-  int64_t most = packed                          ? few::fastest(columns)
-                 : x.scalar_type() == at::kFloat ? few::faster<float>(columns)
-                                                 : few::faster<at::BFloat16>(columns);
+  if (columns && (!w.t().is_contiguous() || w.size(0) < kernels::kWidest)) return false;
+  int64_t most = packed                          ? kernels::fastest(columns)
+                 : x.scalar_type() == at::kFloat ? kernels::faster<float>(columns)
+                                                 : kernels::faster<at::BFloat16>(columns);
   return x.numel() <= most * w.size(1);
 }
 
@@ -143,10 +142,26 @@ inline at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const st
   return linear_packed(x, weight, bias, transposed, {});
 }
 
+template <typename T>
+at::Tensor tanh_gelu(const at::Tensor& x) {
+  at::Tensor y = at::empty_like(x);
+  kernels::tanh_gelu(x.const_data_ptr<T>(), y.mutable_data_ptr<T>(), x.numel());
+  return y;
+}
+
+inline at::Tensor gelu(const at::Tensor& x, std::string_view approximate) {
+  if (approximate == "tanh" && is_plain(x) && x.is_contiguous()) {
+    if (x.scalar_type() == at::kFloat) return tanh_gelu<float>(x);
+    if (x.scalar_type() == at::kBFloat16) return tanh_gelu<at::BFloat16>(x);
+  }
+  return at::gelu(x, approximate);
+}
+
 TORCH_LIBRARY_FRAGMENT(nng, m) {
   m.def("linear(Tensor input, Tensor weight, Tensor? bias=None, bool transposed=False) -> Tensor", linear);
   m.def("linear_packed(Tensor input, Tensor weight, Tensor? bias, bool transposed, Tensor[] packed) -> Tensor",
         linear_packed);
+  m.def("gelu(Tensor self, *, str approximate='none') -> Tensor", gelu);
   m.def("prepack(Tensor weight, bool transposed, int start, int end) -> Tensor?", prepack);
 }
 

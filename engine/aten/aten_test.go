@@ -330,13 +330,50 @@ func TestLinearOfFewRowsKeepsWhatIsNoNumberApart(t *testing.T) {
 	}
 }
 
+// GELU has a kernel of its own, which gives what torch's gives.
+func TestGELU(t *testing.T) {
+	r := rand.New(rand.NewPCG(5, 6))
+	gelu := func(name string, x Tensor) Tensor {
+		op, err := Find(name)
+		require.NoError(t, err)
+		y, err := op.Call([]Value{TensorValue(x)}, Named{Name: "approximate", Value: Value{Kind: graph.ArgString, S: "tanh"}})
+		require.NoError(t, err)
+		t.Cleanup(y.Free)
+		return y.T
+	}
+	for dtype, tolerance := range map[string]float64{"float32": 1e-6, "bfloat16": 1e-2, "float64": 1e-12} {
+		for range 40 {
+			x := call(t, "aten::randn", IntsValue(r.Int64N(4), 1+r.Int64N(9), 1+r.Int64N(1000)))
+			x = call(t, "aten::mul.Scalar", TensorValue(x), Value{Kind: graph.ArgFloat, F: math.Pow(10, 4*r.Float64()-2)})
+			x = call(t, "aten::to.dtype", TensorValue(x), Value{Kind: graph.ArgDType, S: dtype})
+			if r.IntN(3) == 0 { // with gaps
+				x = call(t, "aten::transpose.int", TensorValue(x), IntValue(1), IntValue(2))
+			}
+			got, want := gelu("nng::gelu", x), gelu("aten::gelu", x)
+			require.Equal(t, want.Shape(), got.Shape())
+			require.Equal(t, dtype, got.DType())
+			if want.Numel() == 0 {
+				continue
+			}
+			distance := call(t, "aten::max", TensorValue(call(t, "aten::abs", TensorValue(call(t, "aten::sub", TensorValue(want), TensorValue(got))))))
+			largest := call(t, "aten::max", TensorValue(call(t, "aten::abs", TensorValue(want))))
+			require.LessOrEqual(t, sumOf(t, floats32(t, distance)), tolerance*(1+sumOf(t, floats32(t, largest))))
+		}
+	}
+	x := floats(t, []float32{float32(math.Inf(1)), float32(math.NaN()), -1e30, 1e30, -90, 0}, 6)
+	got, err := gelu("nng::gelu", x).Float32s()
+	require.NoError(t, err)
+	require.True(t, math.IsInf(float64(got[0]), 1) && math.IsNaN(float64(got[1])), got)
+	require.Equal(t, []float32{0, 1e30, 0, 0}, got[2:])
+}
+
 // The kernels of processors that know less than this one.
-func TestLinearOnOtherProcessors(t *testing.T) {
+func TestKernelsOfOtherProcessors(t *testing.T) {
 	if os.Getenv("ATEN_CPU_CAPABILITY") != "" {
 		t.Skip("this is one")
 	}
 	for _, capability := range []string{"default", "avx2"} { // torch takes no more than there is
-		other := exec.Command(os.Args[0], "-test.run=TestLinearOfFewRows")
+		other := exec.Command(os.Args[0], "-test.run=TestLinearOfFewRows|TestGELU")
 		other.Env = append(os.Environ(), "ATEN_CPU_CAPABILITY="+capability)
 		out, err := other.CombinedOutput()
 		require.NoError(t, err, "%s: %s", capability, out)

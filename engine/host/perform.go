@@ -87,7 +87,10 @@ func (r *Run) perform(in *plan.Instr) (value, error) {
 func (r *Run) call(in *plan.Instr) (value, error) {
 	name := in.Name
 	var pieces []aten.Tensor
-	if name == nn.LinearOp {
+	switch name {
+	case "aten::gelu":
+		name = nn.GELUOp
+	case nn.LinearOp:
 		var err error
 		if pieces, err = r.packed(in); err != nil {
 			return value{}, err
