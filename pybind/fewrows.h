@@ -192,9 +192,9 @@ void by_columns(const Product<typename A::Element>& p, int64_t threads) {
   const int64_t tiles = divided(p.out, kTile<A>), tile = blocks.count * blocks.rows * kTile<A>;
   // A thread reads memory in order if it has all columns of some inputs. But then each one has sums of all,
   // and what is done for those shall stay an eighth of what is done for the weight.
-  const int64_t deep = std::clamp<int64_t>(p.in / (16 * p.rows), 1, threads),
-                wide = std::max<int64_t>(threads / deep, 1);
-  const int64_t apart = tiles * tile;
+  int64_t deep = std::clamp<int64_t>(p.in / (16 * p.rows), 1, threads);
+  while (threads % deep != 0) deep--;
+  const int64_t wide = threads / deep, apart = tiles * tile;
   at::Tensor all = at::empty({deep * apart}, at::kFloat);
   auto* sums = all.mutable_data_ptr<float>();
   int64_t parts = 0;  // as rounded to A::kDeep, there may be fewer
@@ -205,7 +205,7 @@ void by_columns(const Product<typename A::Element>& p, int64_t threads) {
     kKernels[blocks.rows - 1](p, part(i / wide, deep, p.in, A::kDeep), some,
                               sums + i / wide * apart + some.from * tile);
   });
-  const int64_t ends = parts * p.rows * p.out > 1 << 16 ? threads : 1;
+  const int64_t ends = parts * p.rows * p.out > 1 << 15 ? threads : 1;
   in_parallel(ends, [&](int64_t i) { finish<A>(p, part(i, ends, tiles, 1), sums, parts, apart); });
 }
 
@@ -215,7 +215,7 @@ void by_columns(const Product<typename A::Element>& p, int64_t threads) {
 template <typename A, int M, int R>
 NNG_INLINE void dot(const Product<typename A::Element>& p, const typename A::Operand* x, int64_t row, int64_t o) {
   const auto* w = p.w + o * p.in;
-  const bool ahead = R > 1 && row == 0;  // rows that are read one by one are fetched by the processor
+  const bool ahead = R > 1 && row == 0;  // the first block of rows has the weight's next rows fetched
   Floats acc[M][R] = {};
   const int64_t whole = p.in / A::kWide;
   for (int64_t i = 0; i < whole; i++) {

@@ -8,6 +8,7 @@ typedef std::uint32_t Words __attribute__((vector_size(4 * NNG_LANES)));
 typedef std::uint16_t Halves __attribute__((vector_size(2 * NNG_LANES)));
 
 constexpr int kLanes = NNG_LANES;
+
 NNG_INLINE void get(Floats& v, const float* from) { std::memcpy(&v, from, sizeof v); }
 
 NNG_INLINE void get(Floats& v, const at::BFloat16* from) {

@@ -13,6 +13,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -25,17 +26,21 @@ namespace nng {
 
 using std::int64_t;
 
-inline bool is_plain(const at::Tensor& t) {
-  return t.device().type() == at::kCPU && t.layout() == at::kStrided && !at::isTensorSubclassLike(t) &&
-         !(t.requires_grad() && at::GradMode::is_enabled()) && !t.is_neg() && !t.is_conj();
+inline bool is_dense(const at::Tensor& t) {
+  return t.device().type() == at::kCPU && t.layout() == at::kStrided && !at::isTensorSubclassLike(t) && !t.is_neg() &&
+         !t.is_conj();
 }
 
-// Whether the ways of our own may do the work: aten::linear knows autograd, autocast and all the rest.
-inline bool is_plain(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {
+inline bool is_followed(const at::Tensor& t) { return t.requires_grad() && at::GradMode::is_enabled(); }
+
+inline bool is_plain(const at::Tensor& t) { return is_dense(t) && !is_followed(t); }
+
+// Whether the ways of our own may do the work: aten::linear knows autocast, gradients of weights and all the rest.
+inline bool is_ours(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {
   auto type = x.scalar_type();
   if (type != at::kFloat && type != at::kBFloat16) return false;
   if (x.dim() < 1 || w.dim() != 2 || x.size(-1) != w.size(1) || x.numel() == 0 || w.numel() == 0) return false;
-  if (!is_plain(x) || !is_plain(w) || w.scalar_type() != type) return false;
+  if (!is_dense(x) || !is_plain(w) || w.scalar_type() != type) return false;
   if (bias.has_value() && bias->defined()) {
     if (!is_plain(*bias) || bias->scalar_type() != type || bias->dim() != 1 || bias->size(0) != w.size(0)) return false;
   }
@@ -57,7 +62,7 @@ void few_rows(const at::Tensor& x, const at::Tensor& w, const std::optional<at::
   kernels::multiply(product, !w.is_contiguous());
 }
 
-// Whether that is the fastest way of a product that is_plain, of which a packed weight is there or not.
+// Whether that is the fastest way of a product that is_ours, of which a packed weight is there or not.
 inline bool are_few(const at::Tensor& x, const at::Tensor& w, bool packed) {
   bool columns = !w.is_contiguous();
   if (columns && (!w.t().is_contiguous() || w.size(0) < kernels::kWidest)) return false;
@@ -125,12 +130,33 @@ inline at::Tensor packed_times(const at::Tensor& x, at::TensorList pieces, const
   return at::cat(parts, -1);
 }
 
+inline at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                         bool transposed);
+
+// The product of a few rows that autograd follows, with a frozen weight. Backwards it is a product with the same
+// weight read the other way, of as many rows, which may itself be followed.
+struct FewRows : torch::autograd::Function<FewRows> {
+  static at::Tensor forward(torch::autograd::AutogradContext* node, const at::Tensor& x, const at::Tensor& w,
+                            const std::optional<at::Tensor>& bias) {
+    node->save_for_backward({w});
+    return few_rows(x, w, bias);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* node,
+                                                 const torch::autograd::variable_list& grads) {
+    at::Tensor w = node->get_saved_variables()[0], of_x;
+    if (grads[0].defined()) of_x = linear(grads[0], w.t(), {}, false);
+    return {of_x, {}, {}};
+  }
+};
+
 // x wᵀ + bias for x [..., in] and bias [out]; w is [out, in], or [in, out] if transposed. pieces, if there are
 // any, are the same weight packed.
 inline at::Tensor linear_packed(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                                 bool transposed, at::TensorList pieces) {
   at::Tensor w = transposed ? weight.t() : weight;
-  if (!is_plain(x, w, bias)) return at::linear(x, w, bias);
+  if (!is_ours(x, w, bias)) return at::linear(x, w, bias);
+  if (is_followed(x)) return are_few(x, w, false) ? FewRows::apply(x, w, bias) : at::linear(x, w, bias);
   bool packed = !pieces.empty() && at::globalContext().userEnabledMkldnn();
   if (are_few(x, w, packed)) return few_rows(x, w, bias);
   if (packed) return packed_times(x, pieces, bias);

@@ -330,6 +330,58 @@ func TestLinearOfFewRowsKeepsWhatIsNoNumberApart(t *testing.T) {
 	}
 }
 
+// Autograd follows such a product where its weight is frozen, and the gradients that it gives.
+func TestLinearOfFewRowsIsFollowed(t *testing.T) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	defer SetGradEnabled(GradEnabled())
+	r := rand.New(rand.NewPCG(7, 8))
+	for range 60 {
+		dtype := []string{"float32", "bfloat16", "float64"}[r.IntN(3)]
+		rows, in, out, transposed := 1+r.Int64N(70), 1+r.Int64N(200), 1+r.Int64N(200), r.IntN(2) == 0
+		of := func(sizes ...int64) Tensor {
+			return call(t, "aten::to.dtype", TensorValue(call(t, "aten::randn", IntsValue(sizes...))), Value{Kind: graph.ArgDType, S: dtype})
+		}
+		x, w, bias := of(rows, in), of(out, in), Value{Kind: graph.ArgNone}
+		asLinear := TensorValue(w)
+		if transposed {
+			w = of(in, out)
+			asLinear = TensorValue(call(t, "aten::t", TensorValue(w)))
+		}
+		if r.IntN(2) == 0 {
+			bias = TensorValue(of(out))
+		}
+		// The gradient of a sum of squares, and that of such a sum of the gradient.
+		var first, second [2]Tensor
+		for i, name := range []string{"nng::linear", "aten::linear.default"} {
+			SetGradEnabled(true)
+			leaf, err := Track(call(t, "aten::clone", TensorValue(x)), false)
+			require.NoError(t, err)
+			t.Cleanup(leaf.Free)
+			args := []Value{TensorValue(leaf), TensorValue(w), bias, BoolValue(transposed)}
+			if i == 1 {
+				args = []Value{TensorValue(leaf), asLinear, bias}
+			}
+			y := call(t, name, args...)
+			for _, gradient := range []*[2]Tensor{&first, &second} {
+				loss := call(t, "aten::sum", TensorValue(call(t, "aten::mul.Tensor", TensorValue(y), TensorValue(y))))
+				found, err := (&Backward{Roots: []Tensor{loss}, Targets: []Tensor{leaf}, Create: true, Retain: true}).Run()
+				require.NoError(t, err)
+				t.Cleanup(found[0].Free)
+				gradient[i], y = found[0], found[0]
+			}
+			SetGradEnabled(false)
+		}
+		for _, g := range [][2]Tensor{first, second} {
+			require.Equal(t, g[1].Shape(), g[0].Shape())
+			tolerance := map[string]float64{"float32": 1e-4, "bfloat16": 6e-2, "float64": 1e-10}[dtype]
+			distance := call(t, "aten::max", TensorValue(call(t, "aten::abs", TensorValue(call(t, "aten::sub", TensorValue(g[0]), TensorValue(g[1]))))))
+			largest := call(t, "aten::max", TensorValue(call(t, "aten::abs", TensorValue(g[1]))))
+			require.LessOrEqual(t, sumOf(t, floats32(t, distance)), tolerance*sumOf(t, floats32(t, largest)), "%s, %d rows, %d to %d", dtype, rows, in, out)
+		}
+	}
+}
+
 // GELU has a kernel of its own, which gives what torch's gives.
 func TestGELU(t *testing.T) {
 	r := rand.New(rand.NewPCG(5, 6))

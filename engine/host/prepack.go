@@ -24,7 +24,7 @@ const (
 )
 
 // fewRows is how many rows are multiplied as fast with a weight as it lies, which is [in, out] where
-// transposed. pybind/fewrows.h has the same numbers.
+// transposed. pybind/kernels.h has the same numbers.
 func fewRows(transposed bool) int64 {
 	if transposed {
 		return 32

@@ -85,8 +85,8 @@ func (l *Linear) Forward(x Value) Value {
 
 // LinearOp is aten::linear with ways of its own on the CPU (pybind/linear.h). Its arguments are the input,
 // the weight, the bias or None, and whether the weight is [in, out] rather than [out, in]. PackedLinearOp
-// takes the pieces of a packed weight as well.
-// GELUOp is aten::gelu in the same sense; an engine may call it where a graph has that.
+// takes the pieces of a packed weight as well. GELUOp is aten::gelu in the same sense, to be called where a graph
+// has that.
 const (
 	LinearOp       = "nng::linear"
 	PackedLinearOp = "nng::linear_packed"

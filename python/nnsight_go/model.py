@@ -86,7 +86,7 @@ class LanguageModel(Envoy, Editable):
             ``{"attn": "attention"}`` gives every module named so a second name.
         native: False has transformers compute the model, though the engine could; True refuses a model that the
             engine cannot. By default the engine does what it can, and transformers the rest.
-        prepack: weights that are used again and again on the CPU get a copy in a layout that multiplies faster:
+        prepack: weights that long prompts use again and again on the CPU get a copy in a layout that multiplies faster:
             True for up to 2 GiB of copies, a number for so many bytes, False for none.
         cuda_graphs: on a GPU, traces that are written alike are done by the CUDA graph of an earlier one: True for
             up to 8 graphs, a number for so many. See ``docs/devices.md``.

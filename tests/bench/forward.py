@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from . import limits
 from .harness import interleave
 from .install import LENS, NNSIGHT
 from .models import Setting, Subject
@@ -106,16 +107,27 @@ def at(
             nnsight=lambda model: nnsight_state(model, ids, layer), lens=lambda model: lens_state(model, ids, layer)
         )
     errors = [agree({k: lambda run=run: [run()] for k, run in w.items()}, subject.dtype) for w in (last, logits, state)]
-    timed = interleave(last | logits | state, rounds)
+    roofline = subject.device == "cpu" and hasattr(bare, "transformer")
+    timed = interleave(last | logits | state | (limits.ways(subject.dtype) if roofline else {}), rounds)
 
     def target(of: dict) -> float | None:
         return of.get(subject.dtype, {}).get(tokens) if targets else None
 
     where = f"{name}{tokens} token{'s' * (tokens > 1)} {SHORT[subject.dtype]}"
     saved = f"{where}: save layer {layer} of {len(blocks(bare))}"
-    note = f"max relative difference {max(errors):.0e}"
+    notes = [f"max relative difference {max(errors):.0e}"]
+    if roofline:
+        least = limits.least(bare, tokens, timed)
+        notes.append(f"this machine's limit: {1e3 * least:.1f} ms, {least / timed['bare'].median:.2f}x")
     rows = [
-        Row(f"{where}: save the last logits", timed["last"], "transformers", timed["bare"], target(LAST), note),
+        Row(
+            f"{where}: save the last logits",
+            timed["last"],
+            "transformers",
+            timed["bare"],
+            target(LAST),
+            "; ".join(notes),
+        ),
         Row(f"{where}: save the last logits", timed["last"], "transformers, logits_to_keep=1", timed["kept"]),
         Row(f"{where}: save all logits", timed["all"], "transformers", timed["bare"], target(ALL)),
         Row(saved, timed["state"], "transformers", timed["bare"], target(STATE), "no stop()"),
