@@ -26,9 +26,10 @@ namespace nng {
 
 using std::int64_t;
 
+// Whether a tensor is numbers in memory on the CPU, and nothing but those: no tangent goes with them either.
 inline bool is_dense(const at::Tensor& t) {
   return t.device().type() == at::kCPU && t.layout() == at::kStrided && !at::isTensorSubclassLike(t) && !t.is_neg() &&
-         !t.is_conj();
+         !t.is_conj() && !t.is_nested() && !t._is_zerotensor() && !t._fw_grad(0).defined();
 }
 
 inline bool is_followed(const at::Tensor& t) { return t.requires_grad() && at::GradMode::is_enabled(); }
@@ -37,10 +38,11 @@ inline bool is_plain(const at::Tensor& t) { return is_dense(t) && !is_followed(t
 
 // Whether the ways of our own may do the work: aten::linear knows autocast, gradients of weights and all the rest.
 inline bool is_ours(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {
+  if (!is_dense(x) || !is_plain(w)) return false;
   auto type = x.scalar_type();
   if (type != at::kFloat && type != at::kBFloat16) return false;
   if (x.dim() < 1 || w.dim() != 2 || x.size(-1) != w.size(1) || x.numel() == 0 || w.numel() == 0) return false;
-  if (!is_dense(x) || !is_plain(w) || w.scalar_type() != type) return false;
+  if (w.scalar_type() != type) return false;
   if (bias.has_value() && bias->defined()) {
     if (!is_plain(*bias) || bias->scalar_type() != type || bias->dim() != 1 || bias->size(0) != w.size(0)) return false;
   }
