@@ -23,7 +23,8 @@ from nnsight_go import LanguageModel
 
 from .install import LENS, NNSIGHT
 
-IN_USE = 80  # traces after which the engine has packed the weights of a model that is large enough for it
+IN_USE = 80  # traces after which the engine has packed the weights of a model that is large enough for it ...
+LONG = 64  # ... if they have so many tokens
 MANY = 10**7  # parameters
 
 T = TypeVar("T")
@@ -67,7 +68,7 @@ class Subject:
         """The engine's model, after it has been in use for a while."""
         model = self._open()
         for _ in range(IN_USE if self.bare.num_parameters() > MANY else 1):
-            with model.trace(self.ids(64)):
+            with model.trace(self.ids(LONG)):
                 model.lm_head.output.save()
         return model
 

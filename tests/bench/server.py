@@ -17,7 +17,7 @@ from nnsight_go import LanguageModel
 
 from ..servers import Server
 from .harness import LEAST, Timing, added, quiet, summarize
-from .models import IN_USE, Setting
+from .models import IN_USE, LONG, Setting
 from .rows import Row, Tensors, agree
 
 CLIENTS = 32
@@ -74,7 +74,7 @@ def throughput(setting: Setting) -> Iterator[Row]:
     draw = torch.Generator().manual_seed(0)
     with serving(subject.directory) as model, concurrent.futures.ThreadPoolExecutor(CLIENTS) as clients:
         for _ in range(IN_USE):
-            last_logits(model, torch.ones(1, 2, dtype=torch.long))
+            last_logits(model, torch.ones(1, LONG, dtype=torch.long))
         for tokens, target in PROMPTS.items():
             prompts = torch.randint(1, 1000, (TOGETHER, 1, tokens), generator=draw).unbind(0)
             taken: dict[str, list[float]] = {"alone": [], "together": []}
