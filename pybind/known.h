@@ -514,26 +514,17 @@ inline PyObject* shown(PyObject* self) {
   return guarded<PyObject*>(nullptr, [&] { return settle(of(self)) ? PyObject_Repr(of(self)->real) : nullptr; });
 }
 
+inline PyObject* Known::* const kHeld[] = {&Known::model, &Known::hosted,  &Known::args,
+                                           &Known::memo,  &Known::proxies, &Known::real};
+
 inline int traverse(PyObject* self, visitproc visit, void* arg) {
-  Known* k = of(self);
   Py_VISIT(Py_TYPE(self));
-  Py_VISIT(k->model);
-  Py_VISIT(k->hosted);
-  Py_VISIT(k->args);
-  Py_VISIT(k->memo);
-  Py_VISIT(k->proxies);
-  Py_VISIT(k->real);
+  for (auto member : kHeld) Py_VISIT(of(self)->*member);
   return 0;
 }
 
 inline int clear(PyObject* self) {
-  Known* k = of(self);
-  Py_CLEAR(k->model);
-  Py_CLEAR(k->hosted);
-  Py_CLEAR(k->args);
-  Py_CLEAR(k->memo);
-  Py_CLEAR(k->proxies);
-  Py_CLEAR(k->real);
+  for (auto member : kHeld) Py_CLEAR(of(self)->*member);
   return 0;
 }
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -242,3 +243,21 @@ def close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-4) -> Non
         assert relative(got, want) <= tolerance, relative(got, want)
     else:
         assert torch.equal(got, want)
+
+
+def at_once(work: Callable[[Any], None], given: Iterable[Any]) -> None:
+    """Calls a function on a thread for each argument, all at once. Raises the first error of any."""
+    failures: list[BaseException] = []
+
+    def guarded(argument: Any) -> None:
+        try:
+            work(argument)
+        except BaseException as e:
+            failures.append(e)
+
+    threads = [threading.Thread(target=guarded, args=(argument,)) for argument in given]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures, failures[0]

@@ -10,7 +10,7 @@ import pickle
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from torch import nn
 import zoo
 from nnsight_go import InputError, ModulePathError, NNsight, NnsightError, OpError, OutOfOrderError, _ffi
 from nnsight_go.hosting import structure, tensors
+from references import at_once
 from zoo import ZOO
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -654,24 +655,6 @@ def test_modules_are_freed() -> None:
     gc.collect()
     assert gone() is None
     assert _ffi.counters()["handles"] == before
-
-
-def at_once(work: Callable[[Any], None], given: Iterable[Any]) -> None:
-    """Calls a function on a thread for each argument, all at once. Raises the first error of any."""
-    failures: list[BaseException] = []
-
-    def guarded(argument: Any) -> None:
-        try:
-            work(argument)
-        except BaseException as e:
-            failures.append(e)
-
-    threads = [threading.Thread(target=guarded, args=(argument,)) for argument in given]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not failures, failures[0]
 
 
 def test_threads_on_modules_of_their_own() -> None:

@@ -19,6 +19,7 @@ from nnsight_go import InputError, NNsight, NnsightError, NotSavedError, OpError
 from nnsight_go.known import Memo
 from nnsight_go.proxy import Proxy
 from nnsight_go.wrapping import HostedTracer
+from references import at_once
 
 WIDTH = 6
 
@@ -538,22 +539,11 @@ def test_the_root_with_backward_hooks(model: NNsight, recorded: Callable[..., An
 
 
 def test_threads(model: NNsight) -> None:
-    models = [NNsight(network()) for _ in range(4)]
-    wrong: list[BaseException] = []
-
     def work(model: NNsight) -> None:
-        try:
-            for i in range(200):
-                assert torch.equal(several(model, some(i))[0], model._module[:3](some(i)))
-        except BaseException as e:
-            wrong.append(e)
+        for i in range(200):
+            assert torch.equal(several(model, some(i))[0], model._module[:3](some(i)))
 
-    threads = [threading.Thread(target=work, args=(m,)) for m in models]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not wrong
+    at_once(work, [NNsight(network()) for _ in range(4)])
 
 
 def test_nothing_is_kept() -> None:
