@@ -197,8 +197,7 @@ void by_columns(const Product<typename A::Element>& p, int64_t threads) {
   const int64_t wide = threads / deep, apart = tiles * tile;
   at::Tensor all = at::empty({deep * apart}, at::kFloat);
   auto* sums = all.mutable_data_ptr<float>();
-  int64_t parts = 0;  // as rounded to A::kDeep, there may be fewer
-  while (parts < deep && part(parts, deep, p.in, A::kDeep).from < p.in) parts++;
+  const int64_t parts = divided(p.in, part(0, deep, p.in, A::kDeep).to);  // fewer than deep where those are rounded up
   in_parallel(parts * wide, [&](int64_t i) {
     Range some = part(i % wide, wide, tiles, 1);
     if (some.from == some.to) return;
@@ -283,7 +282,7 @@ void by_rows(const Product<typename A::Element>& p, int64_t threads) {
 template <typename A>
 void multiply(const Product<typename A::Element>& p, bool columns) {
   constexpr int64_t kLeast = 1 << 15;  // numbers of a weight that are worth a thread
-  const int64_t threads = std::clamp<int64_t>(p.in * p.out / kLeast, 1, at::get_num_threads());
+  const int64_t threads = threads_for(p.in * p.out, kLeast);
   if (columns) return by_columns<A>(p, threads);
   by_rows<A>(p, threads);
 }

@@ -35,7 +35,7 @@ NNG_INLINE void tanh_gelu(Floats& v) {
 template <typename T>
 void tanh_gelu(const T* x, T* y, int64_t n) {
   constexpr int64_t kLeast = 1 << 13;  // numbers that are worth a thread
-  const int64_t threads = std::clamp<int64_t>(n / kLeast, 1, at::get_num_threads());
+  const int64_t threads = threads_for(n, kLeast);
   in_parallel(threads, [&](int64_t thread) {
     Range some = part(thread, threads, n, 64);
     Floats v;

@@ -40,19 +40,25 @@ struct Product {
   int64_t rows, in, out;
 };
 
-constexpr int64_t kMost = 64;  // rows of a product
+constexpr int64_t kMost = 64;    // rows of a product
+constexpr int64_t kWidest = 32;  // columns that a kernel may take at once
 
 struct Range {
   int64_t from, to;
 };
 
+inline int64_t divided(int64_t a, int64_t by) { return (a + by - 1) / by; }
+
 // Part i of n of what is `of` long, in multiples of unit; the last one may be shorter, or there is none.
 inline Range part(int64_t i, int64_t n, int64_t of, int64_t unit) {
-  int64_t each = ((of + n - 1) / n + unit - 1) / unit * unit;
+  int64_t each = divided(divided(of, n), unit) * unit;
   return {std::min(i * each, of), std::min((i + 1) * each, of)};
 }
 
-inline int64_t divided(int64_t a, int64_t by) { return (a + by - 1) / by; }
+// How many threads so much work is for, of which `least` is worth one.
+inline int64_t threads_for(int64_t work, int64_t least) {
+  return std::clamp<int64_t>(work / least, 1, at::get_num_threads());
+}
 
 // Calls body(i) for each i < n on torch's threads. It is an iterator that cuts its output into parts, since
 // torch's other ways want an OpenMP of ours.
@@ -152,10 +158,7 @@ inline Kind kind() {
 constexpr int64_t fastest(bool columns) { return columns ? 32 : 8; }
 
 // Rows up to which it is faster than what torch does with the weight as it lies.
-template <typename T>
-constexpr int64_t faster(bool columns) {
-  return columns || sizeof(T) == 4 ? kMost : 24;
-}
+constexpr int64_t faster(at::ScalarType type, bool columns) { return columns || type == at::kFloat ? kMost : 24; }
 
 // y = x wᵀ + bias of up to kMost rows; by columns, out is at least kWidest.
 template <typename T>
@@ -169,8 +172,6 @@ void multiply(const Product<T>& p, bool columns) {
 #endif
   plain::multiply<plain::Single<T>>(p, columns);
 }
-
-constexpr int64_t kWidest = 32;  // columns that a kernel may take at once
 
 // y = gelu(x) of n numbers.
 template <typename T>

@@ -40,9 +40,8 @@ inline bool is_plain(const at::Tensor& t) { return is_dense(t) && !is_followed(t
 inline bool is_ours(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {
   if (!is_dense(x) || !is_plain(w)) return false;
   auto type = x.scalar_type();
-  if (type != at::kFloat && type != at::kBFloat16) return false;
+  if ((type != at::kFloat && type != at::kBFloat16) || w.scalar_type() != type) return false;
   if (x.dim() < 1 || w.dim() != 2 || x.size(-1) != w.size(1) || x.numel() == 0 || w.numel() == 0) return false;
-  if (w.scalar_type() != type) return false;
   if (bias.has_value() && bias->defined()) {
     if (!is_plain(*bias) || bias->scalar_type() != type || bias->dim() != 1 || bias->size(0) != w.size(0)) return false;
   }
@@ -68,9 +67,7 @@ void few_rows(const at::Tensor& x, const at::Tensor& w, const std::optional<at::
 inline bool are_few(const at::Tensor& x, const at::Tensor& w, bool packed) {
   bool columns = !w.is_contiguous();
   if (columns && (!w.t().is_contiguous() || w.size(0) < kernels::kWidest)) return false;
-  int64_t most = packed                          ? kernels::fastest(columns)
-                 : x.scalar_type() == at::kFloat ? kernels::faster<float>(columns)
-                                                 : kernels::faster<at::BFloat16>(columns);
+  int64_t most = packed ? kernels::fastest(columns) : kernels::faster(x.scalar_type(), columns);
   return x.numel() <= most * w.size(1);
 }
 

@@ -41,6 +41,35 @@ func call(t testing.TB, name string, args ...Value) Tensor {
 	return x
 }
 
+// drawn is normal numbers of a dtype.
+func drawn(t testing.TB, dtype string, sizes ...int64) Tensor {
+	return call(t, "aten::to.dtype", TensorValue(call(t, "aten::randn", IntsValue(sizes...))), Value{Kind: graph.ArgDType, S: dtype})
+}
+
+// drawnLayer is a weight for nng::linear, which may be transposed, the same for aten::linear, and a bias or none.
+func drawnLayer(t testing.TB, r *rand.Rand, dtype string, in, out int64) (weight Tensor, transposed bool, asLinear, bias Value) {
+	weight, transposed, bias = drawn(t, dtype, out, in), r.IntN(2) == 0, Value{Kind: graph.ArgNone}
+	asLinear = TensorValue(weight)
+	if transposed {
+		weight = drawn(t, dtype, in, out)
+		asLinear = TensorValue(call(t, "aten::t", TensorValue(weight)))
+	}
+	if r.IntN(2) == 0 {
+		bias = TensorValue(drawn(t, dtype, out))
+	}
+	return weight, transposed, asLinear, bias
+}
+
+// largest is the largest size of a number in x.
+func largest(t *testing.T, x Tensor) float64 {
+	return sumOf(t, floats32(t, call(t, "aten::max", TensorValue(call(t, "aten::abs", TensorValue(x))))))
+}
+
+// distance is the largest one between two numbers at the same place.
+func distance(t *testing.T, a, b Tensor) float64 {
+	return largest(t, call(t, "aten::sub", TensorValue(a), TensorValue(b)))
+}
+
 func wantFloats(t testing.TB, want []float32, x Tensor) {
 	t.Helper()
 	got, err := x.Float32s()
@@ -259,10 +288,7 @@ func TestLinearOfFewRows(t *testing.T) {
 	made := func(name string, args ...Value) Value { return TensorValue(call(t, name, args...)) }
 	double := Value{Kind: graph.ArgDType, S: "float64"}
 	check := func(dtype string, rows, in, out int64, variant int) {
-		normal := func(sizes ...int64) Value {
-			x := made("aten::randn", IntsValue(sizes...))
-			return made("aten::to.dtype", x, Value{Kind: graph.ArgDType, S: dtype})
-		}
+		normal := func(sizes ...int64) Value { return TensorValue(drawn(t, dtype, sizes...)) }
 		x, w, bias := normal(1, rows, in), normal(out, in), Value{Kind: graph.ArgNone}
 		if variant&1 != 0 {
 			w = made("aten::t", normal(in, out))
@@ -280,14 +306,13 @@ func TestLinearOfFewRows(t *testing.T) {
 		if variant&2 != 0 {
 			exact[2] = made("aten::to.dtype", bias, double)
 		}
-		want := made("aten::linear.default", exact...)
+		want := call(t, "aten::linear.default", exact...)
 		require.Equal(t, []int64{1, rows, out}, got.T.Shape())
 		require.Equal(t, dtype, got.T.DType())
 		// relative to what the sums are made of
 		scale := math.Sqrt(float64(in)) + 1
-		distance := made("aten::max", made("aten::abs", made("aten::sub", got, want)))
 		tolerance := map[string]float64{"float32": 1e-5, "bfloat16": 3e-2, "float64": 1e-12}[dtype]
-		require.LessOrEqual(t, sumOf(t, floats32(t, distance.T)), tolerance*scale, "%s, %d rows, %d to %d, %d", dtype, rows, in, out, variant)
+		require.LessOrEqual(t, distance(t, got.T, want), tolerance*scale, "%s, %d rows, %d to %d, %d", dtype, rows, in, out, variant)
 	}
 	for _, dtype := range []string{"float32", "bfloat16", "float64"} {
 		for _, sizes := range [][2]int64{{1, 1}, {3, 5}, {64, 64}, {65, 129}, {768, 768}, {2304, 768}, {7, 4000}, {5003, 3}} {
@@ -338,19 +363,9 @@ func TestLinearOfFewRowsIsFollowed(t *testing.T) {
 	r := rand.New(rand.NewPCG(7, 8))
 	for range 60 {
 		dtype := []string{"float32", "bfloat16", "float64"}[r.IntN(3)]
-		rows, in, out, transposed := 1+r.Int64N(70), 1+r.Int64N(200), 1+r.Int64N(200), r.IntN(2) == 0
-		of := func(sizes ...int64) Tensor {
-			return call(t, "aten::to.dtype", TensorValue(call(t, "aten::randn", IntsValue(sizes...))), Value{Kind: graph.ArgDType, S: dtype})
-		}
-		x, w, bias := of(rows, in), of(out, in), Value{Kind: graph.ArgNone}
-		asLinear := TensorValue(w)
-		if transposed {
-			w = of(in, out)
-			asLinear = TensorValue(call(t, "aten::t", TensorValue(w)))
-		}
-		if r.IntN(2) == 0 {
-			bias = TensorValue(of(out))
-		}
+		rows, in, out := 1+r.Int64N(70), 1+r.Int64N(200), 1+r.Int64N(200)
+		x := drawn(t, dtype, rows, in)
+		w, transposed, asLinear, bias := drawnLayer(t, r, dtype, in, out)
 		// The gradient of a sum of squares, and that of such a sum of the gradient.
 		var first, second [2]Tensor
 		for i, name := range []string{"nng::linear", "aten::linear.default"} {
@@ -375,9 +390,7 @@ func TestLinearOfFewRowsIsFollowed(t *testing.T) {
 		for _, g := range [][2]Tensor{first, second} {
 			require.Equal(t, g[1].Shape(), g[0].Shape())
 			tolerance := map[string]float64{"float32": 1e-4, "bfloat16": 6e-2, "float64": 1e-10}[dtype]
-			distance := call(t, "aten::max", TensorValue(call(t, "aten::abs", TensorValue(call(t, "aten::sub", TensorValue(g[0]), TensorValue(g[1]))))))
-			largest := call(t, "aten::max", TensorValue(call(t, "aten::abs", TensorValue(g[1]))))
-			require.LessOrEqual(t, sumOf(t, floats32(t, distance)), tolerance*sumOf(t, floats32(t, largest)), "%s, %d rows, %d to %d", dtype, rows, in, out)
+			require.LessOrEqual(t, distance(t, g[0], g[1]), tolerance*largest(t, g[1]), "%s, %d rows, %d to %d", dtype, rows, in, out)
 		}
 	}
 }
@@ -407,9 +420,7 @@ func TestGELU(t *testing.T) {
 			if want.Numel() == 0 {
 				continue
 			}
-			distance := call(t, "aten::max", TensorValue(call(t, "aten::abs", TensorValue(call(t, "aten::sub", TensorValue(want), TensorValue(got))))))
-			largest := call(t, "aten::max", TensorValue(call(t, "aten::abs", TensorValue(want))))
-			require.LessOrEqual(t, sumOf(t, floats32(t, distance)), tolerance*(1+sumOf(t, floats32(t, largest))))
+			require.LessOrEqual(t, distance(t, want, got), tolerance*(1+largest(t, want)))
 		}
 	}
 	x := floats(t, []float32{float32(math.Inf(1)), float32(math.NaN()), -1e30, 1e30, -90, 0}, 6)
@@ -438,26 +449,13 @@ func TestPackedLinear(t *testing.T) {
 	op, err := Find("nng::linear_packed")
 	require.NoError(t, err)
 	r := rand.New(rand.NewPCG(1, 2))
-	of := func(dtype string, sizes ...int64) Tensor {
-		x := call(t, "aten::randn", IntsValue(sizes...))
-		return call(t, "aten::to.dtype", TensorValue(x), Value{Kind: graph.ArgDType, S: dtype})
-	}
 	for _, dtype := range []string{"float32", "bfloat16", "float64"} {
 		for range 40 {
-			out, in, transposed := 1+r.Int64N(300), 1+r.Int64N(300), r.IntN(2) == 0
-			weight := of(dtype, out, in)
-			asLinear := TensorValue(weight)
-			if transposed {
-				weight = of(dtype, in, out)
-				asLinear = TensorValue(call(t, "aten::t", TensorValue(weight)))
-			}
-			bias := Value{Kind: graph.ArgNone}
-			if r.IntN(2) == 0 {
-				bias = TensorValue(of(dtype, out))
-			}
-			x := of(dtype, r.Int64N(3), 1+r.Int64N(70), in)
+			out, in := 1+r.Int64N(300), 1+r.Int64N(300)
+			weight, transposed, asLinear, bias := drawnLayer(t, r, dtype, in, out)
+			x := drawn(t, dtype, r.Int64N(3), 1+r.Int64N(70), in)
 			if r.IntN(2) == 0 { // with gaps
-				x = call(t, "aten::transpose.int", TensorValue(of(dtype, x.Shape()[0], in, x.Shape()[1])), IntValue(1), IntValue(2))
+				x = call(t, "aten::transpose.int", TensorValue(drawn(t, dtype, x.Shape()[0], in, x.Shape()[1])), IntValue(1), IntValue(2))
 			}
 			pieces := Value{Kind: graph.ArgList}
 			for from := int64(0); from < out; {
@@ -482,9 +480,7 @@ func TestPackedLinear(t *testing.T) {
 				continue
 			}
 			tolerance := map[string]float64{"float32": 1e-5, "bfloat16": 2e-2, "float64": 0}[dtype]
-			distance := call(t, "aten::max", TensorValue(call(t, "aten::abs", TensorValue(call(t, "aten::sub", TensorValue(want), got)))))
-			largest := call(t, "aten::max", TensorValue(call(t, "aten::abs", TensorValue(want))))
-			require.LessOrEqual(t, sumOf(t, floats32(t, distance)), tolerance*sumOf(t, floats32(t, largest)))
+			require.LessOrEqual(t, distance(t, want, got.T), tolerance*largest(t, want))
 		}
 	}
 }

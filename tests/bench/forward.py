@@ -115,19 +115,12 @@ def at(
 
     where = f"{name}{tokens} token{'s' * (tokens > 1)} {SHORT[subject.dtype]}"
     saved = f"{where}: save layer {layer} of {len(blocks(bare))}"
-    notes = [f"max relative difference {max(errors):.0e}"]
+    note = f"max relative difference {max(errors):.0e}"
     if roofline:
         least = limits.least(bare, tokens, timed)
-        notes.append(f"this machine's limit: {1e3 * least:.1f} ms, {least / timed['bare'].median:.2f}x")
+        note += f"; this machine's limit: {1e3 * least:.1f} ms, {least / timed['bare'].median:.2f}x"
     rows = [
-        Row(
-            f"{where}: save the last logits",
-            timed["last"],
-            "transformers",
-            timed["bare"],
-            target(LAST),
-            "; ".join(notes),
-        ),
+        Row(f"{where}: save the last logits", timed["last"], "transformers", timed["bare"], target(LAST), note),
         Row(f"{where}: save the last logits", timed["last"], "transformers, logits_to_keep=1", timed["kept"]),
         Row(f"{where}: save all logits", timed["all"], "transformers", timed["bare"], target(ALL)),
         Row(saved, timed["state"], "transformers", timed["bare"], target(STATE), "no stop()"),
