@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -253,3 +254,35 @@ def test_an_interrupt_returns_within_a_second(large: Pair, where: str) -> None:
             assert child.wait(60) == 0
         finally:
             child.kill()
+
+
+@pytest.mark.parametrize("function", ["nng_run_new", "nng_generation_new", "nng_generation_step"])
+def test_an_interrupt_behind_a_call_loses_nothing(
+    function: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine has made something by then, which Python does not know of yet."""
+    model = LanguageModel(pair(gpt2(), tmp_path).directory, tokenizer=False, dispatch=True)
+
+    def run() -> None:
+        if function == "nng_run_new":
+            with model.trace([1, 2, 3]):
+                model.lm_head.output.save()
+        else:
+            with model.generate([[1, 2, 3]], max_new_tokens=3):
+                model.lm_head.output.save()
+
+    run()
+    gc.collect()
+    before, check = _ffi.counters(), _ffi.check
+
+    def interrupted(called: Any, *args: Any) -> None:
+        check(called, *args)
+        if called.__name__ == function:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(_ffi, "check", interrupted)
+        run()
+    gc.collect()
+    assert _ffi.counters() == before
+    run()

@@ -7,6 +7,7 @@ exceptions. The argument types of a function are declared beside its use or in t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -171,6 +172,30 @@ def check(function: Any, *args: Any) -> None:
         raise users(error.__cause__ or error) from None
     if code != OK:
         raise failure(code, err.take())
+
+
+class Owner:
+    """Has a handle of the engine's, and gives it back.
+
+    An interrupt may come between any two lines, after the engine has made something too. So the handle is one of this
+    object's before the engine fills it in, and what nobody has freed goes when nobody holds the object any more.
+    """
+
+    frees: str  # the function that does
+    _handle: ctypes.c_uint64  # 0: none
+
+    def __init__(self) -> None:
+        self._handle = ctypes.c_uint64()
+
+    def free(self) -> None:
+        """Ends it, finished or not. Calling it again does nothing."""
+        if self._handle.value:
+            check(getattr(lib(), self.frees), self._handle)
+            self._handle.value = 0
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # also one that was freed, and interrupted before it was said so
+            Owner.free(self)
 
 
 def call(function: Any, *args: Any) -> bytes:

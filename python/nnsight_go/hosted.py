@@ -23,7 +23,7 @@ from . import _ffi, hosting, operations, positions, wire
 from .errors import InputError
 from .hosted_skipping import Leaving
 from .hosting import Paused, Spot, Unwind, Visit
-from .native import Run, _close, _pointers, started
+from .native import Run, _close, _pointers
 from .points import Leaf, Point, Tree
 from .positions import here
 from .recorder import current
@@ -487,7 +487,7 @@ class HostedRun(Run):
     """
 
     def __init__(self, hosted: Hosted, layout: Layout, given: Sequence[Given], graph: bytes, constants: Any, end: bool):
-        super().__init__(started(_ffi.lib().nng_run_new, hosted.handle(layout), graph, constants, end))
+        super().__init__(_ffi.lib().nng_run_new, hosted.handle(layout), graph, constants, end)
         self._hosted, self._layout, self._given = hosted, layout, given
         self._paused: Paused | None = None
         self._pass = 0  # the forward pass that is under way, or to come

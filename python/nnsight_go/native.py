@@ -156,7 +156,7 @@ class Native:
             constants: the tensors that its const nodes number.
             end: nothing will be added to it.
         """
-        return Run(started(_ffi.lib().nng_run_new, self._handle, graph, constants, end))
+        return Run(_ffi.lib().nng_run_new, self._handle, graph, constants, end)
 
     def generation(self, rows: Rows, masks: Rows | None, settings: dict[str, Any], wants: Wants) -> Handle:
         """Begins to generate.
@@ -182,11 +182,18 @@ class NoTensor(Exception):
         self.number = number
 
 
-class Run:
-    """A trace on its way through the engine. It holds tensors until it is freed."""
+class Run(_ffi.Owner):
+    """A trace on its way through the engine, of a graph in wire form that a function of ``nng.h`` starts.
 
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
+    It holds tensors until it is freed.
+    """
+
+    frees = "nng_run_free"
+
+    def __init__(self, start: Any, of: Any, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> None:
+        super().__init__()
+        with _pointers(constants) as pointers:
+            _ffi.check(start, of, graph, len(graph), pointers, len(constants), end, ctypes.byref(self._handle))
 
     def more(self, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> None:
         """Adds what the program says next: a graph whose nodes, invokes and positions are numbered on."""
@@ -226,27 +233,21 @@ class Run:
         finally:
             lib.nng_tensors_free(array, count)
 
-    def free(self) -> None:
-        """Ends the run, finished or not."""
-        _ffi.check(_ffi.lib().nng_run_free, self._handle)
 
-
-class Handle:
+class Handle(_ffi.Owner):
     """A generation in the engine."""
 
+    frees = "nng_generation_free"
     together = 1  # there is nothing to gain
 
     def __init__(self, native: Native, rows: Rows, masks: Rows | None, settings: dict[str, Any]) -> None:
-        handle = ctypes.c_uint64()
-        prompt = json.dumps({"rows": rows, "masks": masks}).encode()
-        _ffi.check(
-            _ffi.lib().nng_generation_new, native._handle, prompt, json.dumps(settings).encode(), ctypes.byref(handle)
-        )
-        self._handle = handle.value
+        super().__init__()
+        given = (json.dumps({"rows": rows, "masks": masks}).encode(), json.dumps(settings).encode())
+        _ffi.check(_ffi.lib().nng_generation_new, native._handle, *given, ctypes.byref(self._handle))
 
     def step(self, graph: bytes, constants: list[torch.Tensor], end: bool) -> Run:
         """Starts the run of the next step."""
-        return Run(started(_ffi.lib().nng_generation_step, self._handle, graph, constants, end))
+        return Run(_ffi.lib().nng_generation_step, self._handle, graph, constants, end)
 
     def gather(self) -> NoReturn:
         """Not here."""
@@ -281,10 +282,6 @@ class Handle:
         _ffi.check(_ffi.lib().nng_generation_end, *given)
         return bool(done.value)
 
-    def free(self) -> None:
-        """Gives the memory back."""
-        _ffi.check(_ffi.lib().nng_generation_free, self._handle)
-
 
 def _taken(pointer: ctypes.c_void_p) -> torch.Tensor:
     """A tensor that the engine gave away."""
@@ -294,14 +291,6 @@ def _taken(pointer: ctypes.c_void_p) -> torch.Tensor:
         return out
     finally:
         py.nngpy_tensor_free(pointer)
-
-
-def started(function: Any, handle: int, graph: bytes, constants: Sequence[torch.Tensor], end: bool) -> int:
-    """The handle of a run of a graph in wire form that a function of ``nng.h`` starts."""
-    run = ctypes.c_uint64()
-    with _pointers(constants) as pointers:
-        _ffi.check(function, handle, graph, len(graph), pointers, len(constants), end, ctypes.byref(run))
-    return run.value
 
 
 def become(proxies: list[Any], tensors: list[Any]) -> None:

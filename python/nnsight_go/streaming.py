@@ -20,23 +20,21 @@ if TYPE_CHECKING:
     from .runners import Runner
 
 
-class Decoding:
+class Decoding(_ffi.Owner):
     """Ids that come one at a time, as pieces of text."""
 
+    frees = "nng_stream_free"
+
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        handle = ctypes.c_uint64()
+        super().__init__()
+        self._tokenizer = tokenizer  # which stays open meanwhile
         given = (tokenizer._native._handle, skip_special_tokens)
-        _ffi.check(_ffi.lib().nng_stream_new, *given, ctypes.byref(handle))
-        self._handle, self._tokenizer = handle.value, tokenizer  # which stays open meanwhile
+        _ffi.check(_ffi.lib().nng_stream_new, *given, ctypes.byref(self._handle))
 
     def step(self, ids: list[int], end: bool) -> str:
         """The text that became certain, which may be none; with ``end`` what was held back too."""
         array = (ctypes.c_int64 * len(ids))(*ids)
         return _ffi.call(_ffi.lib().nng_stream_step, self._handle, array, len(ids), end).decode()
-
-    def free(self) -> None:
-        """Ends it."""
-        _ffi.check(_ffi.lib().nng_stream_free, self._handle)
 
 
 class TextStream(Iterator[str]):
