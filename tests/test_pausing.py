@@ -29,22 +29,14 @@ def blocks(model: LanguageModel) -> list:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the engine was told: "begin" a run, "more"."""
     told: list[str] = []
-    for cls, name in ((LanguageModel, None), (Run, "more")):
-        if name is not None:
-            original = getattr(cls, name)
+    for name, method in (("begin", "__init__"), ("more", "more")):
+        original = getattr(Run, method)
 
-            def note(*args: object, _original: object = original, _name: str = name) -> object:
-                told.append(_name)
-                return _original(*args)  # type: ignore[operator]
+        def note(*args: object, _original: object = original, _name: str = name) -> object:
+            told.append(_name)
+            return _original(*args)  # type: ignore[operator]
 
-            monkeypatch.setattr(cls, name, note)
-    begin = Run.__init__
-
-    def born(self: Run, handle: int) -> None:
-        told.append("begin")
-        begin(self, handle)
-
-    monkeypatch.setattr(Run, "__init__", born)
+        monkeypatch.setattr(Run, method, note)
     return told
 
 
